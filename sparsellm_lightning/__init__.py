@@ -1,0 +1,34 @@
+"""Prune pretrained causal language models inside a Lightning Trainer.
+
+The callback :class:`SparseLLMCallback` prunes when training starts; :func:`prune_model` does the same without a Trainer;
+the solvers in :mod:`sparsellm_lightning.solvers` are pure tensor functions.
+"""
+
+from sparsellm_lightning.architectures import Architecture, register_architecture
+from sparsellm_lightning.callback import SparseLLMCallback
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.errors import NumericalError, UserError
+from sparsellm_lightning.evaluate import perplexity
+from sparsellm_lightning.export import export_model
+from sparsellm_lightning.loading import load_model, load_tokenizer
+from sparsellm_lightning.module import CausalLM
+from sparsellm_lightning.pruning import prune_model
+from sparsellm_lightning.report import PruningReport
+
+__all__ = [
+    "Architecture",
+    "CausalLM",
+    "NumericalError",
+    "PruningConfig",
+    "PruningReport",
+    "SparseLLMCallback",
+    "TextDataModule",
+    "UserError",
+    "export_model",
+    "load_model",
+    "load_tokenizer",
+    "perplexity",
+    "prune_model",
+    "register_architecture",
+]

@@ -1,0 +1,73 @@
+"""Calibration windows: the first so many of a stream of batches, each rank its own share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.ranks import Ranks
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+
+
+def model_inputs(batch: Any) -> dict[str, Tensor]:
+    """The model's keyword arguments in a batch: a dict, a tensor of token ids, or a sequence led by one.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if hasattr(batch, "items"):
+        inputs = {key: value for key, value in batch.items() if key in _MODEL_INPUTS and isinstance(value, Tensor)}
+        if "input_ids" in inputs or "inputs_embeds" in inputs:
+            return inputs
+    keys = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+    raise UserError(
+        f"A calibration batch must be token ids or a dict with 'input_ids', got {type(batch).__name__}{keys}. "
+        "Have the calibration dataloader give such batches."
+    )
+
+
+def take_windows(
+    batches: Iterable[Any], count: int, ranks: Ranks, device: torch.device, *, sharded: bool = False
+) -> tuple[list[dict[str, Tensor]], int]:
+    """This rank's share of the first ``count`` windows (rows of batches), and how many there are over all ranks.
+
+    Args:
+        batches: batches that :func:`model_inputs` understands.
+        count: windows over all ranks.
+        ranks: window i goes to rank ``i mod size``, so shares differ by at most one and none is used twice.
+        device: where to put them.
+        sharded: the stream already holds this rank's windows only (a distributed sampler): take a share's worth.
+
+    Raises:
+        UserError: no windows on any rank.
+    """
+    rank, size = (0, 1) if sharded else (ranks.rank, ranks.size)
+    wanted = count // ranks.size + (ranks.rank < count % ranks.size) if sharded else count
+    taken, seen = [], 0
+    for batch in batches if wanted else ():
+        inputs = model_inputs(batch)
+        rows = len(next(iter(inputs.values())))
+        mine = [row for row in range(min(rows, wanted - seen)) if (seen + row) % size == rank]
+        if mine:
+            # Arguments shared by the batch (such as position ids of one row) are passed on as they are.
+            taken.append({k: (v[mine] if len(v) == rows else v).to(device) for k, v in inputs.items()})
+        seen += rows
+        if seen >= wanted:
+            break
+    total = torch.tensor([sum(len(next(iter(batch.values()))) for batch in taken)], device=device)
+    ranks.sum_(total)
+    if not int(total):
+        raise UserError(
+            "Pruning needs at least one calibration window, the calibration (or training) dataloader gave none. "
+            "Check its dataset and length."
+        )
+    return taken, int(total)

@@ -1,0 +1,76 @@
+"""The ``sparsellm`` command: Lightning's own subcommands, and ``prune`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from sparsellm_lightning.architectures import describe, find_model
+from sparsellm_lightning.callback import SparseLLMCallback
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.module import CausalLM
+from sparsellm_lightning.report import format_table, layer_rows
+from sparsellm_lightning.strategies import adapter_for
+
+
+class PruningTrainer(pl.Trainer):
+    """A Trainer with the two verbs that LightningCLI turns into subcommands."""
+
+    def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
+        """Measure the dense model, prune it, measure again, export, and print a table."""
+        pruner = next(c for c in self.callbacks if isinstance(c, SparseLLMCallback))  # type: ignore[attr-defined]
+        if pruner.finetune:
+            raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
+        self.num_sanity_val_steps = 0  # the pruner measures the dense model on every window
+        self.fit(model, datamodule=datamodule)
+        if self.is_global_zero and pruner.report is not None:
+            print(pruner.report.table())
+            if pruner.export_dir is not None:
+                print(f"written to {pruner.export_dir}")
+
+    def evaluate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
+        """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
+        results = self.test(model, datamodule=datamodule, verbose=False)
+        layout = describe(find_model(model), PruningConfig())
+        _, sparsity = layer_rows(layout, adapter_for(self), {})
+        if self.is_global_zero:
+            name = str(getattr(model, "pretrained", type(model).__name__))
+            rows = [("model", "sparsity", "perplexity"), (name, f"{100 * sparsity:.2f} %", f"{results[0]['test_perplexity']:.2f}")]
+            print(format_table(rows))
+
+
+class SparseLLMCLI(LightningCLI):
+    """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "prune": {"model", "datamodule"},
+            "evaluate": {"model", "datamodule"},
+            **{name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]
+
+
+def main(args: Any = None) -> None:
+    """Entry point of ``sparsellm``. A user's mistake ends it with one message and status 1."""
+    try:
+        SparseLLMCLI(
+            CausalLM,
+            TextDataModule,
+            trainer_class=PruningTrainer,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except (UserError, MisconfigurationException) as error:
+        print(f"sparsellm: error: {error}", file=sys.stderr)
+        sys.exit(1)

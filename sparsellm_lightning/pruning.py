@@ -1,0 +1,100 @@
+"""Prune a model in place, with or without a Trainer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architectures import describe, device_of
+from sparsellm_lightning.calibration import take_windows
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
+from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.walker import Walker
+
+
+def prune_model(
+    model: PreTrainedModel,
+    calibration_batches: Iterable[Any],
+    config: PruningConfig,
+    *,
+    adapter: StrategyAdapter | None = None,
+    sharded: bool = False,
+    progress: bool = False,
+    on_iteration: Callable[[int, int, float], None] | None = None,
+) -> PruningReport:
+    """Prune the projections of a causal LM's decoder blocks, in place.
+
+    Args:
+        model: a ``transformers`` model whose architecture is in the table; parameters are edited in place, in their dtype.
+        calibration_batches: dicts with ``input_ids`` (batch, sequence) and optionally ``attention_mask``, whose padded
+            positions are left out of every statistic; or tensors of token ids. The first
+            ``config.num_calibration_samples`` windows (rows) are used.
+        config: what to prune and how.
+        adapter: of the strategy the model runs under; a single device by default.
+        sharded: the batches are already this rank's own (only matters with several ranks).
+        progress: show a progress bar over blocks.
+        on_iteration: called with (block, iteration, error) as the alternation goes.
+
+    Returns:
+        the report; its ``perplexity`` entries are None (see :func:`sparsellm_lightning.perplexity`).
+
+    Raises:
+        UserError: the model, the batches or the settings do not fit together; before any long work.
+        NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
+    """
+    adapter = adapter or StrategyAdapter()
+    layout = describe(model, config)
+    start = time.perf_counter()
+    device = device_of(model)
+    results, tokens = [], 0
+    with adapter.calibrating(model):
+        batches, windows = take_windows(
+            calibration_batches, config.num_calibration_samples, adapter.ranks, device, sharded=sharded
+        )
+        if windows < config.num_calibration_samples:
+            _warn(
+                adapter,
+                f"num_calibration_samples is {config.num_calibration_samples}, but the dataloader gave {windows} windows.",
+            )
+        walker = Walker(layout, config, adapter, on_iteration)
+        tokens = walker.enter(batches)
+        widest = max(p.shape[1] for p in layout.projections() if p.pruned)
+        if tokens < widest:
+            _warn(
+                adapter,
+                f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
+                "statistics are rank-deficient. Use more or longer windows.",
+            )
+        bar = tqdm(total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0)
+        with bar:
+            for result in walker.walk():
+                results.append(result)
+                bar.update()
+                if result.errors:
+                    bar.set_postfix(error=f"{min(result.errors):.4f}")
+    layers, achieved = layer_rows(layout, adapter, {k: v for r in results for k, v in r.layer_errors.items()})
+    return PruningReport(
+        model=model.config.name_or_path or type(model).__name__,
+        method=config.method,
+        pattern=config.pattern,
+        sparsity={"requested": config.requested_sparsity, "achieved": achieved},
+        perplexity={"dense": None, "pruned": None},
+        layers=layers,
+        blocks=[{"index": r.index, "errors": r.errors, "seconds": r.seconds} for r in results],
+        calibration={"windows": windows, "tokens": tokens},
+        wall_seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory(device),
+        config=asdict(config),
+    )
+
+
+def _warn(adapter: StrategyAdapter, message: str) -> None:
+    if adapter.ranks.rank == 0:
+        warnings.warn(message, stacklevel=3)

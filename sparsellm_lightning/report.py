@@ -1,0 +1,138 @@
+"""What a run did, measured on the weights that were written: as JSON, as a table, as plots."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsellm_lightning.architectures import DecoderLayout
+from sparsellm_lightning.strategies import StrategyAdapter
+
+REPORT_NAME = "pruning_report.json"
+_PACKAGES = ("sparsellm-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics")
+
+
+@dataclass
+class PruningReport:
+    """Everything a run measured.
+
+    Args:
+        model: what was pruned.
+        method, pattern: as configured.
+        sparsity: ``{"requested", "achieved"}``; achieved is over all projections of the decoder blocks, skipped ones too.
+        perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``; None where not measured.
+        layers: ``{"name", "shape", "sparsity", "error"}`` of every projection, error as in
+            :class:`~sparsellm_lightning.walker.BlockResult`, None for one left dense.
+        blocks: ``{"index", "errors", "seconds"}``, feed-forward error per iteration.
+        calibration: ``{"windows", "tokens"}`` over all ranks.
+        wall_seconds: of pruning: calibration and solve.
+        peak_memory_bytes: of this process (resident set), or of its accelerator.
+        versions: of Python and the packages that matter.
+        config: the settings.
+    """
+
+    model: str
+    method: str
+    pattern: str
+    sparsity: dict[str, float]
+    perplexity: dict[str, float | None]
+    layers: list[dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    calibration: dict[str, int]
+    wall_seconds: float
+    peak_memory_bytes: int
+    config: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``pruning_report.json``, and plots where matplotlib is installed."""
+        path = Path(folder) / REPORT_NAME
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        try:
+            from sparsellm_lightning.plots import save_plots
+        except ImportError:
+            return path
+        save_plots(self, Path(folder))
+        return path
+
+    def table(self) -> str:
+        """The run in a few lines of text."""
+        achieved = f"{100 * self.sparsity['achieved']:.2f} %"
+        rows = [("model", "method", "sparsity", "perplexity", "seconds"), (self.model, "dense", "0 %", _number(self.perplexity.get("dense")), "")]
+        rows.append((self.model, self.method, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}"))
+        if "finetuned" in self.perplexity:
+            rows.append((self.model, f"{self.method} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), ""))
+        return format_table(rows)
+
+
+def format_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns, the first row as heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def count_zeros(layout: DecoderLayout, adapter: StrategyAdapter) -> dict[str, int]:
+    """Zeros in every projection, by name, over all ranks."""
+    names, counts = [], []
+    for projection in layout.projections():
+        names.append(projection.name)
+        counts.append((adapter.local_weight(projection) == 0).sum())
+    totals = torch.stack(counts).double()
+    if adapter.weights_are_sharded:
+        adapter.ranks.sum_(totals)
+    return {name: int(total) for name, total in zip(names, totals, strict=True)}
+
+
+def layer_rows(
+    layout: DecoderLayout, adapter: StrategyAdapter, errors: dict[str, float]
+) -> tuple[list[dict[str, Any]], float]:
+    """The report's ``layers``, and the sparsity over all of them, counted in the parameters as they are now."""
+    zeros = count_zeros(layout, adapter)
+    layers, entries = [], 0
+    for projection in layout.projections():
+        rows, columns = projection.shape
+        entries += rows * columns
+        layers.append(
+            {
+                "name": projection.name,
+                "shape": [rows, columns],
+                "sparsity": zeros[projection.name] / (rows * columns),
+                "error": errors.get(projection.name),
+            }
+        )
+    return layers, sum(zeros.values()) / entries
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the accelerator, or resident on the CPU, since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

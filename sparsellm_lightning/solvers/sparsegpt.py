@@ -1,0 +1,76 @@
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune column by column, correct the columns to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.patterns import Pattern
+from sparsellm_lightning.statistics import Factor
+
+_LEAF = 32
+
+
+def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = 128) -> Tensor:
+    """Approximately minimise ``‖(W − Ŵ) H^{1/2}‖`` over W in the pattern, by one sweep over the columns.
+
+    With ``H⁻¹ = UᵀU``, pruning entry (r, i) costs ``W_ri² / U_ii²`` and moves the rest of its row by
+    ``−W_ri / U_ii · U_i,i+1:`` (the paper's equations 3 and 4). The mask is chosen on that cost, for ``block_size``
+    columns at a time (unstructured) or per group (N:M), with the corrections so far applied.
+
+    Args:
+        weight: Ŵ, (rows, columns) float32; this rank's rows. Not changed.
+        factor: of the damped Gram matrix of the inputs, (columns, columns).
+        pattern: which entries to keep; thresholds over the rows of all ranks are its business.
+        block_size: columns per mask decision; rounded to whole groups for N:M.
+
+    Returns:
+        the pruned weight, a new tensor.
+    """
+    columns = weight.shape[1]
+    upper = factor.upper
+    # Columns of W are rows here, so that the sweep reads and writes contiguous memory.
+    w = weight.T.contiguous()
+    w[factor.dead] = 0
+    cost_scale = upper.diagonal().pow(-2)
+    whole_groups = _whole_groups(block_size, pattern.group)
+
+    def keep_of(low: int, high: int) -> Tensor:
+        return pattern.select((w[low:high].square() * cost_scale[low:high, None]).T.contiguous()).T
+
+    for low in range(0, columns, whole_groups):
+        high = min(low + whole_groups, columns)
+        errors = torch.empty_like(w[low:high])
+        keep = torch.empty_like(errors, dtype=torch.bool)
+        if pattern.group == 1:
+            keep.copy_(keep_of(low, high))
+
+        def sweep(start: int, end: int, base: int = low, errors: Tensor = errors, keep: Tensor = keep) -> None:
+            """Prune columns [start, end); halves are chained by one product instead of column by column."""
+            if end - start > _whole_groups(_LEAF, pattern.group):
+                middle = start + _whole_groups((end - start) // 2, pattern.group)
+                sweep(start, middle)
+                w[middle:end].addmm_(
+                    upper[start:middle, middle:end].T, errors[start - base : middle - base], alpha=-1
+                )
+                sweep(middle, end)
+                return
+            for i in range(start, end):
+                if pattern.group > 1 and i % pattern.group == 0:
+                    keep[i - base : i - base + pattern.group] = keep_of(i, i + pattern.group)
+                error = errors[i - base]
+                torch.mul(w[i], ~keep[i - base], out=error)
+                w[i].sub_(error)
+                error.div_(upper[i, i])
+                if i + 1 < end:
+                    w[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+
+        sweep(low, high)
+        if high < columns:
+            w[high:].addmm_(upper[low:high, high:].T, errors, alpha=-1)
+    return w.T.contiguous()
+
+
+def _whole_groups(columns: int, group: int) -> int:
+    """The largest multiple of ``group`` that is at most ``columns``, but at least one group."""
+    return max(columns // group, 1) * group

@@ -1,0 +1,118 @@
+"""Second-order statistics of calibration tokens: Gram and cross matrices, and their factorisation.
+
+Shape letters: n tokens, d and e features. All sums are float32, whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.errors import NumericalError
+from sparsellm_lightning.ranks import Ranks
+
+MAX_DAMPING_RAISES = 6
+
+
+class Gram:
+    """Mean over tokens of ``x xᵀ``: ``G = XᵀX / n``, (d, d), summed over chunks and over ranks."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add tokens ``x``, (n, d), of any dtype."""
+        x = x.float()
+        self.total.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def mean(self, ranks: Ranks) -> Tensor:
+        """``XᵀX / n`` over all ranks' tokens, so that its scale does not depend on their number. Ends the summing."""
+        tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.total.device)
+        ranks.sum_(self.total, tokens)
+        self.tokens = int(tokens)
+        return self.total.div_(max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Inverse of a damped Gram matrix ``H = G + λI``, as ``H⁻¹ = Uᵀ U`` with ``U`` upper triangular.
+
+    Args:
+        upper: ``U``, (d, d) float32. Row i of U is what the SparseGPT sweep needs at column i.
+        dead: (d,) bool, features that were zero for every token. They carry no information: H has 1 on their diagonal.
+    """
+
+    upper: Tensor
+    dead: Tensor
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows @ H⁻¹`` for rows (r, d)."""
+        return (rows @ self.upper.T) @ self.upper
+
+
+def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
+    """Factor ``(G + λI)⁻¹`` with ``λ = damping * mean(diag G)``; the damping is applied to a copy.
+
+    With J the reversal of the features and ``J H J = L Lᵀ``, ``U = (J L J)⁻¹`` is upper triangular and ``UᵀU = H⁻¹``: one
+    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again.
+
+    When the matrix is not positive definite to working precision the damping is raised tenfold, with a warning, up to
+    ``MAX_DAMPING_RAISES`` times.
+
+    Args:
+        gram: G, (d, d) float32, symmetric positive semi-definite.
+        damping: fraction of the mean diagonal.
+        name: for messages.
+
+    Raises:
+        NumericalError: no damping in that range was enough.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    for attempt in range(MAX_DAMPING_RAISES + 1):
+        fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
+        damped = gram.clone()
+        damped.diagonal().add_(fraction * mean).add_(dead.to(gram.dtype) * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(upper).all()):
+                return Factor(upper, dead)
+        warnings.warn(
+            f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "
+            f"trying {max(damping, 1e-4) * 10 ** (attempt + 1):g}.",
+            stacklevel=2,
+        )
+    raise NumericalError(
+        f"{name or 'Gram matrix'}: not positive definite even with damping raised to {fraction:g} of its mean diagonal. "
+        "Use more calibration tokens, or raise damping."
+    )
+
+
+def check_finite(gram: Tensor, name: str) -> None:
+    """Refuse statistics with NaN or infinity, which would silently end up in weights.
+
+    Raises:
+        NumericalError: names the projection. Called on reduced statistics, so all ranks raise together.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalError(
+            f"Activations must be finite, but the input of {name} holds NaN or infinity on the calibration tokens. "
+            "Check the calibration text and the dense model, or run in bf16 or float32 rather than float16."
+        )
+
+
+def relative_error(dense: Tensor, pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of ``‖X(W − Ŵ)ᵀ‖² / ‖X Wᵀ‖²`` for rows W, (r, d), from the Gram matrix of X.
+
+    Returned apart so that rows spread over ranks can be summed before dividing.
+    """
+    difference = dense - pruned
+    return ((difference @ gram) * difference).sum(), ((dense @ gram) * dense).sum()
