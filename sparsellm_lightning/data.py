@@ -178,8 +178,10 @@ class TextDataModule(LightningDataModule):
         windows = self._consecutive_windows("train", self.max_train_windows)
         return self._loader(windows, generator=torch.Generator().manual_seed(self.seed))
 
-    def val_dataloader(self) -> Windows:
-        """The same windows as :meth:`test_dataloader`."""
+    def val_dataloader(self) -> Windows | list[Windows]:
+        """The same windows as :meth:`test_dataloader`; none with ``files`` and no ``test_files``, which trains unvalidated."""
+        if self.source == FILES and not self.test_files:
+            return []
         return self.test_dataloader()
 
     def test_dataloader(self) -> Windows:
