@@ -180,7 +180,7 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Windows | list[Windows]:
         """The same windows as :meth:`test_dataloader`; none with ``files`` and no ``test_files``, which trains unvalidated."""
-        if self.source == FILES and not self.test_files:
+        if self.source == "files" and not self.files["test"]:
             return []
         return self.test_dataloader()
 

@@ -1,0 +1,110 @@
+"""The command line, in subprocesses as a user runs it, and the recipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI  # noqa: F401  (import cost is paid once)
+
+from sparsellm_lightning.callback import SparseLLMCallback
+from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.module import CausalLM
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def sparsellm(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sparsellm_lightning", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(
+        f"""
+model: {{pretrained: {model_dir}}}
+data: {{source: python-docs, sequence_length: 64, batch_size: 8, max_eval_windows: 8}}
+pruner: {{sparsity: 0.6, num_calibration_samples: 16, num_iterations: 2}}
+trainer: {{accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}}
+"""
+    )
+    return tmp_path / "config.yaml"
+
+
+def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
+    out = tmp_path / "out"
+    run = sparsellm("prune", "--config", config, "--pruner.sparsity", "0.7", "--pruner.export_dir", out, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["sparsity"]["requested"] == 0.7
+    assert f"{report['perplexity']['dense']:.2f}" in run.stdout
+    assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
+
+    run = sparsellm("evaluate", "--config", config, "--model.pretrained", out, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
+    assert f"{100 * report['sparsity']['achieved']:.2f} %" in run.stdout
+
+
+def test_fit_from_files(tmp_path: Path, config: Path) -> None:
+    text = "In the beginning the programmer wrote a loop, and the loop ran. " * 400
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"text": text[:3000]}) for _ in range(3)))
+    out = tmp_path / "out"
+    run = sparsellm(
+        *("fit", "--config", config, "--data.source", "files", "--data.train_files", tmp_path / "train.txt"),
+        *("--data.test_files", tmp_path / "test.jsonl", "--pruner.finetune", "true", "--pruner.export_dir", out),
+        *("--trainer.max_steps", 4, "--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3"),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert report["perplexity"]["finetuned"] < report["perplexity"]["pruned"]
+    assert report["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pruner.sparsity", "70"], r"sparsity must be in [0, 1), got 70"),
+        (["--pruner.pattern", "4:2", "--pruner.sparsity", "null"], "kept:group"),
+        (["--model.pretrained", "./nowhere"], "does not exist"),
+        (["--data.sequence_length", "1000000"], "1000000"),
+    ],
+)
+def test_mistakes_end_with_one_message(tmp_path: Path, config: Path, arguments: list[str], message: str) -> None:
+    run = sparsellm("prune", "--config", config, *arguments, cwd=tmp_path)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_help_names_both_commands(tmp_path: Path) -> None:
+    run = sparsellm("--help", cwd=tmp_path)
+    assert run.returncode == 0
+    for line in ("Measure the dense model, prune it", "perplexity on the test windows"):
+        assert line in " ".join(run.stdout.split())
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
+def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    verb = "fit" if "finetune" in recipe.parts[-2:] else "prune"
+    monkeypatch.setattr(PruningTrainer, verb, lambda self, model, datamodule: None)
+    cli = SparseLLMCLI(
+        *(CausalLM, TextDataModule),
+        trainer_class=PruningTrainer,
+        auto_configure_optimizers=False,
+        args=[verb, "--config", str(recipe), "--trainer.accelerator", "cpu"],
+    )
+    assert any(isinstance(callback, SparseLLMCallback) for callback in cli.trainer.callbacks)
+    assert all("#" in line for line in recipe.read_text().splitlines() if ":" in line and not line.startswith(("model", "data", "pruner", "trainer"))), (
+        "every key is explained"
+    )
