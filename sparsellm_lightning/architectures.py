@@ -180,7 +180,9 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
     def projection(block: nn.Module, path: str) -> Projection:
         module = _get(block, path, model_type)
         name = names[module]
-        matching = {pattern for pattern in config.skip if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+        matching = {
+            pattern for pattern in config.skip if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+        }
         unmatched.difference_update(matching)
         return Projection(name, module, pruned=not matching)
 
@@ -229,7 +231,11 @@ def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedMod
         what = "none" if not candidates else ", ".join(candidates)
         raise UserError(
             f"{type(module).__name__} must hold exactly one transformers PreTrainedModel to prune, found {what}. "
-            + ("Name it with model_attribute." if candidates else "Assign one to an attribute, or in configure_model().")
+            + (
+                "Name it with model_attribute."
+                if candidates
+                else "Assign one to an attribute, or in configure_model()."
+            )
         )
     return next(iter(candidates.values()))
 

@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model

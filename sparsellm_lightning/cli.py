@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from sparsellm_lightning.architectures import describe, find_model
 from sparsellm_lightning.callback import SparseLLMCallback
@@ -41,7 +41,10 @@ class PruningTrainer(pl.Trainer):
         _, sparsity = layer_rows(layout, adapter_for(self), {})
         if self.is_global_zero:
             name = str(getattr(model, "pretrained", type(model).__name__))
-            rows = [("model", "sparsity", "perplexity"), (name, f"{100 * sparsity:.2f} %", f"{results[0]['test_perplexity']:.2f}")]
+            rows = [
+                ("model", "sparsity", "perplexity"),
+                (name, f"{100 * sparsity:.2f} %", f"{results[0]['test_perplexity']:.2f}"),
+            ]
             print(format_table(rows))
 
 

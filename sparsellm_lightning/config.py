@@ -89,7 +89,9 @@ class PruningConfig:
                 raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
         for name in ("alpha", "beta", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}. The default is 1 or 10.")
+                raise UserError(
+                    f"{name} must be positive and finite, got {getattr(self, name)}. The default is 1 or 10."
+                )
         if not 0 <= self.damping < float("inf"):
             raise UserError(f"damping must be non-negative and finite, got {self.damping}. The default is 0.01.")
         if isinstance(self.global_blocks, str):

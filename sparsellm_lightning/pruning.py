@@ -72,7 +72,9 @@ def prune_model(
                 f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
                 "statistics are rank-deficient. Use more or longer windows.",
             )
-        bar = tqdm(total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0)
+        bar = tqdm(
+            total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0
+        )
         with bar:
             for result in walker.walk():
                 results.append(result)

@@ -7,6 +7,7 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,21 @@ class PruningReport:
     def table(self) -> str:
         """The run in a few lines of text."""
         achieved = f"{100 * self.sparsity['achieved']:.2f} %"
-        rows = [("model", "method", "sparsity", "perplexity", "seconds"), (self.model, "dense", "0 %", _number(self.perplexity.get("dense")), "")]
-        rows.append((self.model, self.method, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}"))
+        rows = [
+            ("model", "method", "sparsity", "perplexity", "seconds"),
+            (self.model, "dense", "0 %", _number(self.perplexity.get("dense")), ""),
+        ]
+        rows.append(
+            (self.model, self.method, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}")
+        )
         if "finetuned" in self.perplexity:
-            rows.append((self.model, f"{self.method} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), ""))
+            rows.append(
+                (self.model, f"{self.method} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), "")
+            )
         return format_table(rows)
 
 
-def format_table(rows: list[tuple[str, ...]]) -> str:
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of text in aligned columns, the first row as heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

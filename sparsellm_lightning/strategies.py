@@ -56,7 +56,8 @@ class StrategyAdapter:
         if not len(inputs["input_ids"]):
             return None
         with self.forward_context():
-            return model(**inputs, use_cache=False).logits
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
 
     def local_weight(self, projection: Projection) -> Tensor:
         """What this rank holds of a weight, as stored; the whole of it unless ``weights_are_sharded``."""

@@ -23,6 +23,7 @@ from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Soluti
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
 from sparsellm_lightning.strategies import StrategyAdapter
 
+
 @dataclass(frozen=True)
 class BlockResult:
     """What pruning one block did.
@@ -103,7 +104,11 @@ class Walker:
         """
         stream = self.stream
         # The dense model's own hidden states travel along only if they are a target.
-        dense = replace(stream, hidden=list(stream.hidden)) if self.config.target == "model" and self.global_blocks else None
+        dense = (
+            replace(stream, hidden=list(stream.hidden))
+            if self.config.target == "model" and self.global_blocks
+            else None
+        )
         for block in self.layout.blocks:
             start = time.perf_counter()
             errors, layer_errors = self._prune_block(block, stream, dense)
@@ -172,7 +177,9 @@ class Walker:
             damping=self.config.damping,
             ranks=self.adapter.ranks,
             name=f"{block.name}: ",
-            on_iteration=lambda iteration, error: self.on_iteration and self.on_iteration(block.index, iteration, error),
+            on_iteration=lambda iteration, error: (
+                self.on_iteration and self.on_iteration(block.index, iteration, error)
+            ),
         )
 
     def _prune(

@@ -109,7 +109,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def text(tokenizer: PreTrainedTokenizerFast) -> TextDataModule:
-    return TextDataModule("python-docs", sequence_length=SEQUENCE, batch_size=16, max_eval_windows=64, tokenizer=tokenizer)
+    return TextDataModule(
+        "python-docs", sequence_length=SEQUENCE, batch_size=16, max_eval_windows=64, tokenizer=tokenizer
+    )
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,9 @@ def test_calibration_comes_from_the_datamodule(model_dir: Path, monkeypatch) -> 
     asked = []
     original = data.calibration_dataloader
     monkeypatch.setattr(
-        data, "calibration_dataloader", lambda num_samples, seed: asked.append((num_samples, seed)) or original(num_samples, seed)
+        data,
+        "calibration_dataloader",
+        lambda num_samples, seed: asked.append((num_samples, seed)) or original(num_samples, seed),
     )
     trainer(SparseLLMCallback(method="wanda", num_calibration_samples=8, seed=5)).fit(CausalLM(str(model_dir)), data)
     assert asked == [(8, 5)]
@@ -164,7 +166,11 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     for batch in data.test_dataloader():
         with torch.no_grad():
             logits = model(batch["input_ids"]).logits[:, :-1].double()
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
+            )
+        )
     assert report["perplexity"]["pruned"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
     assert report["perplexity"]["dense"] < report["perplexity"]["pruned"]
     assert AutoTokenizer.from_pretrained(target)("for x in y")["input_ids"]

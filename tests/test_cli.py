@@ -105,6 +105,5 @@ def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
         args=[verb, "--config", str(recipe), "--trainer.accelerator", "cpu"],
     )
     assert any(isinstance(callback, SparseLLMCallback) for callback in cli.trainer.callbacks)
-    assert all("#" in line for line in recipe.read_text().splitlines() if ":" in line and not line.startswith(("model", "data", "pruner", "trainer"))), (
-        "every key is explained"
-    )
+    keys = [line for line in recipe.read_text().splitlines() if line.startswith(" ")]
+    assert all("#" in line for line in keys), "every key is explained"

@@ -77,7 +77,11 @@ def test_every_method_pattern_and_architecture(name: str, method: str, pattern: 
     model = build_model(name)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = list(model.parameters())
-    report = prune_model(model, random_batches(), PruningConfig(pattern=pattern, method=method, num_iterations=2, num_calibration_samples=8))
+    report = prune_model(
+        model,
+        random_batches(),
+        PruningConfig(pattern=pattern, method=method, num_iterations=2, num_calibration_samples=8),
+    )
     layout = describe(model, PruningConfig())
     pruned = {f"{p.name}.weight" for p in layout.projections()}
     for key, value in model.state_dict().items():
@@ -154,7 +158,11 @@ def test_padding_is_left_out(trained, calibration) -> None:
         model = trained("llama")
         padded = torch.nn.functional.pad(ids, (0, padding), value=0)
         mask = torch.nn.functional.pad(torch.ones_like(ids), (0, padding), value=0)
-        report = prune_model(model, [{"input_ids": padded, "attention_mask": mask}], PruningConfig(sparsity=0.6, num_calibration_samples=16))
+        report = prune_model(
+            model,
+            [{"input_ids": padded, "attention_mask": mask}],
+            PruningConfig(sparsity=0.6, num_calibration_samples=16),
+        )
         assert report.calibration == {"windows": 16, "tokens": ids.numel()}
         masks.append(torch.cat([p.parameter.flatten() != 0 for p in describe(model, PruningConfig()).projections()]))
     assert (masks[0] == masks[1]).float().mean() > 0.999
@@ -173,7 +181,9 @@ def test_bfloat16(trained, text, calibration) -> None:
 def test_skip_and_global_blocks(trained, calibration) -> None:
     model = trained("llama")
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    config = PruningConfig(sparsity=0.6, skip=["down_proj", "model.layers.0.self_attn.*"], global_blocks=[-1], num_calibration_samples=64)
+    config = PruningConfig(
+        sparsity=0.6, skip=["down_proj", "model.layers.0.self_attn.*"], global_blocks=[-1], num_calibration_samples=64
+    )
     report = prune_model(model, calibration, config)
     for layer in report.layers:
         skipped = layer["name"].endswith("down_proj") or ".layers.0.self_attn." in layer["name"]

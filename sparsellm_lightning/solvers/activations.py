@@ -76,12 +76,12 @@ def solve_preactivation(
     if activation.is_relu:
         return _solve_relu(m, p, alpha, gamma, scale)
     result = torch.empty_like(m, memory_format=torch.contiguous_format)
-    flat = [None if tensor is None else tensor.contiguous().view(-1) for tensor in (m, p, scale)]
+    flat_m, flat_p = m.contiguous().view(-1), p.contiguous().view(-1)
+    c = None if scale is None else scale.contiguous().view(-1)
     for start in range(0, result.numel(), _SLICE):
         part = slice(start, start + _SLICE)
-        m_part, p_part, scale_part = (None if tensor is None else tensor[part] for tensor in flat)
-        assert m_part is not None and p_part is not None
-        result.view(-1)[part] = _solve_smooth(activation, m_part, p_part, alpha, gamma, scale_part)
+        c_part = None if c is None else c[part]
+        result.view(-1)[part] = _solve_smooth(activation, flat_m[part], flat_p[part], alpha, gamma, c_part)
     return result
 
 

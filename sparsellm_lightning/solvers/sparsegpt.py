@@ -50,9 +50,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
             if end - start > _whole_groups(_LEAF, pattern.group):
                 middle = start + _whole_groups((end - start) // 2, pattern.group)
                 sweep(start, middle)
-                w[middle:end].addmm_(
-                    upper[start:middle, middle:end].T, errors[start - base : middle - base], alpha=-1
-                )
+                w[middle:end].addmm_(upper[start:middle, middle:end].T, errors[start - base : middle - base], alpha=-1)
                 sweep(middle, end)
                 return
             for i in range(start, end):

@@ -38,9 +38,7 @@ class FeedForward:
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``z`` and ``s`` (None when not gated) for tokens x, (n, d): each (n, f)."""
         linear = torch.nn.functional.linear
-        return linear(x, self.up, self.up_bias), (
-            None if self.gate is None else linear(x, self.gate, self.gate_bias)
-        )
+        return linear(x, self.up, self.up_bias), (None if self.gate is None else linear(x, self.gate, self.gate_bias))
 
     def combine(self, z: Tensor, s: Tensor | None) -> Tensor:
         """The hidden activation ``φ(s) ⊙ z``, or ``φ(z)``."""
@@ -162,7 +160,8 @@ def solve_feed_forward(
     errors: list[float] = []
     for iteration in range(iterations):
         pruned = prune(targets, inputs)
-        iterate = replace(dense, **{layer: ranks.gather_rows(pruned[layer], width) for layer in first})
+        whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
+        iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         hidden, cross = _hidden_statistics(iterate, tokens, damping, ranks, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
@@ -209,13 +208,13 @@ class _Tokens:
 class _Auxiliaries:
     """The variables z and s of this rank's tokens, in the dtype of X, and their updates. p is never stored."""
 
-    def __init__(
-        self, dense: FeedForward, tokens: _Tokens, penalties: Penalties, damping: float, ranks: Ranks
-    ) -> None:
+    def __init__(self, dense: FeedForward, tokens: _Tokens, penalties: Penalties, damping: float, ranks: Ranks) -> None:
         self.tokens, self.ranks, self.damping = tokens, ranks, damping
         self.keep_p = not penalties.scale_free
         self.chunks: list[tuple[Tensor, Tensor | None]] = []
-        squares = torch.zeros(5, dtype=torch.float64, device=dense.up.device)  # of z, s, Y, p; and their number of tokens
+        squares = torch.zeros(
+            5, dtype=torch.float64, device=dense.up.device
+        )  # of z, s, Y, p; and their number of tokens
         for x_c, y_c, _ in tokens:
             z, s = dense.preactivations(x_c)
             p = dense.combine(z, s)

@@ -1,0 +1,117 @@
+"""The z and s steps against a fine grid, and the derivatives against autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from sparsellm_lightning.solvers import activations
+from sparsellm_lightning.solvers.activations import find_activation, solve_preactivation
+
+NAMES = ["relu", "silu", "gelu", "gelu_new", "quick_gelu"]
+WEIGHTS = [(0.1, 1.0), (1.0, 1.0), (10.0, 1.0), (3.0, 30.0)]  # alpha, gamma
+
+
+def entries(seed: int, *shape: int, sigma: float = 2.0) -> Tensor:
+    return sigma * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def objective(name: str, t: Tensor, m: Tensor, p: Tensor, c: Tensor | None, alpha: float, gamma: float) -> Tensor:
+    t, m, p = t.double(), m.double(), p.double()
+    return alpha * (t - m).square() + gamma * (p - (1.0 if c is None else c.double()) * ACT2FN[name](t)).square()
+
+
+def grid_minimum(name: str, m: Tensor, p: Tensor, c: Tensor | None, alpha: float, gamma: float) -> Tensor:
+    """Minimum over 2001 points of the interval outside which the first term alone exceeds the objective at m."""
+    radius = (objective(name, m, m, p, c, alpha, gamma) / alpha).sqrt()
+    points = m.double()[:, None] + radius[:, None] * torch.linspace(-1, 1, 2001).double()
+    scale = None if c is None else c[:, None]
+    return objective(name, points, m[:, None], p[:, None], scale, alpha, gamma).amin(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("alpha", "gamma"), WEIGHTS)
+def test_solve_preactivation(name: str, scaled: bool, alpha: float, gamma: float) -> None:
+    m, p, c = entries(1, 1500), entries(2, 1500), entries(3, 1500) if scaled else None
+    m[:3], p[:3] = 0, torch.tensor([0.0, 3.0, -3.0])
+    result = solve_preactivation(find_activation(name), m, p, alpha, gamma, scale=c)
+    assert (result.shape, result.dtype) == (m.shape, m.dtype)
+    reached = objective(name, result, m, p, c, alpha, gamma)
+    assert (reached <= objective(name, m, m, p, c, alpha, gamma) * (1 + 1e-5) + 1e-6).all()
+    minimum = grid_minimum(name, m, p, c, alpha, gamma)
+    if name == "relu":
+        assert (reached <= minimum * (1 + 1e-5) + 1e-6).all()
+    assert float(reached.mean()) <= 1.01 * float(minimum.mean()) + 1e-6
+    assert float((reached <= 1.01 * minimum + 1e-5).double().mean()) >= 0.99
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_extreme_entries_stay_finite_and_no_worse_than_m(name: str, scaled: bool) -> None:
+    values = [-1e4, -30.0, -1e-6, 0.0, 1e-6, 30.0, 1e4]
+    m, p, c = torch.tensor(list(itertools.product(values, values, values))).T
+    scale = c if scaled else None
+    result = solve_preactivation(find_activation(name), m, p, 1.0, 1.0, scale=scale)
+    assert torch.isfinite(result).all()
+    reached, start = (objective(name, t, m, p, scale, 1.0, 1.0) for t in (result, m))
+    assert (reached <= start * (1 + 1e-5) + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_entries_are_independent(name: str, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views, and slices of seven entries, give what each entry gives alone."""
+    m, p, c = (entries(seed, 5, 6).T for seed in (1, 2, 3))
+    before = m.clone(), p.clone(), c.clone()
+    monkeypatch.setattr(activations, "_SLICE", 7)
+    activation = find_activation(name)
+    result = solve_preactivation(activation, m, p, 1.0, 2.0, scale=c if scaled else None)
+    assert all(torch.equal(old, new) for old, new in zip(before, (m, p, c), strict=True))
+    for i, j in itertools.product(range(6), range(5)):
+        one = (slice(i, i + 1), slice(j, j + 1))
+        alone = solve_preactivation(activation, m[one], p[one], 1.0, 2.0, scale=c[one] if scaled else None)
+        torch.testing.assert_close(result[one], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_new", "quick_gelu"])
+def test_derivatives(name: str) -> None:
+    t = torch.linspace(-8, 8, 161).double().requires_grad_()
+    phi = ACT2FN[name](t)
+    (first,) = torch.autograd.grad(phi.sum(), t, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), t)
+    exact = find_activation(name).derivatives is not None
+    assert exact == (name != "quick_gelu")
+    tolerance = 1e-9 if exact else 1e-3
+    for actual, expected in zip(find_activation(name).expand(t.detach()), (phi, first, second), strict=True):
+        torch.testing.assert_close(actual, expected.detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relu",
+        "silu",
+        "swish",
+        "gelu",
+        "gelu_python",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_accurate",
+        "gelu_pytorch_tanh",
+        "tanh",
+    ],
+)
+def test_names_are_those_of_transformers(name: str) -> None:
+    t = torch.linspace(-6, 6, 101)
+    torch.testing.assert_close(find_activation(name)(t), ACT2FN[name](t), rtol=1e-5, atol=1e-5)
+    assert find_activation(name).is_relu == (name == "relu")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(KeyError):
+        find_activation("no such activation")
