@@ -5,6 +5,7 @@ Adding a model is adding a row with :func:`register_architecture`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -89,6 +90,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# What torch.compile, activation checkpointing and FSDP1 put into module names.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)")
+
+
 def register_architecture(model_type: str, architecture: Architecture) -> None:
     """Add (or replace) the row for ``config.model_type``."""
     ARCHITECTURES[model_type] = architecture
@@ -120,8 +125,9 @@ class Projection:
     @property
     def shape(self) -> tuple[int, int]:
         """(out features, in features), of the whole weight."""
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        # From the module: the parameter of a sharded one may be a flat piece.
+        module: Any = self.module
+        return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
     @property
     def bias(self) -> Tensor | None:
@@ -165,16 +171,8 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
         UserError: an unknown architecture, a skip pattern that matches nothing, columns that do not divide by the N:M
             group, or block indices outside the model.
     """
-    model_type = model.config.model_type
-    row = ARCHITECTURES.get(model_type)
-    if row is None:
-        raise UserError(
-            f"Architecture {model_type!r} is not in the table. Known: {', '.join(sorted(ARCHITECTURES))}. Add a row: "
-            f"sparsellm_lightning.register_architecture({model_type!r}, Architecture(blocks='layers', "
-            "attention=(('self_attn.q_proj', ...), ('self_attn.o_proj',)), gate='mlp.gate_proj', up='mlp.up_proj', "
-            "down='mlp.down_proj'))."
-        )
-    names = {module: name for name, module in model.named_modules()}
+    row, model_type = _row(model), model.config.model_type
+    names = {module: _WRAPPERS.sub("", name) for name, module in model.named_modules()}
     unmatched = set(config.skip)
 
     def projection(block: nn.Module, path: str) -> Projection:
@@ -187,7 +185,7 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
         return Projection(name, module, pruned=not matching)
 
     blocks = []
-    for index, module in enumerate(_get(model.base_model, row.blocks, model_type)):
+    for index, module in enumerate(decoder_blocks(model)):
         attention = [[projection(module, path) for path in group] for group in row.attention]
         paths = {"gate": row.gate, "up": row.up, "down": row.down}
         feed_forward = {role: projection(module, path) for role, path in paths.items() if path is not None}
@@ -203,6 +201,28 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
     _check_groups(layout, config)
     config.globally_solved(len(blocks))
     return layout
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder blocks, in order.
+
+    Raises:
+        UserError: an unknown architecture.
+    """
+    return list(_get(model.base_model, _row(model).blocks, model.config.model_type))
+
+
+def _row(model: PreTrainedModel) -> Architecture:
+    model_type = model.config.model_type
+    row = ARCHITECTURES.get(model_type)
+    if row is None:
+        raise UserError(
+            f"Architecture {model_type!r} is not in the table. Known: {', '.join(sorted(ARCHITECTURES))}. Add a row: "
+            f"sparsellm_lightning.register_architecture({model_type!r}, Architecture(blocks='layers', "
+            "attention=(('self_attn.q_proj', ...), ('self_attn.o_proj',)), gate='mlp.gate_proj', up='mlp.up_proj', "
+            "down='mlp.down_proj'))."
+        )
+    return row
 
 
 def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:

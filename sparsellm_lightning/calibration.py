@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.ranks import Ranks
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """A batch of calibration windows.
+
+    Args:
+        inputs: the model's keyword arguments.
+        valid: (batch, sequence) bool, False where a token must not count (padding); None if all count.
+    """
+
+    inputs: dict[str, Tensor]
+    valid: Tensor | None
+
+    @property
+    def windows(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
 
 def model_inputs(batch: Any) -> dict[str, Tensor]:
@@ -36,8 +54,14 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
 
 
 def take_windows(
-    batches: Iterable[Any], count: int, ranks: Ranks, device: torch.device, *, sharded: bool = False
-) -> tuple[list[dict[str, Tensor]], int]:
+    batches: Iterable[Any],
+    count: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    equal_numbers: bool = False,
+) -> tuple[list[CalibrationBatch], int]:
     """This rank's share of the first ``count`` windows (rows of batches), and how many there are over all ranks.
 
     Args:
@@ -46,6 +70,7 @@ def take_windows(
         ranks: window i goes to rank ``i mod size``, so shares differ by at most one and none is used twice.
         device: where to put them.
         sharded: the stream already holds this rank's windows only (a distributed sampler): take a share's worth.
+        equal_numbers: give every rank as many batches as the one with most, by batches of which no token counts.
 
     Raises:
         UserError: no windows on any rank.
@@ -59,15 +84,24 @@ def take_windows(
         mine = [row for row in range(min(rows, wanted - seen)) if (seen + row) % size == rank]
         if mine:
             # Arguments shared by the batch (such as position ids of one row) are passed on as they are.
-            taken.append({k: (v[mine] if len(v) == rows else v).to(device) for k, v in inputs.items()})
+            chosen = {k: (v[mine] if len(v) == rows else v).to(device) for k, v in inputs.items()}
+            taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
         seen += rows
         if seen >= wanted:
             break
-    total = torch.tensor([sum(len(next(iter(batch.values()))) for batch in taken)], device=device)
+    total = torch.tensor([sum(batch.windows for batch in taken)], device=device)
     ranks.sum_(total)
     if not int(total):
         raise UserError(
             "Pruning needs at least one calibration window, the calibration (or training) dataloader gave none. "
             "Check its dataset and length."
         )
+    if equal_numbers:
+        most = max(int(number) for number in ranks.gather(torch.tensor([len(taken)], device=device)))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        taken += [CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))] * (most - len(taken))
     return taken, int(total)
+
+
+def _valid(mask: Tensor | None) -> Tensor | None:
+    return mask.bool() if mask is not None and mask.dim() == 2 and not bool(mask.all()) else None

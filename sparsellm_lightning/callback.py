@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
@@ -21,6 +21,8 @@ from sparsellm_lightning.masks import Masks
 from sparsellm_lightning.pruning import prune_model
 from sparsellm_lightning.report import PruningReport, layer_rows
 from sparsellm_lightning.strategies import StrategyAdapter, adapter_for
+
+log = logging.getLogger(__name__)
 
 
 class SparseLLMCallback(pl.Callback):
@@ -137,7 +139,8 @@ class SparseLLMCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = self._model(pl_module)
         if self.pruned:
-            rank_zero_info("SparseLLMCallback: this run resumes one that has pruned; not pruning again.")
+            if trainer.is_global_zero:
+                log.info("This run resumes one that has pruned; not pruning again.")
         else:
             adapter = adapter_for(trainer)
             dense = self._perplexity(trainer, model, adapter)
@@ -173,9 +176,12 @@ class SparseLLMCallback(pl.Callback):
             self.report.layers, self.report.sparsity["achieved"] = layer_rows(
                 describe(model, self.config), adapter, errors
             )
-        if self.export_dir is not None and trainer.is_global_zero:
-            tokenizer = getattr(pl_module, "tokenizer", None)
-            self.report.save(export_model(model, self.export_dir, tokenizer, self.overwrite))
+        if self.export_dir is not None:
+            state = adapter.state_dict(model)
+            if trainer.is_global_zero:
+                tokenizer = getattr(pl_module, "tokenizer", None)
+                self.report.save(export_model(model, self.export_dir, tokenizer, self.overwrite, state))
+            trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
         return {"report": None if self.report is None else self.report.to_dict()}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
@@ -31,10 +35,18 @@ def export_model(
     export_dir: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write config, safetensors and tokenizer, loadable by ``AutoModelForCausalLM.from_pretrained`` alone.
 
     Written beside the target first and renamed into place, so that an interrupted export leaves no half folder.
+
+    Args:
+        model: to write; its weights too, unless ``state_dict`` is given.
+        export_dir: target folder.
+        tokenizer: written along.
+        overwrite: replace what the folder holds.
+        state_dict: the whole weights of a model that is sharded over ranks.
 
     Raises:
         UserError: see :func:`check_export_dir`.
@@ -44,6 +56,8 @@ def export_model(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if state_dict is not None:
+        model = _unsharded(model, state_dict)
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
@@ -51,3 +65,15 @@ def export_model(
         shutil.rmtree(target)
     partial.rename(target)
     return target
+
+
+def _unsharded(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
+    """A plain model of the same class and configuration around whole weights."""
+    # FSDP2 gives a sharded module a class of its own, derived from the model's.
+    plain: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    with torch.device("meta"):
+        whole: PreTrainedModel = plain(model.config)
+    whole.load_state_dict(state_dict, assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.evaluate import IGNORED, labels_of, new_metric, update
 from sparsellm_lightning.loading import load_model, load_tokenizer
+from sparsellm_lightning.sharding import load_sharded
 
 
 class CausalLM(pl.LightningModule):
@@ -49,8 +50,13 @@ class CausalLM(pl.LightningModule):
         self.perplexity = new_metric()
 
     def configure_model(self) -> None:
-        if not hasattr(self, "model"):
+        if hasattr(self, "model"):
+            return
+        mesh = self.device_mesh
+        if mesh is None:
             self.model = load_model(self.pretrained, self.dtype_name)
+        else:
+            self.model = load_sharded(self.pretrained, self.dtype_name, mesh["data_parallel"])
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -51,12 +51,18 @@ def prune_model(
     """
     adapter = adapter or StrategyAdapter()
     layout = describe(model, config)
+    adapter.check(layout)
     start = time.perf_counter()
     device = device_of(model)
     results, tokens = [], 0
-    with adapter.calibrating(model):
+    with adapter.ranks.failing_together(), adapter.calibrating(model):
         batches, windows = take_windows(
-            calibration_batches, config.num_calibration_samples, adapter.ranks, device, sharded=sharded
+            calibration_batches,
+            config.num_calibration_samples,
+            adapter.ranks,
+            device,
+            sharded=sharded,
+            equal_numbers=adapter.forward_is_collective,
         )
         if windows < config.num_calibration_samples:
             _warn(
@@ -81,6 +87,7 @@ def prune_model(
                 bar.update()
                 if result.errors:
                     bar.set_postfix(error=f"{min(result.errors):.4f}")
+        adapter.finish(model)
     layers, achieved = layer_rows(layout, adapter, {k: v for r in results for k, v in r.layer_errors.items()})
     return PruningReport(
         model=model.config.name_or_path or type(model).__name__,

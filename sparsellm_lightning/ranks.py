@@ -7,9 +7,20 @@ the statistics, so each rank solves its own. :class:`Ranks` is the single proces
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_FAILURE, _HEARD = "sparsellm_lightning/failure", "sparsellm_lightning/heard"
+_PATIENCE = 10.0  # seconds that a failing rank waits for the others to hear of it
+
+
+class PeerError(RuntimeError):
+    """Another rank failed while this one was pruning; the message is that rank's."""
 
 
 def split_sizes(rows: int, ranks: int) -> list[int]:
@@ -34,6 +45,15 @@ class Ranks:
     def gather_rows(self, local: Tensor, rows: int) -> Tensor:
         """All ``rows`` of a matrix of which each rank holds :func:`split_sizes` consecutive rows."""
         return local
+
+    def gather_rows_to_first(self, local: Tensor, rows: int) -> Tensor | None:
+        """Like :meth:`gather_rows`, on rank 0 only; None elsewhere."""
+        return local
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Whatever is raised inside on one rank ends the others too, with its message, rather than leave them waiting."""
+        yield
 
     def local_rows(self, rows: int) -> slice:
         """This rank's rows of a matrix with ``rows`` rows."""
@@ -68,12 +88,42 @@ class ProcessGroupRanks(Ranks):
         return parts
 
     def gather_rows(self, local: Tensor, rows: int) -> Tensor:
-        sizes = split_sizes(rows, self.size)
-        # Collectives want equal shapes: the short shards travel padded to the longest one.
-        padded = local.new_zeros((sizes[0], *local.shape[1:]))
+        return self._join(self.gather(self._padded(local, rows)), rows)
+
+    def gather_rows_to_first(self, local: Tensor, rows: int) -> Tensor | None:
+        padded = self._padded(local, rows)
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, parts, group=self.group, group_dst=0)
+        return None if parts is None else self._join(parts, rows)
+
+    def _padded(self, local: Tensor, rows: int) -> Tensor:
+        """Collectives want equal shapes: the short shards travel padded to the longest one."""
+        padded = local.new_zeros((split_sizes(rows, self.size)[0], *local.shape[1:]))
         padded[: local.shape[0]] = local
-        parts = self.gather(padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return padded
+
+    def _join(self, parts: list[Tensor], rows: int) -> Tensor:
+        return torch.cat([part[:size] for part, size in zip(parts, split_sizes(rows, self.size), strict=True)])
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        try:
+            yield
+        except BaseException as error:
+            if store.check([_FAILURE]):
+                # Another rank failed first; what happened here is only its echo.
+                message = store.get(_FAILURE).decode()
+                store.add(_HEARD, 1)
+                raise PeerError(message) from error
+            store.set(_FAILURE, f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}")
+            # Closing the connections wakes the ranks that wait in a collective; then let them read the message, since
+            # the store may live in this process.
+            dist.destroy_process_group()
+            deadline = time.monotonic() + _PATIENCE
+            while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise
 
 
 SINGLE = Ranks()

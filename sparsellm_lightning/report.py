@@ -96,10 +96,9 @@ def count_zeros(layout: DecoderLayout, adapter: StrategyAdapter) -> dict[str, in
     names, counts = [], []
     for projection in layout.projections():
         names.append(projection.name)
-        counts.append((adapter.local_weight(projection) == 0).sum())
-    totals = torch.stack(counts).double()
-    if adapter.weights_are_sharded:
-        adapter.ranks.sum_(totals)
+        counts.append(adapter.count_zeros(projection))
+    totals = torch.stack(counts)
+    adapter.ranks.sum_(totals)
     return {name: int(total) for name, total in zip(names, totals, strict=True)}
 
 

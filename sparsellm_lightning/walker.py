@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
+from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, solve_feed_forward
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
-from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Walker:
         self.penalties = Penalties(config.alpha, config.beta, config.gamma, config.scale_free)
 
     @torch.no_grad()
-    def enter(self, batches: Sequence[dict[str, Tensor]]) -> int:
+    def enter(self, batches: Sequence[CalibrationBatch]) -> int:
         """Run the calibration inputs up to the first block; returns their valid tokens over all ranks.
 
         Args:
-            batches: this rank's calibration inputs, on the model's device.
+            batches: this rank's calibration windows, on the model's device.
         """
         self.stream = self._enter_model(batches)
         tokens = torch.tensor([self.stream.tokens], device=device_of(self.layout.model))
@@ -131,8 +132,9 @@ class Walker:
                 inputs = InputStatistics(statistics, self.config.damping, group[0].name)
                 rows = {p.name: self.adapter.read_rows(p) for p in group}
                 pruned = self._prune({p.name: p for p in group}, rows, rows, inputs)
-                for projection in group:
-                    layer_errors |= self._store(projection, rows[projection.name], pruned[projection.name], inputs)
+                for p in (p for p in group if p.pruned):
+                    self.adapter.write_rows(p, pruned[p.name])
+                    layer_errors[p.name] = self._error_as_stored(p, rows[p.name], pruned[p.name], inputs)
         if not any(projection.pruned for projection in block.feed_forward.values()):
             stream.hidden = self._forward(block, stream)
             return [], layer_errors
@@ -147,15 +149,17 @@ class Walker:
             target = dense_target - self._valid_tokens(outputs, stream) + y if self.layout.additive else dense_target
         solution = self._solve(block, feed_forward, x, target)
 
-        for role, projection in block.feed_forward.items():
-            inputs = solution.hidden if role == "down" else solution.inputs
-            mine = self.adapter.ranks.local_rows(projection.shape[0])
-            layer_errors |= self._store(
-                projection, whole[role][mine], getattr(solution.feed_forward, role)[mine], inputs
-            )
+        stored = dict(whole)
+        for role, p in block.feed_forward.items():
+            if p.pruned:
+                weight = getattr(solution.feed_forward, role)
+                self.adapter.write_whole(p, weight)
+                stored[role] = _as_stored(weight, p)
+                mine = self.adapter.ranks.local_rows(p.shape[0])
+                inputs = solution.hidden if role == "down" else solution.inputs
+                layer_errors[p.name] = self._error_as_stored(p, whole[role][mine], weight[mine], inputs)
         if self.layout.additive:
-            stored = self._as_feed_forward(block, {r: self.adapter.whole(p) for r, p in block.feed_forward.items()})
-            self._add_change(outputs, stream, stored, x, y)
+            self._add_change(outputs, stream, self._as_feed_forward(block, stored), x, y)
             stream.hidden = outputs
         else:
             stream.hidden = self._forward(block, stream)
@@ -199,20 +203,15 @@ class Walker:
         solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
         return {name: dense[name] for name in targets} | dict(zip(chosen, solved, strict=True))
 
-    def _store(
-        self, projection: Projection, dense: Tensor, pruned: Tensor, inputs: InputStatistics
-    ) -> dict[str, float]:
-        """Write this rank's rows back, and measure the error of what the parameter then holds."""
-        if not projection.pruned:
-            return {}
-        self.adapter.write_rows(projection, pruned)
-        parts = torch.stack(relative_error(dense, self.adapter.read_rows(projection), inputs.gram)).double()
+    def _error_as_stored(self, projection: Projection, dense: Tensor, pruned: Tensor, inputs: InputStatistics) -> float:
+        """Relative output error, over all ranks, of this rank's rows as the parameter's dtype holds them."""
+        parts = torch.stack(relative_error(dense, _as_stored(pruned, projection), inputs.gram)).double()
         self.adapter.ranks.sum_(parts)
-        return {projection.name: float(parts[0] / parts[1]) if parts[1] > 0 else 0.0}
+        return float(parts[0] / parts[1]) if parts[1] > 0 else 0.0
 
     # -- the model's side: hidden states in, hidden states out --------------------------------------------------------
 
-    def _enter_model(self, batches: Sequence[dict[str, Tensor]]) -> _Stream:
+    def _enter_model(self, batches: Sequence[CalibrationBatch]) -> _Stream:
         """Hidden states in front of the first block, and every block's other arguments (masks, rotary embeddings)."""
         recorders = [_Recorder(block.module, run=block.index == 0) for block in self.layout.blocks]
         with ExitStack() as stack:
@@ -220,9 +219,8 @@ class Walker:
                 stack.enter_context(recorder.installed())
             for batch in batches:
                 with self.adapter.forward_context():
-                    self.adapter.run_model(self.layout.model, batch)
-        masks = [batch.get("attention_mask") for batch in batches]
-        valid = [mask.bool() if mask is not None and mask.dim() == 2 and not mask.all() else None for mask in masks]
+                    self.adapter.run_model(self.layout.model, batch.inputs)
+        valid = [batch.valid for batch in batches]
         return _Stream(recorders[0].hidden, [recorder.arguments for recorder in recorders], valid)
 
     def _forward(
@@ -300,7 +298,7 @@ class Walker:
         """The table's row describes the block truly: our feed-forward gives the block's own output."""
         sample = slice(0, 64)
         ours, theirs = feed_forward(x[sample].float()), y[sample].float()
-        tolerance = 1e-3 if x.dtype == torch.float32 else 0.1
+        tolerance = 1e-3 if x.dtype == y.dtype == torch.float32 else 0.1
         if len(ours) and not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + 1e-6:
             if not (bool(torch.isfinite(ours).all()) and bool(torch.isfinite(theirs).all())):
                 return  # the solver names the projection
@@ -326,7 +324,6 @@ class _Recorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         original = self.block.forward
-        had_own = "forward" in vars(self.block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
@@ -341,14 +338,8 @@ class _Recorder:
                 _Recorder.returns_tuple = isinstance(original(hidden, *rest, **kwargs), tuple)
             return (hidden,) if _Recorder.returns_tuple else hidden
 
-        self.block.forward = forward  # type: ignore[method-assign]
-        try:
+        with patched_forward(self.block, forward):
             yield
-        finally:
-            if had_own:
-                self.block.forward = original  # type: ignore[method-assign]
-            else:
-                del self.block.forward
 
 
 class _Buffer:
@@ -367,6 +358,11 @@ class _Buffer:
 
     def filled(self, like: Tensor) -> Tensor:
         return like.new_empty(0, self.shape[1]) if self.data is None else self.data
+
+
+def _as_stored(weight: Tensor, projection: Projection) -> Tensor:
+    """A float32 weight after the rounding that its parameter's dtype causes."""
+    return weight.to(projection.parameter.dtype).float()
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsellm_lightning import Architecture, NumericalError, PruningConfig, UserError, perplexity, prune_model
 from sparsellm_lightning import architectures as table
 from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
 
@@ -47,7 +48,7 @@ def test_nothing_pruned_reproduces_the_model(name: str, method: str) -> None:
     config = PruningConfig(sparsity=0.0, method=method)
     walker = Walker(describe(model, config), config, StrategyAdapter())
     batches = random_batches()
-    walker.enter(batches)
+    walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
     list(walker.walk())
     for batch, hidden in zip(batches, walker.stream.hidden, strict=True):
         valid = batch["attention_mask"].bool()
@@ -63,7 +64,7 @@ def test_pruned_stream_is_the_pruned_model(name: str, target: str) -> None:
     config = PruningConfig(sparsity=0.6, target=target, num_iterations=2)
     walker = Walker(describe(model, config), config, StrategyAdapter())
     batches = random_batches()
-    walker.enter(batches)
+    walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
     list(walker.walk())
     for batch, hidden in zip(batches, walker.stream.hidden, strict=True):
         valid = batch["attention_mask"].bool()

@@ -1,0 +1,156 @@
+"""What the processes of the distributed tests run: started by Lightning's own launcher, once per process.
+
+    python distributed_job.py FOLDER JOB.json
+
+The job names the strategy, the number of processes and what to do; rank-dependent results go to files in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule
+from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.ranks import ProcessGroupRanks
+from sparsellm_lightning.sharding import FSDP2Strategy
+
+torch.set_num_threads(1)
+
+
+class Job:
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.folder, self.options = folder, options
+        self.processes = options.get("processes", 1)
+
+    def strategy(self) -> Any:
+        kind, sharded_checkpoint = self.options.get("strategy"), self.options.get("sharded_checkpoint", True)
+        backend = "gloo" if self.options.get("accelerator", "cpu") == "cpu" else None
+        if kind == "ddp":
+            return DDPStrategy(process_group_backend=backend)
+        if kind == "fsdp2":
+            return FSDP2Strategy(save_distributed_checkpoint=sharded_checkpoint, process_group_backend=backend)
+        if kind == "fsdp1":
+            return FSDPStrategy(auto_wrap_policy=_decoder_layer)
+        if kind == "tensor_parallel":
+            return ModelParallelStrategy(1, self.processes, process_group_backend=backend)
+        return "auto"
+
+    def trainer(self, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator=self.options.get("accelerator", "cpu"),
+            devices=self.processes,
+            strategy=self.strategy(),
+            precision=self.options.get("precision", "32-true"),
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=str(self.folder),
+            **kwargs,
+        )
+
+    def module(self) -> CausalLM:
+        module = Compiled(self.options["model"]) if self.options.get("compile") else CausalLM(self.options["model"])
+        module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+        return module
+
+    def data(self) -> TextDataModule:
+        return TextDataModule("python-docs", sequence_length=64, batch_size=4, max_eval_windows=16)
+
+    def pruner(self, **kwargs: Any) -> SparseLLMCallback:
+        return Observed(**{**self.options.get("pruner", {}), **kwargs})
+
+
+class Compiled(CausalLM):
+    def configure_model(self) -> None:
+        super().configure_model()
+        for layer in self.model.model.layers:
+            layer.compile(backend="eager")
+            layer.gradient_checkpointing = True
+
+
+class Observed(SparseLLMCallback):
+    """Notes the traffic of this rank, and the size of the largest tensor a rank ever gathers."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sent = {"elements": 0, "largest": 0}
+        original = ProcessGroupRanks.gather
+        ProcessGroupRanks.gather = lambda ranks, tensor: (  # type: ignore[method-assign]
+            sent.update(largest=max(sent["largest"], tensor.numel() * ranks.size)) or original(ranks, tensor)
+        )
+        made: list[ProcessGroupRanks] = []
+        init = ProcessGroupRanks.__init__
+        ProcessGroupRanks.__init__ = lambda ranks, *args: (init(ranks, *args), made.append(ranks))[0]  # type: ignore[method-assign]
+        try:
+            super().on_train_start(trainer, pl_module)
+        finally:
+            ProcessGroupRanks.gather, ProcessGroupRanks.__init__ = original, init  # type: ignore[method-assign]
+        sent["elements"] = sum(ranks.elements for ranks in made)
+        folder = Path(trainer.default_root_dir)
+        (folder / f"traffic_{trainer.global_rank}.json").write_text(json.dumps(sent))
+        layout = describe(self._model(pl_module), PruningConfig())
+        if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
+            weights = {p.name: p.parameter.detach() for p in layout.projections()}
+            torch.save(weights, folder / f"weights_{trainer.global_rank}.pt")
+
+
+def _decoder_layer(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    return recurse or type(module).__name__.endswith("DecoderLayer")
+
+
+def prune(job: Job) -> None:
+    job.trainer(job.pruner(export_dir=str(job.folder / "out"))).fit(job.module(), job.data())
+
+
+def life(job: Job) -> None:
+    """Prune, train two steps, save, train on; then resume from the checkpoint, and export."""
+    first = job.trainer(job.pruner(finetune=True), max_steps=2)
+    first.fit(job.module(), job.data())
+    checkpoint = job.folder / "stopped.ckpt"
+    first.save_checkpoint(checkpoint)
+    pruner = job.pruner(finetune=True, export_dir=str(job.folder / "out"))
+    import sparsellm_lightning.callback as callback
+
+    def again(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("pruned again")
+
+    callback.prune_model = again  # type: ignore[assignment]
+    job.trainer(pruner, max_steps=4).fit(job.module(), job.data(), ckpt_path=str(checkpoint))
+
+
+def fail(job: Job) -> None:
+    """One rank raises in the middle of the solve."""
+    import sparsellm_lightning.walker as walker
+
+    original = walker.solve_feed_forward
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        import torch.distributed as dist
+
+        if dist.get_rank() == job.options["failing_rank"] and kwargs["name"].startswith("model.layers.1"):
+            raise job_error(job.options["error"])
+        return original(*args, **kwargs)
+
+    walker.solve_feed_forward = failing  # type: ignore[assignment]
+    prune(job)
+
+
+def job_error(name: str) -> BaseException:
+    return {"ValueError": ValueError("a bad batch"), "KeyboardInterrupt": KeyboardInterrupt()}[name]
+
+
+if __name__ == "__main__":
+    where, description = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    globals()[description["job"]](Job(where, description))
