@@ -98,6 +98,7 @@ def prune_model(
         layers=layers,
         blocks=[{"index": r.index, "errors": r.errors, "seconds": r.seconds} for r in results],
         calibration={"windows": windows, "tokens": tokens},
+        phases=walker.stopwatch.seconds,
         wall_seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory(device),
         config=asdict(config),

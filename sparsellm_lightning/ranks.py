@@ -7,6 +7,7 @@ the statistics, so each rank solves its own. :class:`Ranks` is the single proces
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _FAILURE, _HEARD = "sparsellm_lightning/failure", "sparsellm_lightning/heard"
 _PATIENCE = 10.0  # seconds that a failing rank waits for the others to hear of it
@@ -114,9 +117,12 @@ class ProcessGroupRanks(Ranks):
             if store.check([_FAILURE]):
                 # Another rank failed first; what happened here is only its echo.
                 message = store.get(_FAILURE).decode()
+                log.error(message)
                 store.add(_HEARD, 1)
                 raise PeerError(message) from error
-            store.set(_FAILURE, f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}")
+            message = f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}"
+            log.error(message)
+            store.set(_FAILURE, message)
             # Closing the connections wakes the ranks that wait in a collective; then let them read the message, since
             # the store may live in this process.
             dist.destroy_process_group()

@@ -34,6 +34,8 @@ class PruningReport:
             :class:`~sparsellm_lightning.walker.BlockResult`, None for one left dense.
         blocks: ``{"index", "errors", "seconds"}``, feed-forward error per iteration.
         calibration: ``{"windows", "tokens"}`` over all ranks.
+        phases: seconds of block forwards (``forward``), Gram matrices (``statistics``; with a local method also those inside
+            the feed-forward block), local solver (``local_solve``) and alternation (``alternation``).
         wall_seconds: of pruning: calibration and solve.
         peak_memory_bytes: of this process (resident set), or of its accelerator.
         versions: of Python and the packages that matter.
@@ -48,6 +50,7 @@ class PruningReport:
     layers: list[dict[str, Any]]
     blocks: list[dict[str, Any]]
     calibration: dict[str, int]
+    phases: dict[str, float]
     wall_seconds: float
     peak_memory_bytes: int
     config: dict[str, Any]

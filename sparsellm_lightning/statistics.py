@@ -1,6 +1,7 @@
 """Second-order statistics of calibration tokens: Gram and cross matrices, and their factorisation.
 
-Shape letters: n tokens, d and e features. All sums are float32, whatever the dtype of the activations.
+Shape letters: n tokens, d and e features. Statistics are float32, whatever the dtype of the activations; sums and
+factorisations go through float64.
 """
 
 from __future__ import annotations
@@ -17,25 +18,47 @@ from sparsellm_lightning.ranks import Ranks
 MAX_DAMPING_RAISES = 6
 
 
-class Gram:
-    """Mean over tokens of ``x xᵀ``: ``G = XᵀX / n``, (d, d), summed over chunks and over ranks."""
+class Cross:
+    """Mean over tokens of ``a bᵀ``: ``AᵀB / n``, (d, e), summed over chunks and over ranks.
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
+    Products are float32; their sums are float64, so that the result does not depend on the order of the chunks nor on how
+    they are spread over ranks, but for a rounding in some 1e-9 of the entries. That is what makes the masks of one and of
+    many ranks equal: a difference in the last float32 bit, amplified through factorisations and blocks, flips 0.2 % of them.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(rows, columns, dtype=_exact(device), device=device)
         self.tokens = 0
+        self._product = torch.empty(rows, columns, dtype=torch.float32, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Add tokens ``x``, (n, d), of any dtype."""
-        x = x.float()
-        self.total.addmm_(x.T, x)
-        self.tokens += x.shape[0]
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add tokens: a (n, d) and b (n, e), float32."""
+        self.total.add_(torch.mm(a.T, b, out=self._product))
+        self.tokens += a.shape[0]
 
     def mean(self, ranks: Ranks) -> Tensor:
-        """``XᵀX / n`` over all ranks' tokens, so that its scale does not depend on their number. Ends the summing."""
-        tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.total.device)
+        """``AᵀB / n`` over all ranks' tokens, float32, so that its scale does not depend on their number. Ends the summing."""
+        tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self.total.device)
         ranks.sum_(self.total, tokens)
         self.tokens = int(tokens)
-        return self.total.div_(max(self.tokens, 1))
+        return self.total.div_(max(self.tokens, 1)).float()
+
+
+class Gram(Cross):
+    """Mean over tokens of ``x xᵀ``: ``XᵀX / n``, (d, d)."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, features, device)
+
+    def add(self, a: Tensor, b: Tensor | None = None) -> None:
+        """Add tokens ``a``, (n, d), of any dtype."""
+        a = a.float()
+        super().add(a, a)
+
+
+def _exact(device: torch.device | str) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,8 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     """Factor ``(G + λI)⁻¹`` with ``λ = damping * mean(diag G)``; the damping is applied to a copy.
 
     With J the reversal of the features and ``J H J = L Lᵀ``, ``U = (J L J)⁻¹`` is upper triangular and ``UᵀU = H⁻¹``: one
-    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again.
+    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again. In float64: float32
+    factorisations differ with the number of threads.
 
     When the matrix is not positive definite to working precision the damping is raised tenfold, with a warning, up to
     ``MAX_DAMPING_RAISES`` times.
@@ -75,14 +99,15 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.mean()) or 1.0
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    exact = gram.to(_exact(gram.device))
+    identity = torch.eye(gram.shape[0], dtype=exact.dtype, device=gram.device)
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
-        damped = gram.clone()
-        damped.diagonal().add_(fraction * mean).add_(dead.to(gram.dtype) * mean)
+        damped = exact.clone()
+        damped.diagonal().add_(fraction * mean).add_(dead.to(exact.dtype) * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
             if bool(torch.isfinite(upper).all()):
                 return Factor(upper, dead)
         warnings.warn(

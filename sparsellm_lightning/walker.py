@@ -20,8 +20,9 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
-from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, solve_feed_forward
+from sparsellm_lightning.solvers.sparsellm import CHUNK, FeedForward, Penalties, Solution, solve_feed_forward
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
+from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
 
 
@@ -50,13 +51,20 @@ class _Stream:
     hidden: list[Tensor]
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
     valid: list[Tensor | None]  # (batch, sequence) bool: False where padded
+    windows: list[int] = field(init=False)  # valid tokens of each
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(
-            h.shape[0] * h.shape[1] if mask is None else int(mask.sum())
+        self.windows = [
+            count
             for h, mask in zip(self.hidden, self.valid, strict=True)
-        )
+            for count in ([h.shape[1]] * h.shape[0] if mask is None else mask.sum(1).tolist())
+        ]
+        self.tokens = sum(self.windows)
+
+    def chunks(self) -> list[int]:
+        """Tokens per step of the solver: a window, or its parts where it is long."""
+        return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
 
 
 class Walker:
@@ -82,6 +90,7 @@ class Walker:
         local = config.local_solver if config.method == "sparsellm" else config.method
         self.local_solve = LOCAL_SOLVERS[local]
         self.global_blocks = config.globally_solved(len(layout.blocks))
+        self.stopwatch = Stopwatch(device_of(layout.model))
         self.penalties = Penalties(config.alpha, config.beta, config.gamma, config.scale_free)
 
     @torch.no_grad()
@@ -126,8 +135,9 @@ class Walker:
         for group in block.attention:
             if any(projection.pruned for projection in group):
                 gram = Gram(group[0].shape[1], device_of(block.module))
-                self._forward(block, stream, on_input=(group[0].module, gram.add))
-                statistics = gram.mean(self.adapter.ranks)
+                self._forward(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)))
+                with self.stopwatch.phase("statistics"):
+                    statistics = gram.mean(self.adapter.ranks)
                 check_finite(statistics, group[0].name)
                 inputs = InputStatistics(statistics, self.config.damping, group[0].name)
                 rows = {p.name: self.adapter.read_rows(p) for p in group}
@@ -147,7 +157,8 @@ class Walker:
         if dense_target is not None and block.index in self.global_blocks:
             # What the feed-forward output must be for the block to end where the dense model did.
             target = dense_target - self._valid_tokens(outputs, stream) + y if self.layout.additive else dense_target
-        solution = self._solve(block, feed_forward, x, target)
+        with self.stopwatch.phase("alternation" if block.index in self.global_blocks else "statistics"):
+            solution = self._solve(block, feed_forward, x, target, stream.chunks())
 
         stored = dict(whole)
         for role, p in block.feed_forward.items():
@@ -165,7 +176,7 @@ class Walker:
             stream.hidden = self._forward(block, stream)
         return solution.errors, layer_errors
 
-    def _solve(self, block: Block, feed_forward: FeedForward, x: Tensor, target: Tensor) -> Solution:
+    def _solve(self, block: Block, feed_forward: FeedForward, x: Tensor, target: Tensor, chunks: list[int]) -> Solution:
         dense_rows = {
             role: getattr(feed_forward, role)[self.adapter.ranks.local_rows(p.shape[0])]
             for role, p in block.feed_forward.items()
@@ -180,6 +191,7 @@ class Walker:
             penalties=self.penalties,
             damping=self.config.damping,
             ranks=self.adapter.ranks,
+            chunks=chunks,
             name=f"{block.name}: ",
             on_iteration=lambda iteration, error: (
                 self.on_iteration and self.on_iteration(block.index, iteration, error)
@@ -200,7 +212,8 @@ class Walker:
         sizes = [targets[name].shape[0] for name in chosen]
         weight = torch.cat([targets[name] for name in chosen])
         pattern = Stacked([self.pattern] * len(chosen), sizes)
-        solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
+        with self.stopwatch.phase("local_solve"):
+            solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
         return {name: dense[name] for name in targets} | dict(zip(chosen, solved, strict=True))
 
     def _error_as_stored(self, projection: Projection, dense: Tensor, pruned: Tensor, inputs: InputStatistics) -> float:
@@ -218,10 +231,17 @@ class Walker:
             for recorder in recorders:
                 stack.enter_context(recorder.installed())
             for batch in batches:
-                with self.adapter.forward_context():
+                with self.stopwatch.phase("forward"), self.adapter.forward_context():
                     self.adapter.run_model(self.layout.model, batch.inputs)
         valid = [batch.valid for batch in batches]
         return _Stream(recorders[0].hidden, [recorder.arguments for recorder in recorders], valid)
+
+    def _timed(self, phase: str, function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def timed(x: Tensor) -> None:
+            with self.stopwatch.phase(phase):
+                function(x)
+
+        return timed
 
     def _forward(
         self,
@@ -231,21 +251,26 @@ class Walker:
         on_input: tuple[nn.Module, Callable[[Tensor], None]] | None = None,
         on_output: tuple[nn.Module, Callable[[Tensor], None]] | None = None,
     ) -> list[Tensor]:
-        """Run a block over all batches; observers get the tokens (valid ones only) in and out of a module inside it."""
+        """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it."""
+        hidden: Tensor
         mask: Tensor | None = None
         outputs = []
         handles = []
         if on_input is not None:
             module, see_input = on_input
-            handles.append(module.register_forward_pre_hook(lambda _, args: see_input(_tokens(args[0], mask))))
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args: each_window(see_input, args[0], hidden, mask))
+            )
         if on_output is not None:
             module, see_output = on_output
-            handles.append(module.register_forward_hook(lambda _, args, out: see_output(_tokens(out, mask))))
+            handles.append(
+                module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
+            )
         try:
             for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
                 stream.hidden, stream.valid, stream.arguments[block.index], strict=True
             ):
-                with self.adapter.forward_context():
+                with self.stopwatch.phase("forward"), self.adapter.forward_context():
                     output = block.module(hidden, *args, **kwargs)
                 outputs.append(output[0] if isinstance(output, tuple) else output)
         finally:
@@ -271,7 +296,8 @@ class Walker:
         return y.filled(torch.empty(0, device=device_of(block.module)))
 
     def _valid_tokens(self, hidden: list[Tensor], stream: _Stream) -> Tensor:
-        return torch.cat([_tokens(h, mask) for h, mask in zip(hidden, stream.valid, strict=True)])
+        flat = [h.flatten(0, 1) if mask is None else h[mask] for h, mask in zip(hidden, stream.valid, strict=True)]
+        return torch.cat(flat)
 
     def _add_change(
         self, outputs: list[Tensor], stream: _Stream, feed_forward: FeedForward, x: Tensor, y: Tensor
@@ -365,10 +391,20 @@ def _as_stored(weight: Tensor, projection: Projection) -> Tensor:
     return weight.to(projection.parameter.dtype).float()
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(valid tokens, features) of activations (batch, sequence, features), or already flattened ones."""
-    x = x.detach().reshape(-1, x.shape[-1])
-    return x if mask is None else x[mask.reshape(-1)]
+def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
+    """Give an observer the valid tokens, (tokens, features), of one window after the other.
+
+    One at a time, so that sums over tokens are the same however windows are put into batches and on ranks.
+
+    Args:
+        observer: of each window.
+        x: activations in a block, (batch, sequence, features) or flattened over the first two.
+        hidden: the block's input, for the shape.
+        mask: (batch, sequence) bool, or None.
+    """
+    windows = x.detach().reshape(*hidden.shape[:2], x.shape[-1])
+    for row, window in enumerate(windows):
+        observer(window if mask is None else window[mask[row]])
 
 
 def _share(new: Any, old: Any) -> Any:

@@ -75,7 +75,7 @@ def test_entries_are_independent(name: str, scaled: bool, monkeypatch: pytest.Mo
     for i, j in itertools.product(range(6), range(5)):
         one = (slice(i, i + 1), slice(j, j + 1))
         alone = solve_preactivation(activation, m[one], p[one], 1.0, 2.0, scale=c[one] if scaled else None)
-        torch.testing.assert_close(result[one], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[one], alone, rtol=5e-3, atol=5e-3)  # the minimum is flat
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_new", "quick_gelu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -178,7 +179,7 @@ def test_split_sizes_is_that_of_chunk(ranks: int) -> None:
             for r in range(ranks)
         ]
         assert [len(part) for part in held] == split_sizes(rows, ranks)
-        assert sum(held, []) == list(range(rows))
+        assert list(itertools.chain(*held)) == list(range(rows))
 
 
 def test_single_process_holds_everything() -> None:

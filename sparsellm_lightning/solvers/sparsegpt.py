@@ -9,6 +9,7 @@ from sparsellm_lightning.patterns import Pattern
 from sparsellm_lightning.statistics import Factor
 
 _LEAF = 32
+_ROW_MULTIPLE = 32
 
 
 def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = 128) -> Tensor:
@@ -27,23 +28,25 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     Returns:
         the pruned weight, a new tensor.
     """
-    columns = weight.shape[1]
+    rows, columns = weight.shape
     upper = factor.upper
-    # Columns of W are rows here, so that the sweep reads and writes contiguous memory.
-    w = weight.T.contiguous()
+    # Columns of W are rows here, so that the sweep reads and writes contiguous memory; padded, since the kernels for an odd
+    # number of rows round otherwise, and rows spread over ranks must come out as they do on one.
+    w = weight.new_zeros(columns, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    w[:, :rows] = weight.T
     w[factor.dead] = 0
     cost_scale = upper.diagonal().pow(-2)
     whole_groups = _whole_groups(block_size, pattern.group)
 
     def keep_of(low: int, high: int) -> Tensor:
-        return pattern.select((w[low:high].square() * cost_scale[low:high, None]).T.contiguous()).T
+        return pattern.select((w[low:high, :rows].square() * cost_scale[low:high, None]).T.contiguous()).T
 
     for low in range(0, columns, whole_groups):
         high = min(low + whole_groups, columns)
         errors = torch.empty_like(w[low:high])
-        keep = torch.empty_like(errors, dtype=torch.bool)
+        keep = torch.ones_like(errors, dtype=torch.bool)
         if pattern.group == 1:
-            keep.copy_(keep_of(low, high))
+            keep[:, :rows] = keep_of(low, high)
 
         def sweep(start: int, end: int, base: int = low, errors: Tensor = errors, keep: Tensor = keep) -> None:
             """Prune columns [start, end); halves are chained by one product instead of column by column."""
@@ -55,7 +58,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
                 return
             for i in range(start, end):
                 if pattern.group > 1 and i % pattern.group == 0:
-                    keep[i - base : i - base + pattern.group] = keep_of(i, i + pattern.group)
+                    keep[i - base : i - base + pattern.group, :rows] = keep_of(i, i + pattern.group)
                 error = errors[i - base]
                 torch.mul(w[i], ~keep[i - base], out=error)
                 w[i].sub_(error)
@@ -66,7 +69,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
         sweep(low, high)
         if high < columns:
             w[high:].addmm_(upper[low:high, high:].T, errors, alpha=-1)
-    return w.T.contiguous()
+    return w[:, :rows].T.contiguous()
 
 
 def _whole_groups(columns: int, group: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Activation, solve_preactivation
 from sparsellm_lightning.solvers.local import InputStatistics
-from sparsellm_lightning.statistics import Gram, check_finite
+from sparsellm_lightning.statistics import Cross, Gram, check_finite
 
 CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
 
@@ -99,6 +99,7 @@ def solve_feed_forward(
     penalties: Penalties | None = None,
     damping: float = 0.01,
     ranks: Ranks = SINGLE,
+    chunks: Sequence[int] | None = None,
     name: str = "",
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Solution:
@@ -133,6 +134,8 @@ def solve_feed_forward(
         penalties: α, β, γ.
         damping: of the Gram matrices, for the local solver.
         ranks: the data-parallel ranks.
+        chunks: tokens per step, summing to n; ``CHUNK`` by default. With one chunk per calibration window the result does
+            not depend on which rank has which window.
         name: prefix of projection names in messages.
         on_iteration: called with (iteration, error).
 
@@ -140,7 +143,7 @@ def solve_feed_forward(
         NumericalError: NaN or infinity in X, Y or h, or a factorisation that fails whatever the damping.
     """
     penalties = penalties or Penalties()
-    tokens = _Tokens(x, y, dense.down_bias)
+    tokens = _Tokens(x, y, dense.down_bias, chunks)
     first = ["up"] if dense.gate is None else ["gate", "up"]
     width, outputs = dense.up.shape[0], dense.down.shape[0]
 
@@ -172,9 +175,10 @@ def solve_feed_forward(
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
-        # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩: no further pass over the tokens.
-        explained = 2 * (iterate.down * cross) - (iterate.down @ hidden.gram) * iterate.down
-        error = max(target_energy - float(explained.sum(dtype=torch.float64)), 0.0) / (y_energy or 1.0)
+        # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩, by rows of W: no further pass over the tokens.
+        explained = ((2 * _rows(cross, ranks) - down @ hidden.gram) * down).sum(dtype=torch.float64)
+        ranks.sum_(explained)
+        error = max(target_energy - float(explained), 0.0) / (y_energy or 1.0)
         if best is None or error < min(errors):
             best = iterate, hidden
         errors.append(error)
@@ -196,11 +200,12 @@ def solve_feed_forward(
 class _Tokens:
     """Chunks of this rank's tokens in float32: input, target less the down bias, and target."""
 
-    def __init__(self, x: Tensor, y: Tensor, down_bias: Tensor | None) -> None:
+    def __init__(self, x: Tensor, y: Tensor, down_bias: Tensor | None, chunks: Sequence[int] | None) -> None:
         self.x, self.y, self.down_bias = x, y, down_bias
+        self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for x_c, y_c in zip(self.x.split(CHUNK), self.y.split(CHUNK), strict=True):
+        for x_c, y_c in zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True):
             y_c = y_c.float()
             yield x_c.float(), y_c if self.down_bias is None else y_c - self.down_bias, y_c
 
@@ -222,7 +227,6 @@ class _Auxiliaries:
             squares += torch.stack([*parts, parts[0].new_tensor(len(x_c))])
             self.chunks.append((z.to(tokens.x.dtype), None if s is None else s.to(tokens.x.dtype)))
         ranks.sum_(squares)
-        self.total = int(squares[4])
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
         self.alpha_z, self.alpha_s = penalties.alpha / scales[0], penalties.alpha / scales[1]
         self.beta, self.gamma = penalties.beta / scales[2], penalties.gamma / scales[3]
@@ -233,9 +237,15 @@ class _Auxiliaries:
         k = down @ down.T
         k.diagonal().add_(self.gamma / self.beta)
         k = torch.cholesky_inverse(torch.linalg.cholesky(k))
-        cross = {layer: torch.zeros_like(iterate.up) for layer in (["up"] if iterate.gate is None else ["gate", "up"])}
+        cross = {
+            layer: Cross(down.shape[1], iterate.up.shape[1], down.device)
+            for layer in (["up"] if iterate.gate is None else ["gate", "up"])
+        }
         if self.keep_p:
-            self.gram_p, self.cross_p = Gram(down.shape[1], down.device), torch.zeros_like(down)
+            self.gram_p, self.cross_p = (
+                Gram(down.shape[1], down.device),
+                Cross(down.shape[0], down.shape[1], down.device),
+            )
         for index, (x_c, y_c, _) in enumerate(self.tokens):
             stored_z, stored_s = self.chunks[index]
             z, s = stored_z.float(), None if stored_s is None else stored_s.float()
@@ -249,33 +259,30 @@ class _Auxiliaries:
                 phi = iterate.activation(s)
                 z = (self.alpha_z * m_z + self.gamma * phi * p) / (self.alpha_z + self.gamma * phi.square())
                 s = solve_preactivation(iterate.activation, m_s, p, self.alpha_s, self.gamma, scale=z)
-                cross["gate"].addmm_((s if iterate.gate_bias is None else s - iterate.gate_bias).T, x_c)
-            cross["up"].addmm_((z if iterate.up_bias is None else z - iterate.up_bias).T, x_c)
+                cross["gate"].add(s if iterate.gate_bias is None else s - iterate.gate_bias, x_c)
+            cross["up"].add(z if iterate.up_bias is None else z - iterate.up_bias, x_c)
             self.chunks[index] = (z.to(stored_z.dtype), None if s is None else s.to(stored_z.dtype))
             if self.keep_p:
                 self.gram_p.add(p)
-                self.cross_p.addmm_(y_c.T, p)
-        self.ranks.sum_(*cross.values())
-        return {layer: total.div_(self.total) for layer, total in cross.items()}
+                self.cross_p.add(y_c, p)
+        return {layer: total.mean(self.ranks) for layer, total in cross.items()}
 
     def down_statistics(self) -> tuple[InputStatistics, Tensor]:
         """``pᵀp / n`` and ``Yᵀp / n`` of the last update, over all ranks (kept only for the paper's raw objective)."""
-        self.ranks.sum_(self.cross_p)
-        return InputStatistics(self.gram_p.mean(self.ranks), self.damping, "auxiliary p"), self.cross_p.div_(self.total)
+        return InputStatistics(self.gram_p.mean(self.ranks), self.damping, "auxiliary p"), self.cross_p.mean(self.ranks)
 
 
 def _hidden_statistics(
     iterate: FeedForward, tokens: _Tokens, damping: float, ranks: Ranks, name: str
 ) -> tuple[InputStatistics, Tensor]:
     """``hᵀh / n`` (f, f) and ``Yᵀh / n`` (d, f) over all ranks, h the hidden activation of ``iterate``."""
-    gram, cross = Gram(iterate.up.shape[0], iterate.up.device), torch.zeros_like(iterate.down)
+    outputs, width = iterate.down.shape
+    gram, cross = Gram(width, iterate.up.device), Cross(outputs, width, iterate.up.device)
     for x_c, y_c, _ in tokens:
         h = iterate.hidden(x_c)
         gram.add(h)
-        cross.addmm_(y_c.T, h)
-    ranks.sum_(cross)
-    statistics = InputStatistics(gram.mean(ranks), damping, name)
-    return statistics, cross.div_(max(gram.tokens, 1))
+        cross.add(y_c, h)
+    return InputStatistics(gram.mean(ranks), damping, name), cross.mean(ranks)
 
 
 def _regress(weight: Tensor, inputs: InputStatistics, cross: Tensor, tokens: int) -> Tensor:
