@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
-_RADIX_BITS = 8
+_RADIX_BITS = 11  # 32 bits in three steps
 
 
 class Pattern:
@@ -55,7 +55,7 @@ class Unstructured(Pattern):
             # Stable sort: equal scores are pruned from the left, whatever the backend.
             order = scores.argsort(dim=1, stable=True)[:, :pruned]
             return mask.scatter_(1, order, False)
-        return ~_smallest(scores, self.sparsity, self.ranks)
+        return ~_smallest([scores], [self.sparsity], self.ranks)[0]
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,12 @@ class Stacked(Pattern):
         return max(pattern.group for pattern in self.patterns)
 
     def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
-        parts = zip(self.patterns, scores.split(list(self.rows)), strict=True)
-        return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in parts])
+        parts = scores.split(list(self.rows))
+        flexible = [pattern for pattern in self.patterns if isinstance(pattern, Unstructured)]
+        if len(flexible) == len(self.patterns) and not per_row:
+            return ~torch.cat(_smallest(parts, [pattern.sparsity for pattern in flexible], flexible[0].ranks))
+        together = zip(self.patterns, parts, strict=True)
+        return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in together])
 
 
 def parse_nofm(pattern: str) -> tuple[int, int] | None:
@@ -113,43 +117,66 @@ def parse_nofm(pattern: str) -> tuple[int, int] | None:
     return kept, group
 
 
-def _smallest(scores: Tensor, fraction: float, ranks: Ranks) -> Tensor:
-    """Mask of exactly ``round(fraction * n)`` smallest scores over all ranks; ties in row order, lower ranks first."""
-    flat = scores.contiguous().view(-1)
-    total = torch.tensor([flat.numel()], dtype=torch.int64, device=flat.device)
-    ranks.sum_(total)
-    count = round(fraction * int(total))
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if ranks.size == 1:
-        threshold = flat.kthvalue(count).values if flat.device.type == "cpu" else flat.sort().values[count - 1]
-    else:
-        threshold = _kth_smallest_over_ranks(flat, count, ranks)
-    below, ties = flat < threshold, flat == threshold
-    counts = torch.stack([below.sum(), ties.sum()])
-    per_rank = torch.stack(ranks.gather(counts))
-    wanted_ties = count - int(per_rank[:, 0].sum()) - int(per_rank[: ranks.rank, 1].sum())
-    if wanted_ties < int(counts[1]):
-        ties &= ties.cumsum(0) <= wanted_ties
-    return (below | ties).view_as(scores)
+def _smallest(matrices: Sequence[Tensor], fractions: Sequence[float], ranks: Ranks) -> list[Tensor]:
+    """For each matrix, the mask of exactly ``round(fraction * n)`` smallest scores over all ranks.
 
-
-def _kth_smallest_over_ranks(flat: Tensor, count: int, ranks: Ranks) -> Tensor:
-    """Exact k-th smallest of non-negative float32 values spread over ranks, by radix selection.
-
-    The bits of a non-negative float order as integers do, so counting one byte at a time finds the value in four
-    all-reduced histograms of 256 counts, however many values there are.
+    Equal scores are taken in row order, lower ranks first. The matrices share every message between ranks.
     """
-    keys = (flat + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    candidates = keys
-    prefix = 0
-    for shift in range(32 - _RADIX_BITS, -1, -_RADIX_BITS):
-        digits = (candidates >> shift) & (2**_RADIX_BITS - 1)
-        histogram = torch.bincount(digits, minlength=2**_RADIX_BITS)
-        ranks.sum_(histogram)
-        cumulative = histogram.cumsum(0)
-        digit = int((cumulative < count).sum())
-        count -= int(cumulative[digit] - histogram[digit])
-        prefix |= digit << shift
-        candidates = candidates[digits == digit]
-    return torch.tensor(prefix, dtype=torch.int32, device=flat.device).view(torch.float32)
+    flats = [matrix.contiguous().view(-1) for matrix in matrices]
+    totals = torch.tensor([flat.numel() for flat in flats], device=flats[0].device)
+    ranks.sum_(totals)
+    counts = [round(fraction * total) for fraction, total in zip(fractions, totals.tolist(), strict=True)]
+    if ranks.size == 1:
+        found = [_kth_smallest(flat, count) for flat, count in zip(flats, counts, strict=True)]
+    else:
+        found = _kth_smallest_over_ranks(flats, counts, ranks)
+    masks = []
+    for matrix, flat, (threshold, wanted_ties, ties) in zip(matrices, flats, found, strict=True):
+        mask = flat < threshold
+        if wanted_ties:
+            equal = flat == threshold
+            if wanted_ties < ties:
+                # Every rank takes part, or none: wanted and present ties are counted over all ranks.
+                per_rank = torch.cat(ranks.gather(equal.sum()[None]))
+                equal &= equal.cumsum(0) <= wanted_ties - per_rank[: ranks.rank].sum()
+            mask |= equal
+        masks.append(mask.view_as(matrix))
+    return masks
+
+
+def _kth_smallest(flat: Tensor, count: int) -> tuple[Tensor, int, int]:
+    """The ``count``-th smallest value, how many equal to it are among the ``count`` smallest, and how many there are."""
+    if count == 0:
+        return flat.new_tensor(0.0), 0, 0
+    threshold = flat.kthvalue(count).values if flat.device.type == "cpu" else flat.sort().values[count - 1]
+    return threshold, count - int((flat < threshold).sum()), int((flat == threshold).sum())
+
+
+def _kth_smallest_over_ranks(
+    flats: Sequence[Tensor], counts: Sequence[int], ranks: Ranks
+) -> list[tuple[Tensor, int, int]]:
+    """:func:`_kth_smallest` of each set of non-negative float32 values spread over ranks, exactly, by radix selection.
+
+    The bits of a non-negative float order as integers do, so counting some bits at a time finds the value in three
+    all-reduced histograms, however many values there are.
+    """
+    device = flats[0].device
+    bins = 2**_RADIX_BITS
+    candidates = [(flat + 0.0).view(torch.int32) for flat in flats]  # + 0.0 turns -0.0 into 0.0
+    remaining, present, prefixes = list(counts), [0] * len(flats), [0] * len(flats)
+    for shift in range(32 - 32 % _RADIX_BITS, -1, -_RADIX_BITS):
+        digits = [(keys >> shift) & (bins - 1) for keys in candidates]
+        histograms = torch.stack([torch.bincount(digit, minlength=bins) for digit in digits])
+        ranks.sum_(histograms)
+        cumulative = histograms.cumsum(1)
+        chosen = (cumulative < torch.tensor(remaining, device=device)[:, None]).sum(1).clamp(max=bins - 1).tolist()
+        for index, digit in enumerate(chosen):
+            present[index] = int(histograms[index, digit])
+            remaining[index] -= int(cumulative[index, digit]) - present[index]
+            prefixes[index] |= digit << shift
+            candidates[index] = candidates[index][digits[index] == digit]
+    thresholds = torch.tensor(prefixes, dtype=torch.int32, device=device).view(torch.float32)
+    return [
+        (threshold, wanted, ties) if count else (threshold.new_tensor(0.0), 0, 0)
+        for threshold, wanted, ties, count in zip(thresholds, remaining, present, counts, strict=True)
+    ]

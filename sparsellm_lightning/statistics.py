@@ -67,7 +67,8 @@ class Factor:
 
     Args:
         upper: ``U``, (d, d) float32. Row i of U is what the SparseGPT sweep needs at column i.
-        dead: (d,) bool, features that were zero for every token. They carry no information: H has 1 on their diagonal.
+        dead: (d,) bool, features that were zero for every token. They carry no information: H has the mean diagonal
+            (plus damping) in their place.
     """
 
     upper: Tensor
@@ -110,26 +111,27 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
             if bool(torch.isfinite(upper).all()):
                 return Factor(upper, dead)
-        warnings.warn(
-            f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "
-            f"trying {max(damping, 1e-4) * 10 ** (attempt + 1):g}.",
-            stacklevel=2,
-        )
+        if attempt < MAX_DAMPING_RAISES:
+            warnings.warn(
+                f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "
+                f"trying {max(damping, 1e-4) * 10 ** (attempt + 1):g}.",
+                stacklevel=2,
+            )
     raise NumericalError(
         f"{name or 'Gram matrix'}: not positive definite even with damping raised to {fraction:g} of its mean diagonal. "
         "Use more calibration tokens, or raise damping."
     )
 
 
-def check_finite(gram: Tensor, name: str) -> None:
+def check_finite(statistics: Tensor, name: str, what: str = "input") -> None:
     """Refuse statistics with NaN or infinity, which would silently end up in weights.
 
     Raises:
         NumericalError: names the projection. Called on reduced statistics, so all ranks raise together.
     """
-    if not bool(torch.isfinite(gram).all()):
+    if not bool(torch.isfinite(statistics).all()):
         raise NumericalError(
-            f"Activations must be finite, but the input of {name} holds NaN or infinity on the calibration tokens. "
+            f"Activations must be finite, but the {what} of {name} holds NaN or infinity on the calibration tokens. "
             "Check the calibration text and the dense model, or run in bf16 or float32 rather than float16."
         )
 

@@ -198,7 +198,7 @@ def test_single_process_holds_everything() -> None:
 def test_smallest_over_ranks(rows: int, size: int, kind: str) -> None:
     scores = make_scores(kind, rows, 9, seed=rows)
     for fraction in (0.0, 0.01, 0.3, 0.5, 0.9, 1.0):
-        parts = on_ranks(size, lambda ranks, f=fraction: _smallest(scores[ranks.local_rows(rows)], f, ranks))
+        parts = on_ranks(size, lambda ranks, f=fraction: _smallest([scores[ranks.local_rows(rows)]], [f], ranks)[0])
         assert torch.equal(~torch.cat(parts), keep_largest(scores, fraction)), fraction
 
 
@@ -210,7 +210,7 @@ def test_kth_smallest_over_ranks(size: int, kind: str) -> None:
 
     def all_counts(ranks: Ranks) -> list[float]:
         flat = scores[ranks.local_rows(4)].flatten()
-        return [float(_kth_smallest_over_ranks(flat, count, ranks)) for count in range(1, 33)]
+        return [float(_kth_smallest_over_ranks([flat], [count], ranks)[0][0]) for count in range(1, 33)]
 
     assert on_ranks(size, all_counts) == [ordered] * size
 

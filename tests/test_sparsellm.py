@@ -24,7 +24,6 @@ from sparsellm_lightning.solvers import (
     find_activation,
     solve_feed_forward,
 )
-from sparsellm_lightning.solvers.sparsellm import _Auxiliaries, _Tokens
 
 Targets = dict[str, Tensor]
 TOKENS, DIM, WIDTH = 70, 5, 9
@@ -324,14 +323,21 @@ def test_bfloat16_tokens(gated: bool) -> None:
     assert true_error(low.feed_forward, x, y) == pytest.approx(min(low.errors), rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_auxiliaries_are_kept_in_the_dtype_of_the_tokens(dtype: torch.dtype) -> None:
-    block = make_block()
-    auxiliaries = _Auxiliaries(
-        block, _Tokens(*(t.to(dtype) for t in make_tokens(block)), None), Penalties(), 0.01, SINGLE
-    )
-    auxiliaries.update(block)
-    assert {t.dtype for chunk in auxiliaries.chunks for t in chunk if t is not None} == {dtype}
+@pytest.mark.parametrize("gated", [True, False])
+def test_auxiliaries_are_kept_in_the_dtype_of_the_tokens(gated: bool) -> None:
+    """The activation is called with the stored s twice in an update, or with the stored z once."""
+    block, rounded = make_block("silu", gated), []
+
+    def spy(t: Tensor) -> Tensor:
+        rounded.append(len(t.unique()) > 10 and torch.equal(t, t.bfloat16().float()))
+        return torch.nn.functional.silu(t)
+
+    block = replace(block, activation=replace(block.activation, function=spy))
+    x, y = make_tokens(block)
+    for tokens, stored in (((x.bfloat16(), y.bfloat16()), 2 * (1 + gated)), ((x, y), 0)):
+        rounded.clear()
+        solve_feed_forward(block, *tokens, prune_with(Unstructured(0.5)), iterations=3)
+        assert sum(rounded) == stored
 
 
 def test_default_penalties() -> None:
@@ -359,6 +365,29 @@ def test_ranks_give_the_result_of_one_process(split: list[int], scale_free: bool
             assert torch.equal(ours != 0, theirs != 0)
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(solution.hidden.gram, single.hidden.gram, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("owners", [[[0, 1, 2, 3, 4, 5], []], [[5, 0], [3, 1, 2, 4]], [[4], [], [0, 1, 2, 3, 5]]])
+@pytest.mark.parametrize("gated", [True, False])
+def test_it_does_not_matter_which_rank_has_which_window(owners: list[list[int]], gated: bool) -> None:
+    block = make_block("silu" if gated else "relu", gated, True, dim=4, width=10)
+    lengths = [50, 30, 50, 64, 1, 50]
+    windows = list(zip(*(t.split(lengths) for t in make_tokens(block, n=sum(lengths))), strict=True))
+
+    def solve(ranks: Ranks) -> Any:
+        mine = owners[ranks.rank] if ranks.size > 1 else range(6)
+        x, y = (torch.cat([torch.zeros(0, 4), *(windows[i][k] for i in mine)]) for k in (0, 1))
+        prune, chunks = prune_with(Unstructured(0.5, ranks)), [lengths[i] for i in mine]
+        return solve_feed_forward(block, x, y, prune, ranks=ranks, iterations=3, chunks=chunks)
+
+    single = solve(SINGLE)
+    for solution in on_ranks(len(owners), solve):
+        assert torch.equal(solution.inputs.gram, single.inputs.gram)
+        assert solution.errors == pytest.approx(single.errors, rel=1e-5)
+        for name in ("up", "down", *(["gate"] if gated else [])):
+            ours, theirs = getattr(solution.feed_forward, name), getattr(single.feed_forward, name)
+            assert torch.equal(ours != 0, theirs != 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("left", [["up"], ["gate"], ["down"], ["gate", "up"], ["gate", "up", "down"]])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsellm_lightning.errors import NumericalError
 from sparsellm_lightning.ranks import SINGLE, Ranks
-from sparsellm_lightning.statistics import Gram, check_finite, factorize, relative_error
+from sparsellm_lightning.statistics import Cross, Gram, check_finite, factorize, relative_error
 
 
 def tokens(n: int, d: int, seed: int = 0) -> Tensor:
@@ -37,6 +37,29 @@ def test_gram_is_the_mean_outer_product(dtype: torch.dtype) -> None:
     assert mean.dtype == torch.float32
     assert gram.tokens == 50
     torch.testing.assert_close(mean.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
+
+
+def test_cross_is_the_mean_outer_product() -> None:
+    a, b = tokens(50, 6), tokens(50, 4, seed=1)
+    cross = Cross(6, 4)
+    for part in (slice(0, 31), slice(31, 31), slice(31, 50)):
+        cross.add(a[part], b[part])
+    mean = cross.mean(SINGLE)
+    assert (mean.dtype, cross.tokens) == (torch.float32, 50)
+    expected = sum(torch.outer(i, j) for i, j in zip(a.double(), b.double(), strict=True)) / 50
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_order_of_the_chunks() -> None:
+    chunks = list((tokens(640, 16) * torch.logspace(-2, 2, 640)[:, None]).split(10))
+    means = []
+    for order in (chunks, chunks[::-1], chunks[1::2] + chunks[::2]):
+        gram = Gram(16)
+        for chunk in order:
+            gram.add(chunk)
+        means.append(gram.mean(SINGLE))
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
 
 
 def test_gram_without_tokens_is_zero() -> None:

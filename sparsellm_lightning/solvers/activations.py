@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 
-# The minimiser lies within r of m, where r is the largest move that α-term could pay for; these fractions of r are tried.
+# The minimiser lies within r of m, where r is the largest move that the p-term could pay for; these fractions of r are tried.
 _GRID = (-1.0, -0.5, -0.2, 0.2, 0.5, 1.0)
 _NEWTON_STEPS = 3
 _SLICE = 2**17  # entries solved at a time, so that the dozen temporaries stay in the cache: nine times as fast on CPU
@@ -58,10 +59,12 @@ def solve_preactivation(
 ) -> Tensor:
     """``argmin_t α(t − m)² + γ(p − c φ(t))²`` for every entry.
 
-    ReLU: two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``, the cheaper of them: exact. Other φ: the best
-    of ``m`` and a grid over the interval that must hold the minimiser, ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, is polished by
-    safeguarded Newton steps, a step being taken only where it lowers the objective. So the result is never worse than
-    ``t = m``; its objective is within about 1 % of the global minimum's (tests compare with a fine grid).
+    ReLU: two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``, the cheaper of them: exact.
+
+    Other φ: the best of ``m``, ReLU's solution and a grid over the interval that must hold the minimiser,
+    ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, is polished by safeguarded Newton steps, a step being taken only where it lowers the
+    objective. So the result is never worse than ``t = m``; its objective is within 1 % of the global minimum's in 99 % of
+    entries (tests compare with a fine grid).
 
     Args:
         activation: φ.
@@ -96,8 +99,12 @@ def _solve_smooth(
     residual_m = p - phi_m if scale is None else torch.addcmul(p, scale, phi_m, value=-1)
     radius = residual_m.abs_().mul_(math.sqrt(gamma / alpha))
     best, cost = m.clone(), objective(m, phi_m)
-    for fraction in _GRID:
-        candidate = torch.add(m, radius, alpha=fraction)
+    c = 1.0 if scale is None else scale
+    # SiLU and GELU are near t for large t and near 0 for small: where ReLU's problem has its minimum is a good start too,
+    # and their own bends lie around 0 and -1.
+    as_if_linear = (alpha * m + gamma * c * p) / (alpha + gamma * c * c)
+    starts = [as_if_linear, torch.zeros_like(m), -torch.ones_like(m)]
+    for candidate in chain(starts, (torch.add(m, radius, alpha=fraction) for fraction in _GRID)):
         _keep_better(best, cost, candidate, objective(candidate, activation(candidate)))
     for _ in range(_NEWTON_STEPS):
         phi, first, second = activation.expand(best)

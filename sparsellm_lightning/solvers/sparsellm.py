@@ -42,7 +42,7 @@ class FeedForward:
 
     def combine(self, z: Tensor, s: Tensor | None) -> Tensor:
         """The hidden activation ``φ(s) ⊙ z``, or ``φ(z)``."""
-        return self.activation(z) if s is None else self.activation(s).mul_(z)
+        return self.activation(z) if s is None else self.activation(s) * z
 
     def hidden(self, x: Tensor) -> Tensor:
         """(n, f) hidden activation for tokens x, (n, d)."""
@@ -153,6 +153,7 @@ def solve_feed_forward(
         gram.add(x_c)
         energies += torch.stack([y_c.square().sum(dtype=torch.float64), y_raw.square().sum(dtype=torch.float64)])
     ranks.sum_(energies)
+    check_finite(energies, f"{name}down", "target output")
     inputs = InputStatistics(gram.mean(ranks), damping, f"{name}up")
     check_finite(inputs.gram, f"{name}{first[0]}")
     target_energy, y_energy = (float(energy) / max(gram.tokens, 1) for energy in energies)
