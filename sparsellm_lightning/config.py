@@ -105,10 +105,10 @@ class PruningConfig:
             return 1 - nofm[0] / nofm[1]
         return 0.5 if self.sparsity is None else self.sparsity
 
-    def build_pattern(self, ranks: Ranks = SINGLE) -> Pattern:
-        """The pattern object for a matrix whose rows are spread over ``ranks``."""
+    def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE) -> Pattern:
+        """The pattern object for a matrix whose ``rows`` are spread over ``ranks``."""
         nofm = parse_nofm(self.pattern)
-        return NofM(*nofm) if nofm else Unstructured(self.requested_sparsity, ranks)
+        return NofM(*nofm) if nofm else Unstructured(self.requested_sparsity, ranks, rows)
 
     def globally_solved(self, num_blocks: int) -> set[int]:
         """Indices of the blocks whose feed-forward network the alternation solves.

@@ -43,10 +43,17 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """The fraction ``sparsity`` of all weights, anywhere. Exactly ``round(sparsity * n)`` are pruned, ties by position."""
+    """The fraction ``sparsity`` of all weights, anywhere. Exactly ``round(sparsity * n)`` are pruned, ties by position.
+
+    Args:
+        sparsity: in [0, 1).
+        ranks: over which the rows of the matrix are spread.
+        rows: of the whole matrix, over all ranks; counted when None.
+    """
 
     sparsity: float
     ranks: Ranks = SINGLE
+    rows: int | None = None
 
     def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
         if per_row:
@@ -55,7 +62,14 @@ class Unstructured(Pattern):
             # Stable sort: equal scores are pruned from the left, whatever the backend.
             order = scores.argsort(dim=1, stable=True)[:, :pruned]
             return mask.scatter_(1, order, False)
-        return ~_smallest([scores], [self.sparsity], self.ranks)[0]
+        return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
+
+    def count(self, scores: Tensor) -> int:
+        """How many of these scores to prune, over all ranks."""
+        rows = torch.tensor([scores.shape[0]], device=scores.device)
+        if self.rows is None:
+            self.ranks.sum_(rows)
+        return round(self.sparsity * (self.rows or int(rows)) * scores.shape[1])
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ class Stacked(Pattern):
         parts = scores.split(list(self.rows))
         flexible = [pattern for pattern in self.patterns if isinstance(pattern, Unstructured)]
         if len(flexible) == len(self.patterns) and not per_row:
-            return ~torch.cat(_smallest(parts, [pattern.sparsity for pattern in flexible], flexible[0].ranks))
+            counts = [pattern.count(part) for pattern, part in zip(flexible, parts, strict=True)]
+            return ~torch.cat(_smallest(parts, counts, flexible[0].ranks))
         together = zip(self.patterns, parts, strict=True)
         return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in together])
 
@@ -117,15 +132,12 @@ def parse_nofm(pattern: str) -> tuple[int, int] | None:
     return kept, group
 
 
-def _smallest(matrices: Sequence[Tensor], fractions: Sequence[float], ranks: Ranks) -> list[Tensor]:
-    """For each matrix, the mask of exactly ``round(fraction * n)`` smallest scores over all ranks.
+def _smallest(matrices: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> list[Tensor]:
+    """For each matrix, the mask of exactly ``count`` smallest scores over all ranks.
 
     Equal scores are taken in row order, lower ranks first. The matrices share every message between ranks.
     """
     flats = [matrix.contiguous().view(-1) for matrix in matrices]
-    totals = torch.tensor([flat.numel() for flat in flats], device=flats[0].device)
-    ranks.sum_(totals)
-    counts = [round(fraction * total) for fraction, total in zip(fractions, totals.tolist(), strict=True)]
     if ranks.size == 1:
         found = [_kth_smallest(flat, count) for flat, count in zip(flats, counts, strict=True)]
     else:

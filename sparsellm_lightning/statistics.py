@@ -7,7 +7,7 @@ factorisations go through float64.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,30 +61,52 @@ def _exact(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
 class Factor:
-    """Inverse of a damped Gram matrix ``H = G + λI``, as ``H⁻¹ = Uᵀ U`` with ``U`` upper triangular.
+    """Cholesky factorisation of a damped Gram matrix ``H = G + λI``, of which solvers use two forms.
+
+    With J the reversal of the features and ``J H J = L Lᵀ``, ``U = (J L J)⁻¹`` is upper triangular and ``H⁻¹ = UᵀU``: one
+    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again. In float64: float32
+    factorisations differ with the number of threads.
 
     Args:
-        upper: ``U``, (d, d) float32. Row i of U is what the SparseGPT sweep needs at column i.
-        dead: (d,) bool, features that were zero for every token. They carry no information: H has the mean diagonal
-            (plus damping) in their place.
+        lower: L, (d, d).
+        dead: (d,) bool, features that were zero for every token. They carry no information: H has the mean diagonal (plus
+            damping) in their place.
     """
 
-    upper: Tensor
-    dead: Tensor
+    def __init__(self, lower: Tensor, dead: Tensor) -> None:
+        self._lower = lower
+        self.dead = dead
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """U, (d, d) float32. Row i is what the SparseGPT sweep needs at column i."""
+        return _upper_inverse(self._lower.flip(0, 1)).float()
 
     def solve(self, rows: Tensor) -> Tensor:
-        """``rows @ H⁻¹`` for rows (r, d)."""
-        return (rows @ self.upper.T) @ self.upper
+        """``rows @ H⁻¹`` for rows (r, d), float32."""
+        right = rows.to(self._lower.dtype).flip(1).T
+        solved: Tensor = torch.cholesky_solve(right, self._lower)
+        result: Tensor = solved.flip(0).T.to(rows.dtype).contiguous()
+        return result
+
+
+def _upper_inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves: a third of the work of solving for the identity, as products."""
+    size = upper.shape[0]
+    if size <= 128:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    first, last = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ (upper[:half, half:] @ last))
+    return inverse
 
 
 def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     """Factor ``(G + λI)⁻¹`` with ``λ = damping * mean(diag G)``; the damping is applied to a copy.
-
-    With J the reversal of the features and ``J H J = L Lᵀ``, ``U = (J L J)⁻¹`` is upper triangular and ``UᵀU = H⁻¹``: one
-    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again. In float64: float32
-    factorisations differ with the number of threads.
 
     When the matrix is not positive definite to working precision the damping is raised tenfold, with a warning, up to
     ``MAX_DAMPING_RAISES`` times.
@@ -101,16 +123,13 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     dead = diagonal <= 0
     mean = float(diagonal.mean()) or 1.0
     exact = gram.to(_exact(gram.device))
-    identity = torch.eye(gram.shape[0], dtype=exact.dtype, device=gram.device)
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
         damped = exact.clone()
         damped.diagonal().add_(fraction * mean).add_(dead.to(exact.dtype) * mean)
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
-            if bool(torch.isfinite(upper).all()):
-                return Factor(upper, dead)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return Factor(lower, dead)
         if attempt < MAX_DAMPING_RAISES:
             warnings.warn(
                 f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "

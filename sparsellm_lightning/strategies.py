@@ -64,6 +64,10 @@ class StrategyAdapter:
         """Context of the calibration forward, such as autocast."""
         return nullcontext() if self.strategy is None else self.strategy.precision_plugin.forward_context()
 
+    def holding(self, block: nn.Module) -> AbstractContextManager[Any]:
+        """Context of several forwards of a block, between which no weight changes."""
+        return nullcontext()
+
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         """Run the model for the sake of its blocks' inputs; the head is left out where it can be."""
         model.base_model(**inputs, use_cache=False)
@@ -176,6 +180,20 @@ class FSDP2Adapter(_ShardedAdapter):
                     f"{tuple(parameter.placements)} for {projection.name} (hybrid or tensor parallel). "
                     "Use ModelParallelStrategy with tensor_parallel_size=1 and plain fully_shard."
                 )
+
+    @contextmanager
+    def holding(self, block: nn.Module) -> Iterator[None]:
+        # Gather the block once for all batches, not once a batch.
+        modules = [module for module in block.modules() if isinstance(module, FSDPModule)]
+        settings = [_reshards_after_forward(module) for module in modules]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module, setting in zip(modules, settings, strict=True):
+                module.reshard()
+                module.set_reshard_after_forward(setting, recurse=False)
 
     def read_rows(self, projection: Projection) -> Tensor:
         local = _local_shard(projection)
@@ -329,6 +347,12 @@ def _local_shard(projection: Projection) -> Tensor | None:
     """This rank's rows as stored, where the shard is one of rows; None where it is not."""
     parameter = projection.parameter.detach()
     return parameter.to_local() if isinstance(parameter, DTensor) and not projection.transposed else None
+
+
+def _reshards_after_forward(module: FSDPModule) -> bool:
+    """The setting that ``set_reshard_after_forward`` changes; torch has no public way to read it."""
+    group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+    return bool(getattr(group, "_reshard_after_forward", True))
 
 
 @contextmanager

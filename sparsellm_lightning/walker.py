@@ -86,7 +86,6 @@ class Walker:
     ) -> None:
         self.layout, self.config, self.adapter = layout, config, adapter
         self.on_iteration = on_iteration
-        self.pattern = config.build_pattern(adapter.ranks)
         local = config.local_solver if config.method == "sparsellm" else config.method
         self.local_solve = LOCAL_SOLVERS[local]
         self.global_blocks = config.globally_solved(len(layout.blocks))
@@ -211,7 +210,8 @@ class Walker:
             return {name: dense[name] for name in targets}
         sizes = [targets[name].shape[0] for name in chosen]
         weight = torch.cat([targets[name] for name in chosen])
-        pattern = Stacked([self.pattern] * len(chosen), sizes)
+        patterns = [self.config.build_pattern(projections[name].shape[0], self.adapter.ranks) for name in chosen]
+        pattern = Stacked(patterns, sizes)
         with self.stopwatch.phase("local_solve"):
             solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
         return {name: dense[name] for name in targets} | dict(zip(chosen, solved, strict=True))
@@ -267,12 +267,13 @@ class Walker:
                 module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
             )
         try:
-            for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
-                stream.hidden, stream.valid, stream.arguments[block.index], strict=True
-            ):
-                with self.stopwatch.phase("forward"), self.adapter.forward_context():
-                    output = block.module(hidden, *args, **kwargs)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
+            with self.adapter.holding(block.module):
+                for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
+                    stream.hidden, stream.valid, stream.arguments[block.index], strict=True
+                ):
+                    with self.stopwatch.phase("forward"), self.adapter.forward_context():
+                        output = block.module(hidden, *args, **kwargs)
+                    outputs.append(output[0] if isinstance(output, tuple) else output)
         finally:
             for handle in handles:
                 handle.remove()

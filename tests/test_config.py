@@ -90,7 +90,7 @@ def test_unstructured_pattern(sparsity: float | None) -> None:
     config, ranks = PruningConfig(sparsity=sparsity), Ranks()
     expected = 0.5 if sparsity is None else sparsity
     assert config.requested_sparsity == expected
-    pattern = config.build_pattern(ranks)
+    pattern = config.build_pattern(ranks=ranks)
     assert isinstance(pattern, Unstructured)
     assert (pattern.sparsity, pattern.ranks) == (expected, ranks)
     assert config.build_pattern() == Unstructured(expected, SINGLE)

@@ -17,7 +17,6 @@ from sparsellm_lightning.patterns import (
     Stacked,
     Unstructured,
     _kth_smallest_over_ranks,
-    _smallest,
     parse_nofm,
 )
 from sparsellm_lightning.ranks import SINGLE, Ranks, split_sizes
@@ -198,7 +197,7 @@ def test_single_process_holds_everything() -> None:
 def test_smallest_over_ranks(rows: int, size: int, kind: str) -> None:
     scores = make_scores(kind, rows, 9, seed=rows)
     for fraction in (0.0, 0.01, 0.3, 0.5, 0.9, 1.0):
-        parts = on_ranks(size, lambda ranks, f=fraction: _smallest([scores[ranks.local_rows(rows)]], [f], ranks)[0])
+        parts = on_ranks(size, lambda ranks, f=fraction: ~Unstructured(f, ranks).select(scores[ranks.local_rows(rows)]))
         assert torch.equal(~torch.cat(parts), keep_largest(scores, fraction)), fraction
 
 
