@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sparsellm_lightning.architectures import describe, find_model
 from sparsellm_lightning.callback import SparseLLMCallback
@@ -63,6 +63,14 @@ class SparseLLMCLI(LightningCLI):
         parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]
 
 
+class SaveConfigBesideLogs(SaveConfigCallback):
+    """Saves the resolved configuration where the logger writes; without a logger there is no such place."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 def main(args: Any = None) -> None:
     """Entry point of ``sparsellm``. A user's mistake ends it with one message and status 1."""
     try:
@@ -71,6 +79,7 @@ def main(args: Any = None) -> None:
             TextDataModule,
             trainer_class=PruningTrainer,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfigBesideLogs,
             save_config_kwargs={"overwrite": True},
             args=args,
         )

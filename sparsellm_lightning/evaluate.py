@@ -68,6 +68,7 @@ def perplexity(
             logits = adapter.logits(model, inputs)
             if logits is not None:
                 update(metric, logits, labels_of(inputs | ({} if labels is None else {"labels": labels})))
+    adapter.finish(model)
     return float(metric.compute())
 
 

@@ -86,9 +86,7 @@ class Factor:
     def solve(self, rows: Tensor) -> Tensor:
         """``rows @ H⁻¹`` for rows (r, d), float32."""
         right = rows.to(self._lower.dtype).flip(1).T
-        solved: Tensor = torch.cholesky_solve(right, self._lower)
-        result: Tensor = solved.flip(0).T.to(rows.dtype).contiguous()
-        return result
+        return torch.cholesky_solve(right, self._lower).flip(0).T.to(rows.dtype).contiguous()
 
 
 def _upper_inverse(upper: Tensor) -> Tensor:
@@ -96,7 +94,8 @@ def _upper_inverse(upper: Tensor) -> Tensor:
     size = upper.shape[0]
     if size <= 128:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return solved
     half = size // 2
     inverse = torch.zeros_like(upper)
     first, last = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])

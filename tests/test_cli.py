@@ -45,6 +45,9 @@ def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["sparsity"]["requested"] == 0.7
     assert f"{report['perplexity']['dense']:.2f}" in run.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"], (
+        "nothing but the export folder is written"
+    )
     assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
 
     run = sparsellm("evaluate", "--config", config, "--model.pretrained", out, cwd=tmp_path)
