@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
@@ -198,7 +199,7 @@ class SparseLLMCallback(pl.Callback):
         source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
         if source is None:
             assert trainer.train_dataloader is not None
-            return trainer.train_dataloader, trainer.world_size > 1
+            return trainer.train_dataloader, _is_sharded(trainer.train_dataloader)
         wanted = {"num_samples": self.config.num_calibration_samples, "seed": self.config.seed}
         accepted = inspect.signature(source).parameters
         return source(**{name: value for name, value in wanted.items() if name in accepted}), False
@@ -216,6 +217,14 @@ class SparseLLMCallback(pl.Callback):
             logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
 
 
+def _is_sharded(loader: Any) -> bool:
+    """Whether a dataloader gives each rank its own share, as Lightning's distributed sampler makes it do."""
+    if isinstance(loader, (list, tuple)):
+        return any(_is_sharded(part) for part in loader)
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+
+
 def _validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
     """The validation batches, if there are any, and whether each rank's loader holds only its own share."""
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
@@ -223,7 +232,8 @@ def _validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool
             loaders, sharded = owner.val_dataloader(), False
             break
     else:
-        loaders, sharded = trainer.val_dataloaders, trainer.world_size > 1
+        loaders = trainer.val_dataloaders
+        sharded = _is_sharded(loaders)
     if isinstance(loaders, (list, tuple)):
         return (chain.from_iterable(loaders), sharded) if loaders else (None, sharded)
     return loaders, sharded

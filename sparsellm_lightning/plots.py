@@ -44,10 +44,10 @@ def save_plots(report: PruningReport, folder: Path) -> list[Path]:
         top.plot([p[0] for p in points], [100 * p[1] for p in points], marker=".", label=kind)
         with_error = [(p[0], p[2]) for p in points if p[2] is not None]
         bottom.plot([p[0] for p in with_error], [p[1] for p in with_error], marker=".", label=kind)
-    top.set(ylabel="zeros (%)", title=title)
+    top.set(ylabel="zeros (%)", title=title, ylim=(-2, 102))
     bottom.set(xlabel="block", ylabel="relative output error", yscale="log")
     if kinds:
-        top.legend(ncols=len(kinds), fontsize="small")
+        bottom.legend(ncols=len(kinds), fontsize="small")
     layers_path = folder / "layers.png"
     figure.savefig(layers_path, dpi=120)
     return [error_path, layers_path]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -56,6 +57,8 @@ def prune_model(
     device = device_of(model)
     results, tokens = [], 0
     with adapter.ranks.failing_together(), adapter.calibrating(model):
+        # A shuffled dataloader draws from the global generator; the state is put back afterwards.
+        torch.manual_seed(config.seed)
         batches, windows = take_windows(
             calibration_batches,
             config.num_calibration_samples,

@@ -114,6 +114,21 @@ def prune(job: Job) -> None:
     job.trainer(job.pruner(export_dir=str(job.folder / "out"))).fit(job.module(), job.data())
 
 
+def prune_from_train_loader(job: Job) -> None:
+    """No datamodule: calibration windows come from a training dataloader, which Lightning shards over the ranks."""
+    windows = torch.cat([batch["input_ids"] for batch in _windows(job, 24)])
+    pruner = job.pruner(export_dir=str(job.folder / "out"))
+    job.trainer(pruner).fit(
+        job.module(), torch.utils.data.DataLoader([{"input_ids": row} for row in windows], batch_size=4)
+    )
+
+
+def _windows(job: Job, count: int) -> Any:
+    data = job.data()
+    data.tokenizer = job.options["model"]
+    return data.calibration_dataloader(num_samples=count)
+
+
 def life(job: Job) -> None:
     """Prune, train two steps, save, train on; then resume from the checkpoint, and export."""
     first = job.trainer(job.pruner(finetune=True), max_steps=2)

@@ -140,6 +140,17 @@ def test_seed_chooses_other_windows(model_dir: Path) -> None:
     assert not torch.equal(pruned_with(1), pruned_with(2))
 
 
+def test_seed_orders_a_shuffled_train_loader(trained, ids: torch.Tensor) -> None:
+    def pruned_with(seed: int) -> torch.Tensor:
+        module = OwnModule(trained("llama"))
+        pruner = SparseLLMCallback(method="wanda", num_calibration_samples=8, seed=seed)
+        trainer(pruner).fit(module, DataLoader(ids, batch_size=4, shuffle=True))
+        return module.backbone.model.layers[0].mlp.up_proj.weight
+
+    assert torch.equal(pruned_with(1), pruned_with(1))
+    assert not torch.equal(pruned_with(1), pruned_with(2))
+
+
 def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     """What plain transformers reads back is what the report says."""
     target = tmp_path / "out"

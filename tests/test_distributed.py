@@ -122,6 +122,16 @@ def test_traffic_does_not_grow_with_tokens(tmp_path: Path, folder_of: Callable[[
     assert sent[0]["largest"] <= block
 
 
+def test_calibration_from_a_sharded_train_loader(tmp_path: Path, folder_of: Callable[[str], str]) -> None:
+    """Every window of the loader is used, each once: the masks of one process, whatever the order of the windows."""
+    pruner = {"sparsity": 0.6, "num_calibration_samples": 24, "num_iterations": 2, "measure": False}
+    options = {"job": "prune_from_train_loader", "model": folder_of("llama"), "pruner": pruner}
+    one = succeed(tmp_path / "one", **options)
+    two = succeed(tmp_path / "two", **options, strategy="ddp", processes=2)
+    assert one[1]["calibration"] == two[1]["calibration"] == {"windows": 24, "tokens": 24 * 64}
+    assert float((mask(one[0]) == mask(two[0])).double().mean()) >= 0.999
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_precisions(tmp_path: Path, folder_of: Callable[[str], str], strategy: str, precision: str) -> None:
