@@ -62,45 +62,75 @@ def _exact(device: torch.device | str) -> torch.dtype:
 
 
 class Factor:
-    """Cholesky factorisation of a damped Gram matrix ``H = G + λI``, of which solvers use two forms.
-
-    With J the reversal of the features and ``J H J = L Lᵀ``, ``U = (J L J)⁻¹`` is upper triangular and ``H⁻¹ = UᵀU``: one
-    Cholesky factorisation and one triangular inverse, instead of factor, invert, factor again. In float64: float32
-    factorisations differ with the number of threads.
+    """Inverse of a damped Gram matrix ``H = G + λI``, as ``H⁻¹ = UᵀU`` with U upper triangular.
 
     Args:
-        lower: L, (d, d).
+        upper: U, (d, d), float64 where the device has it.
         dead: (d,) bool, features that were zero for every token. They carry no information: H has the mean diagonal (plus
             damping) in their place.
     """
 
-    def __init__(self, lower: Tensor, dead: Tensor) -> None:
-        self._lower = lower
+    def __init__(self, upper: Tensor, dead: Tensor) -> None:
+        self._upper = upper
         self.dead = dead
 
     @cached_property
     def upper(self) -> Tensor:
         """U, (d, d) float32. Row i is what the SparseGPT sweep needs at column i."""
-        return _upper_inverse(self._lower.flip(0, 1)).float()
+        return self._upper.float()
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows @ H⁻¹`` for rows (r, d), float32."""
-        right = rows.to(self._lower.dtype).flip(1).T
-        return torch.cholesky_solve(right, self._lower).flip(0).T.to(rows.dtype).contiguous()
+        return (rows.to(self._upper.dtype) @ self._upper.T @ self._upper).to(rows.dtype)
 
 
-def _upper_inverse(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves: a third of the work of solving for the identity, as products."""
-    size = upper.shape[0]
-    if size <= 128:
-        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-        return solved
+def spd_inverse(matrix: Tensor) -> Tensor:
+    """Inverse of a symmetric positive definite matrix, (d, d) float32, through float64.
+
+    Raises:
+        NumericalError: it is not positive definite.
+    """
+    upper = _inverse_factor(matrix.to(_exact(matrix.device)))
+    if upper is None:
+        raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
+    return (upper.T @ upper).to(matrix.dtype)
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper triangular U with ``UᵀU = H⁻¹``; None if H is not positive definite.
+
+    With J the reversal of the features and ``J H J = L Lᵀ``, it is ``U = J L⁻¹ J``: one factorisation, instead of factor,
+    invert, factor again.
+    """
+    lower = _inverse_lower(matrix.flip(0, 1))
+    return None if lower is None else lower.flip(0, 1)
+
+
+def _inverse_lower(matrix: Tensor) -> Tensor | None:
+    """``L⁻¹`` of the Cholesky factor of H, by halves: products but for small leaves.
+
+    LAPACK's result for a matrix of more than a hundred columns changes with the number of threads, in the last bits;
+    products and small factorisations do not, and the masks of one and of many ranks rest on that.
+    """
+    size = matrix.shape[0]
+    if size <= 64:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) or not bool(torch.isfinite(lower).all()):
+            return None
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return leaf
     half = size // 2
-    inverse = torch.zeros_like(upper)
-    first, last = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])
+    first = _inverse_lower(matrix[:half, :half])
+    if first is None:
+        return None
+    below = matrix[half:, :half] @ first.T
+    last = _inverse_lower(matrix[half:, half:] - below @ below.T)
+    if last is None:
+        return None
+    inverse = torch.zeros_like(matrix)
     inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ (upper[:half, half:] @ last))
+    inverse[half:, :half] = -(last @ (below @ first))
     return inverse
 
 
@@ -126,9 +156,9 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
         damped = exact.clone()
         damped.diagonal().add_(fraction * mean).add_(dead.to(exact.dtype) * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return Factor(lower, dead)
+        upper = _inverse_factor(damped)
+        if upper is not None:
+            return Factor(upper, dead)
         if attempt < MAX_DAMPING_RAISES:
             warnings.warn(
                 f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Activation, solve_preactivation
 from sparsellm_lightning.solvers.local import InputStatistics
-from sparsellm_lightning.statistics import Cross, Gram, check_finite
+from sparsellm_lightning.statistics import Cross, Gram, check_finite, spd_inverse
 
 CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
 
@@ -237,7 +237,7 @@ class _Auxiliaries:
         down = iterate.down
         k = down @ down.T
         k.diagonal().add_(self.gamma / self.beta)
-        k = torch.cholesky_inverse(torch.linalg.cholesky(k))
+        k = spd_inverse(k)
         cross = {
             layer: Cross(down.shape[1], iterate.up.shape[1], down.device)
             for layer in (["up"] if iterate.gate is None else ["gate", "up"])
