@@ -151,11 +151,10 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.mean()) or 1.0
-    exact = gram.to(_exact(gram.device))
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
-        damped = exact.clone()
-        damped.diagonal().add_(fraction * mean).add_(dead.to(exact.dtype) * mean)
+        damped = gram.to(_exact(gram.device), copy=True)
+        damped.diagonal().add_(fraction * mean).add_(dead.to(damped.dtype) * mean)
         upper = _inverse_factor(damped)
         if upper is not None:
             return Factor(upper, dead)

@@ -114,9 +114,12 @@ def test_traffic_does_not_grow_with_tokens(tmp_path: Path, folder_of: Callable[[
         sent.append(json.loads((folder / "traffic_1.json").read_text()))
     assert sent[1]["elements"] == sent[0]["elements"]
     d, f, blocks, iterations = 64, 128, 3, 4
-    # Per block and iteration: Gram (d², f²) and cross matrices (3 df), rows gathered (3 df on two ranks, padded); plus
-    # attention, what is stored, and the thresholds' histograms (4 x 256 counts per matrix and 128 columns).
-    bound = blocks * (iterations * (f * f + 12 * d * f + 6 * 1100) + 10 * d * d + 6 * d * f + 10 * 1100)
+    # Per block and iteration: the Gram (f²) and cross matrices (3 df) of both ranks, the rows gathered (3 df); besides
+    # those, three Gram matrices of inputs (d²), attention's weights gathered (3 d²) and the dense feed-forward (3 df).
+    matrices = iterations * (2 * f * f + 9 * d * f) + 9 * d * d + 3 * d * f
+    # Thresholds: three histograms of 2048 counts from each of two ranks, per matrix and 128 columns; and a few scalars.
+    thresholds = (3 * iterations + 4) * 3 * 2048 * 2
+    bound = blocks * (matrices + thresholds)
     assert sent[0]["elements"] < bound
     block = 4 * d * d + 3 * d * f
     assert sent[0]["largest"] <= block
