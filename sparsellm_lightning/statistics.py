@@ -23,7 +23,7 @@ class Cross:
 
     Products are float32; their sums are float64, so that the result does not depend on the order of the chunks nor on how
     they are spread over ranks, but for a rounding in some 1e-9 of the entries. That is what makes the masks of one and of
-    many ranks equal: a difference in the last float32 bit, amplified through factorisations and blocks, flips 0.2 % of them.
+    many ranks equal: differences in the last float32 bit are amplified through factorisations and blocks.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu") -> None:

@@ -40,6 +40,17 @@ def last_block_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return seen[0]
 
 
+def assert_stream_is_the_model(walker: Walker, rtol: float, atol: float) -> None:
+    """Walk, and compare the hidden states carried along with what the model itself then computes."""
+    batches = random_batches()
+    walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
+    list(walker.walk())
+    for batch, hidden in zip(batches, walker.stream.hidden, strict=True):
+        valid = batch["attention_mask"].bool()
+        expected = last_block_output(walker.layout.model, batch)[valid]
+        torch.testing.assert_close(hidden[valid], expected, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
 def test_nothing_pruned_reproduces_the_model(name: str, method: str) -> None:
@@ -47,12 +58,7 @@ def test_nothing_pruned_reproduces_the_model(name: str, method: str) -> None:
     before = copy.deepcopy(model.state_dict())
     config = PruningConfig(sparsity=0.0, method=method)
     walker = Walker(describe(model, config), config, StrategyAdapter())
-    batches = random_batches()
-    walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
-    list(walker.walk())
-    for batch, hidden in zip(batches, walker.stream.hidden, strict=True):
-        valid = batch["attention_mask"].bool()
-        torch.testing.assert_close(hidden[valid], last_block_output(model, batch)[valid], rtol=1e-4, atol=1e-5)
+    assert_stream_is_the_model(walker, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -63,12 +69,7 @@ def test_pruned_stream_is_the_pruned_model(name: str, target: str) -> None:
     model = build_model(name)
     config = PruningConfig(sparsity=0.6, target=target, num_iterations=2)
     walker = Walker(describe(model, config), config, StrategyAdapter())
-    batches = random_batches()
-    walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
-    list(walker.walk())
-    for batch, hidden in zip(batches, walker.stream.hidden, strict=True):
-        valid = batch["attention_mask"].bool()
-        torch.testing.assert_close(hidden[valid], last_block_output(model, batch)[valid], rtol=1e-3, atol=1e-4)
+    assert_stream_is_the_model(walker, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
