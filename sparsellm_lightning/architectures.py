@@ -90,8 +90,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# What torch.compile, activation checkpointing and FSDP1 put into module names.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)")
+# What torch.compile, activation checkpointing, FSDP1 and LoRA put into module names.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)(\.|$)")
 
 
 def register_architecture(model_type: str, architecture: Architecture) -> None:
@@ -172,11 +172,12 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
             group, or block indices outside the model.
     """
     row, model_type = _row(model), model.config.model_type
-    names = {module: _WRAPPERS.sub("", name) for name, module in model.named_modules()}
+    names = unwrapped_names(model)
     unmatched = set(config.skip)
 
     def projection(block: nn.Module, path: str) -> Projection:
         module = _get(block, path, model_type)
+        module = getattr(module, "base_layer", module)  # under a LoRA adapter
         name = names[module]
         matching = {
             pattern for pattern in config.skip if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
@@ -201,6 +202,11 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
     _check_groups(layout, config)
     config.globally_solved(len(blocks))
     return layout
+
+
+def unwrapped_names(module: nn.Module) -> dict[nn.Module, str]:
+    """Every module inside by its dotted name, as if nothing wrapped any of them."""
+    return {child: _WRAPPERS.sub("", name).rstrip(".") for name, child in module.named_modules()}
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

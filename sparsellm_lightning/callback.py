@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
@@ -18,20 +20,24 @@ from sparsellm_lightning.config import LocalSolver, Method, PruningConfig, Targe
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import check_export_dir, export_model
-from sparsellm_lightning.masks import Masks
+from sparsellm_lightning.finetuning import SparseFinetuning
+from sparsellm_lightning.lora import has_adapters
 from sparsellm_lightning.pruning import prune_model
-from sparsellm_lightning.report import PruningReport, layer_rows
+from sparsellm_lightning.report import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.strategies import StrategyAdapter, adapter_for
 
 log = logging.getLogger(__name__)
 
 
-class SparseLLMCallback(pl.Callback):
+class SparseLLMCallback(SparseFinetuning):
     """Prune the causal language model inside a LightningModule, once, when training starts.
 
     Calibration windows come from the datamodule's ``calibration_dataloader()`` when it has one (called with
     ``num_samples`` and ``seed`` if it takes them), otherwise from the training dataloader. A run resumed from a checkpoint
     taken after pruning does not prune again. See :class:`~sparsellm_lightning.config.PruningConfig` for the settings.
+
+    With ``finetune`` the run trains on, the zeros kept as :class:`~sparsellm_lightning.finetuning.SparseFinetuning` does. A
+    module whose ``weights`` attribute names an already sparse model (``CausalLM(weights=...)``) is not pruned, only trained.
 
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). None is 0.5, or what an N:M pattern implies.
@@ -50,6 +56,8 @@ class SparseLLMCallback(pl.Callback):
         target: ``block`` or ``model``: what the alternation fits.
         skip: name patterns of projections left dense.
         finetune: train on after pruning, with the zeros held; otherwise the run stops.
+        schedule: gradual pruning: optimizer step -> sparsity reached there, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every
+            stage solves anew, and prunes what the stage before had pruned and more. Needs ``finetune``; replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends.
         overwrite: replace what ``export_dir`` already holds.
         measure: perplexity on the validation windows before and after pruning, where there are any.
@@ -79,14 +87,17 @@ class SparseLLMCallback(pl.Callback):
         target: Target = "block",
         skip: Sequence[str] = (),
         finetune: bool = False,
+        schedule: dict[int, float] | None = None,
         export_dir: str | None = None,
         overwrite: bool = False,
         measure: bool = True,
         model_attribute: str | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
+        self.schedule = None if schedule is None else _check_schedule(schedule, sparsity, pattern, finetune)
         self.config = PruningConfig(
-            sparsity=sparsity,
+            sparsity=sparsity if self.schedule is None else list(self.schedule.values())[-1],
             pattern=pattern,
             method=method,
             local_solver=local_solver,
@@ -109,7 +120,6 @@ class SparseLLMCallback(pl.Callback):
         self.measure = measure
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
-        self._masks: Masks | None = None
 
     @property
     def pruned(self) -> bool:
@@ -117,6 +127,7 @@ class SparseLLMCallback(pl.Callback):
         return self.report is not None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
@@ -125,52 +136,68 @@ class SparseLLMCallback(pl.Callback):
                 f"limit_train_batches must not be 0, got {trainer.max_steps}, {trainer.max_epochs} and "
                 f"{trainer.limit_train_batches}. To prune only, leave them alone and set finetune to false."
             )
-        if not self.finetune and (trainer.min_steps or trainer.min_epochs):
+        if not self._trains_on(pl_module) and (trainer.min_steps or trainer.min_epochs):
             raise UserError(
                 "With finetune=False the run stops after pruning, but min_steps / min_epochs ask for "
                 f"{trainer.min_steps} / {trainer.min_epochs}. Leave them out, or set finetune to true."
             )
-        adapter_for(trainer)
+        if sum(isinstance(c, SparseFinetuning) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
+                "Keep one; with SparseLLMCallback, set finetune to true."
+            )
+        if self.schedule is not None:
+            self._check_run(trainer, self.schedule)
         if self.export_dir is not None and trainer.is_global_zero:
             check_export_dir(self.export_dir, self.overwrite)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         describe(self._model(pl_module), self.config)
+        if self.schedule is not None and has_adapters(pl_module):
+            raise UserError(
+                "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = self._model(pl_module)
+        model, adapter = self._model(pl_module), adapter_for(trainer)
         if self.pruned:
             if trainer.is_global_zero:
                 log.info("This run resumes one that has pruned; not pruning again.")
+            self._hold(trainer, pl_module)
+        elif _is_sparse_already(pl_module):
+            self.report = report_of_sparse(describe(model, self.config), adapter, self.config)
+            self.report.perplexity["pruned"] = self._perplexity(trainer, model, adapter)
+            self._hold(trainer, pl_module)
         else:
-            adapter = adapter_for(trainer)
-            dense = self._perplexity(trainer, model, adapter)
-            batches, sharded = self._calibration_batches(trainer)
-            self.report = prune_model(
-                model,
-                batches,
-                self.config,
-                adapter=adapter,
-                sharded=sharded,
-                progress=trainer.progress_bar_callback is not None,
-                on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
-            )
-            self.report.model = getattr(pl_module, "pretrained", self.report.model)
-            self.report.perplexity = {"dense": dense, "pruned": self._perplexity(trainer, model, adapter)}
-        if self.finetune:
-            self._masks = Masks(describe(model, self.config))
-        else:
+            self._prune(trainer, pl_module)
+        self.report.model = getattr(pl_module, "pretrained", None) or self.report.model  # type: ignore[union-attr]
+        if not self._trains_on(pl_module):
             trainer.should_stop = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self._masks is not None:
-            self._masks.apply()
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.schedule is None or self.report is None or len(self.report.stages) == len(self.schedule):
+            return
+        if trainer.global_step >= list(self.schedule)[len(self.report.stages)]:
+            self._prune(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not on_train_end: a weight-averaging callback may put its averages in place there.
+        super().on_fit_end(trainer, pl_module)
         if self.report is None:
             return
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        if self.finetune:
+        if self._trains_on(pl_module):
+            assert self._masks is not None
+            zeros = sum(self._masks.zeros.values())
+            self.report.mask_check = {
+                "checks": self.checks,
+                "layers": len(self._masks.zeros),
+                "zeros": zeros,
+                "broken": 0,
+            }
             self.report.perplexity["finetuned"] = self._perplexity(trainer, model, adapter)
             # What is reported is counted in the weights that are written.
             errors = {layer["name"]: layer["error"] for layer in self.report.layers}
@@ -185,11 +212,66 @@ class SparseLLMCallback(pl.Callback):
             trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"report": None if self.report is None else self.report.to_dict()}
+        return super().state_dict() | {"report": None if self.report is None else self.report.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         report = state_dict["report"]
         self.report = None if report is None else PruningReport(**report)
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune, or prune further; measured before and after."""
+        model, adapter = self._model(pl_module), adapter_for(trainer)
+        before = self._perplexity(trainer, model, adapter)
+        batches, sharded = self._calibration_batches(trainer)
+        stages = [] if self.report is None else self.report.stages
+        config = self.config
+        if self.schedule is not None:
+            config = replace(config, sparsity=list(self.schedule.values())[len(stages)], keep_zeros=bool(stages))
+        report = prune_model(
+            model,
+            batches,
+            config,
+            adapter=adapter,
+            sharded=sharded,
+            progress=trainer.progress_bar_callback is not None,
+            on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
+        )
+        after = self._perplexity(trainer, model, adapter)
+        dense = self.report.perplexity["dense"] if self.report is not None else before
+        report.perplexity = {"dense": dense, "pruned": after}
+        if self.schedule is not None:
+            stage = {
+                "step": trainer.global_step,
+                "sparsity": report.sparsity["achieved"],
+                "before": before,
+                "after": after,
+            }
+            report.stages = [*stages, stage]
+        self.report = report
+        self._hold(trainer, pl_module)
+
+    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._trains_on(pl_module):
+            projections = describe(self._model(pl_module), self.config).projections()
+            self.hold(trainer, pl_module, [p for p in projections if p.pruned])
+
+    def _trains_on(self, pl_module: pl.LightningModule) -> bool:
+        return self.finetune or _is_sparse_already(pl_module)
+
+    @staticmethod
+    def _check_run(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
+        last = list(schedule)[-1]
+        if 0 < trainer.max_steps <= last:
+            raise UserError(
+                f"schedule has a stage at step {last}, but the run ends at max_steps {trainer.max_steps}. Train longer, or "
+                "prune earlier."
+            )
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                "Gradual pruning cannot be combined with weight averaging: the average of weights before and after a stage is "
+                "not sparse. Leave out schedule, or average in a second run (CausalLM(weights=...))."
+            )
 
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
@@ -215,6 +297,34 @@ class SparseLLMCallback(pl.Callback):
     def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
+
+
+def _is_sparse_already(pl_module: pl.LightningModule) -> bool:
+    return getattr(pl_module, "weights", None) is not None
+
+
+def _check_schedule(
+    schedule: dict[int, float], sparsity: float | None, pattern: str, finetune: bool
+) -> dict[int, float]:
+    """The stages in order.
+
+    Raises:
+        UserError: they do not begin at step 0, do not rise, or contradict other settings.
+    """
+    stages = {int(step): float(value) for step, value in sorted(schedule.items())}
+    rising = all(low < high for low, high in pairwise(stages.values()))
+    if not stages or next(iter(stages)) != 0 or not rising or not all(0 < value < 1 for value in stages.values()):
+        raise UserError(
+            f"schedule must begin at step 0 and rise within (0, 1), got {schedule}. Write {{0: 0.5, 50: 0.6, 100: 0.7}}."
+        )
+    if not finetune:
+        raise UserError("schedule prunes in the course of training, but finetune is false. Set finetune to true.")
+    if pattern != "unstructured" or sparsity not in (None, list(stages.values())[-1]):
+        raise UserError(
+            f"schedule gives the sparsity of every stage and needs pattern unstructured, got sparsity {sparsity} and pattern "
+            f"{pattern}. Leave both out."
+        )
+    return stages
 
 
 def _is_sharded(loader: Any) -> bool:

@@ -39,6 +39,8 @@ class PruningConfig:
             output the dense model had at this point, so that each block also corrects the error before it.
         skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
+        keep_zeros: weights that are zero already are pruned first, whatever they would be worth: the new mask contains the old
+            one (gradual pruning).
         num_calibration_samples: calibration windows, over all ranks.
         seed: seeds the choice of calibration windows.
 
@@ -60,6 +62,7 @@ class PruningConfig:
     block_size: int = 128
     target: Target = "block"
     skip: Sequence[str] = ()
+    keep_zeros: bool = False
     num_calibration_samples: int = 128
     seed: int = 0
 

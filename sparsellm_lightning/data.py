@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
@@ -168,7 +168,10 @@ class TextDataModule(LightningDataModule):
         return self._loader(torch.stack(windows))
 
     def train_dataloader(self) -> Windows:
-        """Consecutive windows of the train text, without the tokens left over, in a seeded random order.
+        """Consecutive windows of the train text, without the tokens left over, in a seeded random order, another each epoch.
+
+        The order depends on the seed and the epoch only, and the loader notes in checkpoints how far it is: a resumed run sees
+        the windows that it would have seen. Ranks take turns.
 
         For ``c4`` the text is the first shard's documents joined, as many as ``max_train_windows`` (or 10,000) need.
 
@@ -176,7 +179,10 @@ class TextDataModule(LightningDataModule):
             UserError: no train text, or one shorter than a window.
         """
         windows = self._consecutive_windows("train", self.max_train_windows)
-        return self._loader(windows, generator=torch.Generator().manual_seed(self.seed))
+        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        dataset = _WindowDataset(windows)
+        sampler: DistributedSampler[Any] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
+        return ResumableLoader(dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> Windows | list[Windows]:
         """The same windows as :meth:`test_dataloader`; none with ``files`` and no ``test_files``, which trains unvalidated."""
@@ -269,14 +275,8 @@ class TextDataModule(LightningDataModule):
         count = count if limit is None else min(count, limit)
         return tokens[: count * self.sequence_length].view(count, self.sequence_length)
 
-    def _loader(self, windows: Tensor, generator: torch.Generator | None = None) -> Windows:
-        return DataLoader(
-            _WindowDataset(windows),
-            batch_size=self.batch_size,
-            shuffle=generator is not None,
-            generator=generator,
-            num_workers=self.num_workers,
-        )
+    def _loader(self, windows: Tensor) -> Windows:
+        return DataLoader(_WindowDataset(windows), self.batch_size, num_workers=self.num_workers)
 
     def _text(self, split: Split) -> str:
         if self.source == "python-docs":
@@ -340,6 +340,29 @@ class TextDataModule(LightningDataModule):
             if len(tokens) > needed or len(texts) == len(table):
                 return tokens[:needed]
             characters *= 2
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader whose place in the epoch is part of a checkpoint, by Lightning's protocol for stateful loaders."""
+
+    _taken = 0
+    _skip = 0
+
+    def __iter__(self) -> Any:
+        skip, self._skip = self._skip, 0
+        self._taken = 0
+        for batch in super().__iter__():
+            self._taken += 1
+            if self._taken > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches taken of the current epoch; none when it is over."""
+        return {"batches": self._taken % len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next epoch begins after that many batches."""
+        self._skip = state_dict["batches"]
 
 
 class _WindowDataset(Dataset[dict[str, Tensor]]):

@@ -12,3 +12,7 @@ class UserError(ValueError):
 
 class NumericalError(UserError):
     """NaN or infinity in activations, or a Gram matrix that no reasonable damping makes positive definite."""
+
+
+class MaskError(UserError):
+    """A pruned weight came back, or a kept one went to zero, where the masks should have held."""

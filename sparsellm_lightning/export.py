@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.lora import has_adapters, merged_state
 
 
 def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
@@ -39,6 +40,8 @@ def export_model(
 ) -> Path:
     """Write config, safetensors and tokenizer, loadable by ``AutoModelForCausalLM.from_pretrained`` alone.
 
+    LoRA adapters are written merged, with the zeros kept.
+
     Written beside the target first and renamed into place, so that an interrupted export leaves no half folder.
 
     Args:
@@ -56,6 +59,8 @@ def export_model(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if has_adapters(model):
+        state_dict = merged_state(model, model.state_dict() if state_dict is None else state_dict)
     if state_dict is not None:
         model = _unsharded(model, state_dict)
     model.save_pretrained(partial)

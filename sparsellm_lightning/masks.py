@@ -1,32 +1,121 @@
-"""Keeping pruned weights at zero while training goes on."""
+"""Keeping pruned weights at zero while training goes on: on the local shard, one bit per weight, nothing gathered."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
-from sparsellm_lightning.architectures import DecoderLayout
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsellm_lightning.architectures import Projection, unwrapped_names
+from sparsellm_lightning.errors import MaskError
+from sparsellm_lightning.strategies import StrategyAdapter
 
 
 class Masks:
-    """Zeros of a pruned model's projections, re-applied after optimizer steps.
+    """The zeros of some weights, held through training.
 
-    The mask of a parameter is where its local tensor is non-zero when the object is made: nothing is gathered, and a
-    resumed run rebuilds it from the weights alone.
+    The mask of a weight is where it is zero when the object is made, so a resumed run rebuilds it from the weights alone. A
+    weight that is kept never becomes exactly zero: should an update hit zero, it gets the smallest normal number of its
+    dtype instead, so that the zeros go on saying which weights are pruned.
+
+    Args:
+        projections: the layers whose zeros are held.
+        adapter: of the strategy the model runs under.
+
+    Attributes:
+        zeros: number of pruned weights by layer, over all ranks.
     """
 
-    def __init__(self, layout: DecoderLayout) -> None:
-        self._pruned: list[tuple[Tensor, Tensor]] = []
-        for projection in layout.projections():
-            if projection.pruned:
-                local = local_tensor(projection.parameter)
-                self._pruned.append((local, local == 0))
+    def __init__(self, projections: Sequence[Projection], adapter: StrategyAdapter) -> None:
+        self.adapter = adapter
+        self.projections = list(projections)
+        self._packed = [pack(local_tensor(p.parameter) == 0) for p in self.projections]
+        self.zeros = self._count()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights. To be called between optimizer steps, when pruned weights are zero."""
+        for projection in self.projections:
+            if projection.parameter.grad is not None:
+                zero = local_tensor(projection.parameter) == 0
+                local_tensor(projection.parameter.grad).masked_fill_(zero, 0)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the pruned weights to zero again."""
-        for weight, zero in self._pruned:
-            weight.masked_fill_(zero, 0)
+        """Set the pruned weights to zero again, and the kept ones to something else."""
+        for projection, packed in zip(self.projections, self._packed, strict=True):
+            if not projection.parameter.requires_grad:
+                continue
+            weight = local_tensor(projection.parameter)
+            pruned = unpack(packed, weight.shape)
+            weight.masked_fill_(pruned, 0)
+            weight.masked_fill_((weight == 0) ^ pruned, torch.finfo(weight.dtype).tiny)
+
+    @torch.no_grad()
+    def clear_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Zero what optimizers remember of the pruned weights: every state tensor of a weight's own shape."""
+        masks = {id(p.parameter): packed for p, packed in zip(self.projections, self._packed, strict=True)}
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                packed = masks.get(id(parameter))
+                for value in state.values() if packed is not None else ():
+                    if (
+                        isinstance(value, Tensor)
+                        and value.shape == parameter.shape
+                        and type(value) is type(parameter.data)
+                    ):
+                        moment = local_tensor(value)
+                        moment.masked_fill_(unpack(packed, moment.shape), 0)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the zeros with the masks, entry for entry, on all ranks.
+
+        Raises:
+            MaskError: a pruned weight is not zero, or a kept one is; names the layer and both counts.
+        """
+        wrong = [
+            ((local_tensor(p.parameter) == 0) ^ unpack(packed, local_tensor(p.parameter).shape)).sum()
+            for p, packed in zip(self.projections, self._packed, strict=True)
+        ]
+        if not wrong:
+            return
+        total = torch.stack(wrong)
+        self.adapter.ranks.sum_(total)
+        if not bool(total.any()):
+            return
+        now = self._count()
+        index = int(total.nonzero()[0])
+        name = self.projections[index].name
+        size = self.projections[index].shape[0] * self.projections[index].shape[1]
+        raise MaskError(
+            f"{name} must keep the {self.zeros[name]} zeros ({100 * self.zeros[name] / size:.4f} %) that pruning left, but has "
+            f"{now[name]} ({100 * now[name] / size:.4f} %), {int(total[index])} of its weights differing in that. Something "
+            "changes weights outside the optimizer: look for a callback or hook that writes parameters, and let it skip zeros."
+        )
+
+    def _count(self) -> dict[str, int]:
+        if not self.projections:
+            return {}
+        totals = torch.stack([(local_tensor(p.parameter) == 0).sum() for p in self.projections])
+        self.adapter.ranks.sum_(totals)
+        if not self.adapter.weights_are_split:
+            totals //= self.adapter.ranks.size
+        return {p.name: int(total) for p, total in zip(self.projections, totals, strict=True)}
+
+
+def sparse_projections(module: nn.Module, adapter: StrategyAdapter, at_least: float = 0.01) -> list[Projection]:
+    """Every linear layer of any model whose weight has zeros: at least this fraction, but not all (as in a fresh adapter)."""
+    layers: list[Projection] = []
+    seen: set[int] = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for child, name in unwrapped_names(module).items():
+        if isinstance(child, (nn.Linear, Conv1D)) and id(child.weight) not in seen:
+            seen.add(id(child.weight))
+            layers.append(Projection(name, child, pruned=True))
+    zeros = Masks(layers, adapter).zeros
+    return [p for p in layers if at_least <= zeros[p.name] / (p.shape[0] * p.shape[1]) < 1]
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -34,3 +123,19 @@ def local_tensor(parameter: Tensor) -> Tensor:
     data = parameter.detach()
     to_local = getattr(data, "to_local", None)
     return data if to_local is None else to_local()
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, ``(ceil(n / 8),)`` uint8, first entry lowest."""
+    flat = mask.flatten()
+    bits = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-(-len(flat) // 8), 8)
+    packed = torch.zeros(len(bits), dtype=torch.uint8, device=mask.device)
+    for bit in range(8):
+        packed |= bits[:, bit].to(torch.uint8) << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The bool tensor that :func:`pack` was given."""
+    places = torch.bitwise_left_shift(packed.new_ones(8), torch.arange(8, dtype=torch.uint8, device=packed.device))
+    return (packed[:, None] & places).to(torch.bool).flatten()[: shape.numel()].view(shape)

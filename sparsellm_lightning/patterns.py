@@ -27,11 +27,12 @@ class Pattern:
 
     group: int = 1
 
-    def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
+    def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         """Mask (True = kept) of the highest scores.
 
         Args:
             scores: non-negative float32, (rows, columns); this rank's rows.
+            first_column: where these columns begin in the whole matrix, for patterns that differ by place.
             per_row: keep the same number in every row, rather than one threshold for the matrix. N:M patterns are always
                 per row and ignore it.
 
@@ -55,7 +56,7 @@ class Unstructured(Pattern):
     ranks: Ranks = SINGLE
     rows: int | None = None
 
-    def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
+    def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         if per_row:
             pruned = round(self.sparsity * scores.shape[1])
             mask = torch.ones_like(scores, dtype=torch.bool)
@@ -83,7 +84,7 @@ class NofM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.kept / self.group
 
-    def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
+    def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         rows, columns = scores.shape
         grouped = scores.reshape(rows, columns // self.group, self.group)
         order = grouped.argsort(dim=2, descending=True, stable=True)[..., : self.kept]
@@ -104,7 +105,7 @@ class Stacked(Pattern):
     def group(self) -> int:  # type: ignore[override]
         return max(pattern.group for pattern in self.patterns)
 
-    def select(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
+    def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         parts = scores.split(list(self.rows))
         flexible = [pattern for pattern in self.patterns if isinstance(pattern, Unstructured)]
         if len(flexible) == len(self.patterns) and not per_row:
@@ -112,6 +113,30 @@ class Stacked(Pattern):
             return ~torch.cat(_smallest(parts, counts, flexible[0].ranks))
         together = zip(self.patterns, parts, strict=True)
         return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in together])
+
+
+@dataclass(frozen=True)
+class Containing(Pattern):
+    """Another pattern whose pruned weights include given ones.
+
+    Where more are given than the pattern would prune, all of them are pruned.
+
+    Args:
+        pattern: how many to prune, and how they are grouped.
+        pruned: (rows, columns of the whole matrix) bool; this rank's rows.
+    """
+
+    pattern: Pattern
+    pruned: Tensor
+
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        return self.pattern.group
+
+    def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
+        pruned = self.pruned[:, first_column : first_column + scores.shape[1]]
+        ranked = scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(pruned, 0)
+        return self.pattern.select(ranked, per_row=per_row) & ~pruned
 
 
 def parse_nofm(pattern: str) -> tuple[int, int] | None:

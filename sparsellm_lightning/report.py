@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from sparsellm_lightning.architectures import DecoderLayout
+from sparsellm_lightning.architectures import DecoderLayout, device_of
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.strategies import StrategyAdapter
 
 REPORT_NAME = "pruning_report.json"
@@ -40,6 +41,9 @@ class PruningReport:
         peak_memory_bytes: of this process (resident set), or of its accelerator.
         versions: of Python and the packages that matter.
         config: the settings.
+        mask_check: after fine-tuning, ``{"checks", "layers", "zeros", "broken"}``: how often every zero of how many layers was
+            compared with its mask, and how many had changed (a run with any stops).
+        stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``: perplexity around each.
     """
 
     model: str
@@ -55,6 +59,8 @@ class PruningReport:
     peak_memory_bytes: int
     config: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    mask_check: dict[str, int] | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,6 +129,25 @@ def layer_rows(
             }
         )
     return layers, sum(zeros.values()) / entries
+
+
+def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter, config: PruningConfig) -> PruningReport:
+    """The report of a model that was already sparse: nothing was pruned here, so there are no errors and no seconds."""
+    layers, achieved = layer_rows(layout, adapter, {})
+    return PruningReport(
+        model=layout.model.config.name_or_path or type(layout.model).__name__,
+        method="already sparse",
+        pattern=config.pattern,
+        sparsity={"requested": achieved, "achieved": achieved},
+        perplexity={"dense": None, "pruned": None},
+        layers=layers,
+        blocks=[],
+        calibration={"windows": 0, "tokens": 0},
+        phases={},
+        wall_seconds=0.0,
+        peak_memory_bytes=peak_memory(device_of(layout.model)),
+        config={},
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import decoder_blocks
-from sparsellm_lightning.loading import load_model
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -50,22 +50,34 @@ def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     return model
 
 
-def load_sharded(pretrained: str, dtype: str, mesh: DeviceMesh) -> PreTrainedModel:
+def load_sharded(
+    load: Callable[[], PreTrainedModel],
+    mesh: DeviceMesh,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> PreTrainedModel:
     """Load a model over the ranks of a mesh: rank 0 reads it and sends each rank its shards.
 
     The other ranks never hold the whole model, on the host or the device.
+
+    Args:
+        load: gives the whole model; called on rank 0.
+        mesh: one-dimensional.
+        prepare: changes the model in place before it is sharded (adapters); called on every rank.
 
     Raises:
         UserError: on every rank, if rank 0 cannot load the model.
     """
     source: PreTrainedModel | None = None
+    described: tuple[Any, ...] | None = None
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            source = load_model(pretrained, dtype)
+            source = load()
+            described = _description(source)
+            prepare(source)
         except Exception as error:
             failure = error
-    message: list[Any] = [failure, None if source is None else _description(source)]
+    message: list[Any] = [failure, described]
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise message[0]
@@ -77,6 +89,8 @@ def load_sharded(pretrained: str, dtype: str, mesh: DeviceMesh) -> PreTrainedMod
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer.to(mesh.device_type)
+    with torch.device("meta"):
+        prepare(model)
     shard_blocks(model, mesh)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, {} if source is None else source.state_dict(), options=options)

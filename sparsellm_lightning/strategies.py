@@ -36,6 +36,8 @@ class StrategyAdapter:
 
     # Whether a forward is a collective, so that all ranks must make the same number of them.
     forward_is_collective = False
+    # Whether the local part of a parameter is a piece of it, rather than the whole on every rank.
+    weights_are_split = False
 
     def __init__(self, strategy: Strategy | None = None) -> None:
         self.strategy = strategy
@@ -127,6 +129,7 @@ class _ShardedAdapter(StrategyAdapter):
     """What FSDP1 and FSDP2 share: every forward gathers parameters, and must go through the root module."""
 
     forward_is_collective = True
+    weights_are_split = True
 
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         # The root's own forward is needed for its parameters, so the head can only be cut to one position.

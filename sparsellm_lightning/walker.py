@@ -18,7 +18,7 @@ from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, 
 from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.patterns import Stacked
+from sparsellm_lightning.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.solvers.sparsellm import CHUNK, FeedForward, Penalties, Solution, solve_feed_forward
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
@@ -211,7 +211,9 @@ class Walker:
         sizes = [targets[name].shape[0] for name in chosen]
         weight = torch.cat([targets[name] for name in chosen])
         patterns = [self.config.build_pattern(projections[name].shape[0], self.adapter.ranks) for name in chosen]
-        pattern = Stacked(patterns, sizes)
+        pattern: Pattern = Stacked(patterns, sizes)
+        if self.config.keep_zeros:
+            pattern = Containing(pattern, torch.cat([dense[name] for name in chosen]) == 0)
         with self.stopwatch.phase("local_solve"):
             solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
         return {name: dense[name] for name in targets} | dict(zip(chosen, solved, strict=True))

@@ -39,7 +39,8 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     whole_groups = _whole_groups(block_size, pattern.group)
 
     def keep_of(low: int, high: int) -> Tensor:
-        return pattern.select((w[low:high, :rows].square() * cost_scale[low:high, None]).T.contiguous()).T
+        cost = (w[low:high, :rows].square() * cost_scale[low:high, None]).T.contiguous()
+        return pattern.select(cost, first_column=low).T
 
     for low in range(0, columns, whole_groups):
         high = min(low + whole_groups, columns)

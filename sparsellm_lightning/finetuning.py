@@ -1,0 +1,131 @@
+"""Fine-tuning a sparse model inside a Trainer with every zero kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+
+from sparsellm_lightning.architectures import Projection
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.lora import keep_zeros
+from sparsellm_lightning.masks import Masks, sparse_projections
+from sparsellm_lightning.strategies import adapter_for
+
+
+class SparseFinetuning(pl.Callback):
+    """Keep the zeros of a sparse model, whoever pruned it, while it is trained.
+
+    - Gradients of pruned weights are zeroed after every backward pass, so before clipping: they do not count in the norm, and
+      an optimizer's moments at pruned weights stay zero.
+    - Directly after every optimizer step, before any other callback sees them, pruned weights are set to zero again: this
+      matters only to optimizers that mix entries, since the others had nothing to move them by.
+    - At the end of every epoch and of training the zeros are compared with the masks, entry for entry.
+    - LoRA adapters (``peft``) on sparse layers are masked in training as they will be when merged.
+
+    Works under one device, DDP, FSDP1 and FSDP2, for any optimizer, precision, accumulation and compiled modules; the masks
+    are of the local shard, one bit per weight. A resumed run rebuilds them from the zeros. The order among other callbacks
+    does not matter.
+
+    Raises:
+        UserError: (at setup) beside Lightning's ``ModelPruning``, which keeps masks of its own, or under an unsupported
+            strategy; (at the start of training) a model without zeros, or, when resuming, with others than were stored.
+        MaskError: (at the end of an epoch or of training) something else changed the zeros.
+    """
+
+    def __init__(self) -> None:
+        self._masks: Masks | None = None
+        self._stored: dict[str, Any] = {}
+        self._handles: list[Any] = []
+        self._random_state: torch.Tensor | None = None
+        self.checks = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        adapter_for(trainer)
+        if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"{type(self).__name__} keeps the masks itself, but the Trainer also has Lightning's ModelPruning, which would "
+                "prune and reparametrise the same weights. Remove one of them."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        projections = sparse_projections(pl_module, adapter_for(trainer))
+        if not projections:
+            raise UserError(
+                f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
+                "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
+            )
+        self.hold(trainer, pl_module, projections)
+
+    def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
+        """From now on keep the zeros that these layers have."""
+        self.release()
+        self._masks = Masks(projections, adapter_for(trainer))
+        self._compare_with_stored()
+        self._masks.clear_moments(trainer.optimizers)
+        keep_zeros(pl_module, {p.module for p in projections})
+        for optimizer in trainer.optimizers:
+            # Not on_train_batch_end: a weight-averaging callback earlier in the list must see zeros too.
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._apply()))
+
+    def release(self) -> None:
+        """Keep the zeros no longer; what they were is still known."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._random_state is not None:  # of a resumed run, so that dropout goes on as it would have
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._masks is not None:
+            self._masks.mask_gradients()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not on_train_end, where a weight-averaging callback may still put its averages in place.
+        self._check()
+        self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._masks is None:
+            return {}
+        return {"zeros": self._masks.zeros, "random_state": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stored = dict(state_dict.get("zeros", {}))
+        self._random_state = state_dict.get("random_state")
+
+    def _apply(self) -> None:
+        if self._masks is not None:
+            self._masks.apply()
+
+    def _check(self) -> None:
+        if self._masks is not None:
+            self._masks.check()
+            self.checks += 1
+
+    def _compare_with_stored(self) -> None:
+        assert self._masks is not None
+        stored, self._stored = self._stored, {}
+        for name, zeros in stored.items():
+            found = self._masks.zeros.get(name)
+            if found != zeros:
+                raise UserError(
+                    f"The checkpoint was saved with {zeros} zeros in {name}, but the weights restored from it have {found}. "
+                    "Resume from the checkpoint that belongs to these weights; to fine-tune other sparse weights, start a new "
+                    "run from them (CausalLM(weights=...)) instead of resuming."
+                )
