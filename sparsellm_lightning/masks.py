@@ -56,16 +56,12 @@ class Masks:
     @torch.no_grad()
     def clear_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Zero what optimizers remember of the pruned weights: every state tensor of a weight's own shape."""
-        masks = {id(p.parameter): packed for p, packed in zip(self.projections, self._packed, strict=True)}
         for optimizer in optimizers:
-            for parameter, state in optimizer.state.items():
-                packed = masks.get(id(parameter))
-                for value in state.values() if packed is not None else ():
-                    if (
-                        isinstance(value, Tensor)
-                        and value.shape == parameter.shape
-                        and type(value) is type(parameter.data)
-                    ):
+            for projection, packed in zip(self.projections, self._packed, strict=True):
+                weight = projection.parameter
+                for value in optimizer.state.get(weight, {}).values():
+                    # The same shape and kind (a DTensor's moments are DTensors): elementwise, not a quantised or factored state.
+                    if isinstance(value, Tensor) and value.shape == weight.shape and type(value) is type(weight.data):
                         moment = local_tensor(value)
                         moment.masked_fill_(unpack(packed, moment.shape), 0)
 
