@@ -343,26 +343,34 @@ class TextDataModule(LightningDataModule):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A DataLoader whose place in the epoch is part of a checkpoint, by Lightning's protocol for stateful loaders."""
+    """A DataLoader whose place in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
 
+    It counts the epochs itself: Lightning's count is one ahead in a checkpoint saved after ``max_steps`` ended a run.
+    """
+
+    _epoch = 0
     _taken = 0
     _skip = 0
 
     def __iter__(self) -> Any:
-        skip, self._skip = self._skip, 0
-        self._taken = 0
+        self._epoch = self.state_dict()["epoch"]
+        skip, self._skip, self._taken = self._skip, 0, 0
+        assert isinstance(self.sampler, DistributedSampler)
+        self.sampler.set_epoch(self._epoch)
         for batch in super().__iter__():
             self._taken += 1
             if self._taken > skip:
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken of the current epoch; none when it is over."""
-        return {"batches": self._taken % len(self)}
+        """The epoch, and how many of its batches were taken."""
+        taken = max(self._taken, self._skip)
+        over = taken == len(self)  # nobody asks an iterator for more when its length is known
+        return {"epoch": self._epoch + over, "batches": 0 if over else taken}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next epoch begins after that many batches."""
-        self._skip = state_dict["batches"]
+        """The next iteration goes on from there."""
+        self._epoch, self._skip, self._taken = state_dict["epoch"], state_dict["batches"], 0
 
 
 class _WindowDataset(Dataset[dict[str, Tensor]]):

@@ -60,7 +60,7 @@ class Masks:
             for projection, packed in zip(self.projections, self._packed, strict=True):
                 weight = projection.parameter
                 for value in optimizer.state.get(weight, {}).values():
-                    # The same shape and kind (a DTensor's moments are DTensors): elementwise, not a quantised or factored state.
+                    # The same shape and kind (a DTensor's moments are DTensors): neither quantised nor factored.
                     if isinstance(value, Tensor) and value.shape == weight.shape and type(value) is type(weight.data):
                         moment = local_tensor(value)
                         moment.masked_fill_(unpack(packed, moment.shape), 0)
