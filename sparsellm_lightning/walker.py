@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
 from sparsellm_lightning.calibration import CalibrationBatch
@@ -20,10 +18,11 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
-from sparsellm_lightning.solvers.sparsellm import CHUNK, FeedForward, Penalties, Solution, solve_feed_forward
+from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, solve_feed_forward
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
 from sparsellm_lightning.stopwatch import Stopwatch
-from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
+from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.stream import Observer, Stream, TokenBuffer, enter_model, run_block
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,6 @@ class BlockResult:
     errors: list[float]
     seconds: float
     layer_errors: dict[str, float]
-
-
-@dataclass
-class _Stream:
-    """Hidden states between two blocks, per calibration batch, and the other arguments the model gives its blocks."""
-
-    hidden: list[Tensor]
-    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
-    valid: list[Tensor | None]  # (batch, sequence) bool: False where padded
-    windows: list[int] = field(init=False)  # valid tokens of each
-    tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.windows = [
-            count
-            for h, mask in zip(self.hidden, self.valid, strict=True)
-            for count in ([h.shape[1]] * h.shape[0] if mask is None else mask.sum(1).tolist())
-        ]
-        self.tokens = sum(self.windows)
-
-    def chunks(self) -> list[int]:
-        """Tokens per step of the solver: a window, or its parts where it is long."""
-        return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
 
 
 class Walker:
@@ -99,7 +75,7 @@ class Walker:
         Args:
             batches: this rank's calibration windows, on the model's device.
         """
-        self.stream = self._enter_model(batches)
+        self.stream = enter_model(self.layout, batches, self.adapter, self.stopwatch)
         tokens = torch.tensor([self.stream.tokens], device=device_of(self.layout.model))
         self.adapter.ranks.sum_(tokens)
         return int(tokens)
@@ -124,9 +100,7 @@ class Walker:
             stream.arguments[block.index].clear()
             yield BlockResult(block.index, errors, time.perf_counter() - start, layer_errors)
 
-    def _prune_block(
-        self, block: Block, stream: _Stream, dense: _Stream | None
-    ) -> tuple[list[float], dict[str, float]]:
+    def _prune_block(self, block: Block, stream: Stream, dense: Stream | None) -> tuple[list[float], dict[str, float]]:
         layer_errors: dict[str, float] = {}
         dense_target: Tensor | None = None
         if dense is not None:
@@ -134,7 +108,7 @@ class Walker:
         for group in block.attention:
             if any(projection.pruned for projection in group):
                 gram = Gram(group[0].shape[1], device_of(block.module))
-                self._forward(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)))
+                self._run(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)))
                 with self.stopwatch.phase("statistics"):
                     statistics = gram.mean(self.adapter.ranks)
                 check_finite(statistics, group[0].name)
@@ -145,7 +119,7 @@ class Walker:
                     self.adapter.write_rows(p, pruned[p.name])
                     layer_errors[p.name] = self._error_as_stored(p, rows[p.name], pruned[p.name], inputs)
         if not any(projection.pruned for projection in block.feed_forward.values()):
-            stream.hidden = self._forward(block, stream)
+            stream.hidden = self._run(block, stream)
             return [], layer_errors
 
         x, y, outputs = self._feed_forward_data(block, stream)
@@ -155,7 +129,7 @@ class Walker:
         target = y
         if dense_target is not None and block.index in self.global_blocks:
             # What the feed-forward output must be for the block to end where the dense model did.
-            target = dense_target - self._valid_tokens(outputs, stream) + y if self.layout.additive else dense_target
+            target = dense_target - outputs.valid_tokens() + y if self.layout.additive else dense_target
         with self.stopwatch.phase("alternation" if block.index in self.global_blocks else "statistics"):
             solution = self._solve(block, feed_forward, x, target, stream.chunks())
 
@@ -169,10 +143,12 @@ class Walker:
                 inputs = solution.hidden if role == "down" else solution.inputs
                 layer_errors[p.name] = self._error_as_stored(p, whole[role][mine], weight[mine], inputs)
         if self.layout.additive:
-            self._add_change(outputs, stream, self._as_feed_forward(block, stored), x, y)
-            stream.hidden = outputs
+            # The residual stream is additive: the block's new output differs by what the feed-forward's does.
+            after = self._as_feed_forward(block, stored)
+            outputs.add_(lambda part: after(x[part].float()) - y[part].float())
+            stream.hidden = outputs.hidden
         else:
-            stream.hidden = self._forward(block, stream)
+            stream.hidden = self._run(block, stream)
         return solution.errors, layer_errors
 
     def _solve(self, block: Block, feed_forward: FeedForward, x: Tensor, target: Tensor, chunks: list[int]) -> Solution:
@@ -224,19 +200,8 @@ class Walker:
         self.adapter.ranks.sum_(parts)
         return float(parts[0] / parts[1]) if parts[1] > 0 else 0.0
 
-    # -- the model's side: hidden states in, hidden states out --------------------------------------------------------
-
-    def _enter_model(self, batches: Sequence[CalibrationBatch]) -> _Stream:
-        """Hidden states in front of the first block, and every block's other arguments (masks, rotary embeddings)."""
-        recorders = [_Recorder(block.module, run=block.index == 0) for block in self.layout.blocks]
-        with ExitStack() as stack:
-            for recorder in recorders:
-                stack.enter_context(recorder.installed())
-            for batch in batches:
-                with self.stopwatch.phase("forward"), self.adapter.forward_context():
-                    self.adapter.run_model(self.layout.model, batch.inputs)
-        valid = [batch.valid for batch in batches]
-        return _Stream(recorders[0].hidden, [recorder.arguments for recorder in recorders], valid)
+    def _run(self, block: Block, stream: Stream, **observers: Observer) -> list[Tensor]:
+        return run_block(block, stream, self.adapter, self.stopwatch, **observers)
 
     def _timed(self, phase: str, function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def timed(x: Tensor) -> None:
@@ -245,77 +210,20 @@ class Walker:
 
         return timed
 
-    def _forward(
-        self,
-        block: Block,
-        stream: _Stream,
-        *,
-        on_input: tuple[nn.Module, Callable[[Tensor], None]] | None = None,
-        on_output: tuple[nn.Module, Callable[[Tensor], None]] | None = None,
-    ) -> list[Tensor]:
-        """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it."""
-        hidden: Tensor
-        mask: Tensor | None = None
-        outputs = []
-        handles = []
-        if on_input is not None:
-            module, see_input = on_input
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args: each_window(see_input, args[0], hidden, mask))
-            )
-        if on_output is not None:
-            module, see_output = on_output
-            handles.append(
-                module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
-            )
-        try:
-            with self.adapter.holding(block.module):
-                for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
-                    stream.hidden, stream.valid, stream.arguments[block.index], strict=True
-                ):
-                    with self.stopwatch.phase("forward"), self.adapter.forward_context():
-                        output = block.module(hidden, *args, **kwargs)
-                    outputs.append(output[0] if isinstance(output, tuple) else output)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
-
-    def _feed_forward_data(self, block: Block, stream: _Stream) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Input and output of the feed-forward block, (tokens, d) each, and the block's outputs by batch."""
+    def _feed_forward_data(self, block: Block, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
+        """Input and output of the feed-forward block, (tokens, d) each, and the block's outputs."""
         first = block.feed_forward.get("gate") or block.feed_forward["up"]
         down = block.feed_forward["down"]
-        x, y = _Buffer(stream.tokens, first.shape[1]), _Buffer(stream.tokens, down.shape[0])
-        outputs = self._forward(block, stream, on_input=(first.module, x.add), on_output=(down.module, y.add))
-        like = next(iter(outputs), torch.empty(0, device=device_of(block.module)))
-        return x.filled(like), y.filled(like), outputs
+        x, y = TokenBuffer(stream.tokens, first.shape[1]), TokenBuffer(stream.tokens, down.shape[0])
+        outputs = self._run(block, stream, on_input=(first.module, x.add), on_output=(down.module, y.add))
+        device = device_of(block.module)
+        return x.filled(device), y.filled(device), replace(stream, hidden=outputs)
 
-    def _dense_target(self, block: Block, dense: _Stream) -> Tensor:
+    def _dense_target(self, block: Block, dense: Stream) -> Tensor:
         """Advance the dense stream through the still dense block; its output, or its feed-forward output."""
-        y = _Buffer(dense.tokens, block.feed_forward["down"].shape[0])
-        dense.hidden = self._forward(block, dense, on_output=(block.feed_forward["down"].module, y.add))
-        if self.layout.additive:
-            return self._valid_tokens(dense.hidden, dense)
-        return y.filled(torch.empty(0, device=device_of(block.module)))
-
-    def _valid_tokens(self, hidden: list[Tensor], stream: _Stream) -> Tensor:
-        flat = [h.flatten(0, 1) if mask is None else h[mask] for h, mask in zip(hidden, stream.valid, strict=True)]
-        return torch.cat(flat)
-
-    def _add_change(
-        self, outputs: list[Tensor], stream: _Stream, feed_forward: FeedForward, x: Tensor, y: Tensor
-    ) -> None:
-        """Add FFN_pruned(x) − y to the block's outputs, in place: the residual stream is additive."""
-        start = 0
-        for output, mask in zip(outputs, stream.valid, strict=True):
-            count = output.shape[0] * output.shape[1] if mask is None else int(mask.sum())
-            part = slice(start, start + count)
-            change = (feed_forward(x[part].float()) - y[part].float()).to(output.dtype)
-            if mask is None:
-                output += change.view_as(output)
-            else:
-                output[mask] += change
-            start += count
+        y = TokenBuffer(dense.tokens, block.feed_forward["down"].shape[0])
+        dense.hidden = self._run(block, dense, on_output=(block.feed_forward["down"].module, y.add))
+        return dense.valid_tokens() if self.layout.additive else y.filled(device_of(block.module))
 
     def _as_feed_forward(self, block: Block, weights: dict[str, Tensor]) -> FeedForward:
         biases = {
@@ -337,87 +245,6 @@ class Walker:
             )
 
 
-class _Recorder:
-    """Stands in for a block's forward: records its arguments, and passes the hidden states through.
-
-    Only the first block really runs (``run``), to show whether blocks return a tensor or a tuple.
-    """
-
-    returns_tuple = False
-
-    def __init__(self, block: nn.Module, run: bool) -> None:
-        self.block, self.run = block, run
-        self.hidden: list[Tensor] = []
-        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        original = self.block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, rest = args[0], args[1:]
-            else:
-                hidden, rest = kwargs.pop("hidden_states"), ()
-            # Batches mostly share masks and rotary embeddings: keep one copy.
-            previous = self.arguments[-1] if self.arguments else None
-            self.arguments.append(_share((rest, kwargs), previous))
-            if self.run:
-                self.hidden.append(hidden.detach())
-                _Recorder.returns_tuple = isinstance(original(hidden, *rest, **kwargs), tuple)
-            return (hidden,) if _Recorder.returns_tuple else hidden
-
-        with patched_forward(self.block, forward):
-            yield
-
-
-class _Buffer:
-    """(tokens, features), filled in order, in the dtype of what comes in."""
-
-    def __init__(self, tokens: int, features: int) -> None:
-        self.shape = tokens, features
-        self.data: Tensor | None = None
-        self.position = 0
-
-    def add(self, x: Tensor) -> None:
-        if self.data is None:
-            self.data = x.new_empty(self.shape)
-        self.data[self.position : self.position + len(x)] = x
-        self.position += len(x)
-
-    def filled(self, like: Tensor) -> Tensor:
-        return like.new_empty(0, self.shape[1]) if self.data is None else self.data
-
-
 def _as_stored(weight: Tensor, projection: Projection) -> Tensor:
     """A float32 weight after the rounding that its parameter's dtype causes."""
     return weight.to(projection.parameter.dtype).float()
-
-
-def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
-    """Give an observer the valid tokens, (tokens, features), of one window after the other.
-
-    One at a time, so that sums over tokens are the same however windows are put into batches and on ranks.
-
-    Args:
-        observer: of each window.
-        x: activations in a block, (batch, sequence, features) or flattened over the first two.
-        hidden: the block's input, for the shape.
-        mask: (batch, sequence) bool, or None.
-    """
-    windows = x.detach().reshape(*hidden.shape[:2], x.shape[-1])
-    for row, window in enumerate(windows):
-        observer(window if mask is None else window[mask[row]])
-
-
-def _share(new: Any, old: Any) -> Any:
-    """``new``, with tensors equal to their counterpart in ``old`` replaced by it."""
-    if isinstance(new, Tensor):
-        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
-        return old if same else new
-    if isinstance(new, (tuple, list)):
-        olds = old if isinstance(old, (tuple, list)) and len(old) == len(new) else [None] * len(new)
-        return type(new)(_share(n, o) for n, o in zip(new, olds, strict=True))
-    if isinstance(new, dict):
-        return {key: _share(value, old.get(key) if isinstance(old, dict) else None) for key, value in new.items()}
-    return new

@@ -1,0 +1,222 @@
+"""The model's side of pruning: hidden states into a block, hidden states out, and what its layers see on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm_lightning.architectures import Block, DecoderLayout
+from sparsellm_lightning.calibration import CalibrationBatch
+from sparsellm_lightning.solvers.sparsellm import CHUNK
+from sparsellm_lightning.stopwatch import Stopwatch
+from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
+
+Observer = tuple[nn.Module, Callable[[Tensor], None]]
+
+
+@dataclass
+class Stream:
+    """Hidden states between two blocks, per calibration batch, and the other arguments the model gives its blocks."""
+
+    hidden: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
+    valid: list[Tensor | None]  # (batch, sequence) bool: False where padded
+    windows: list[int] = field(init=False)  # valid tokens of each
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.windows = [
+            count
+            for h, mask in zip(self.hidden, self.valid, strict=True)
+            for count in ([h.shape[1]] * h.shape[0] if mask is None else mask.sum(1).tolist())
+        ]
+        self.tokens = sum(self.windows)
+
+    def chunks(self) -> list[int]:
+        """Tokens per step of the solver: a window, or its parts where it is long."""
+        return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
+
+    def valid_tokens(self) -> Tensor:
+        """(tokens, d): the hidden states without padding."""
+        flat = [h.flatten(0, 1) if mask is None else h[mask] for h, mask in zip(self.hidden, self.valid, strict=True)]
+        return torch.cat(flat)
+
+    def add_(self, change: Callable[[slice], Tensor]) -> None:
+        """Add to the hidden states of valid tokens, in place.
+
+        Args:
+            change: (tokens first to last) -> what to add to them, (tokens, d), any dtype.
+        """
+        start = 0
+        for hidden, mask in zip(self.hidden, self.valid, strict=True):
+            count = hidden.shape[0] * hidden.shape[1] if mask is None else int(mask.sum())
+            added = change(slice(start, start + count)).to(hidden.dtype)
+            if mask is None:
+                hidden += added.view_as(hidden)
+            else:
+                hidden[mask] += added
+            start += count
+
+
+def enter_model(
+    layout: DecoderLayout, batches: Sequence[CalibrationBatch], adapter: StrategyAdapter, stopwatch: Stopwatch
+) -> Stream:
+    """Hidden states in front of the first block, and every block's other arguments (masks, rotary embeddings)."""
+    recorders = [_Recorder(block.module, run=block.index == 0) for block in layout.blocks]
+    with ExitStack() as stack:
+        for recorder in recorders:
+            stack.enter_context(recorder.in_place_of_forward())
+        for index, batch in enumerate(batches):
+            if index == 1:
+                # The first forward sets up what a strategy does lazily, and shows what blocks return. From then on the blocks
+                # stand aside, so that none is gathered for nothing.
+                for recorder in recorders:
+                    stack.enter_context(recorder.in_place_of_block(layout.model))
+            with stopwatch.phase("forward"), adapter.forward_context():
+                adapter.run_model(layout.model, batch.inputs)
+    return Stream(recorders[0].hidden, [recorder.arguments for recorder in recorders], [b.valid for b in batches])
+
+
+def run_block(
+    block: Block,
+    stream: Stream,
+    adapter: StrategyAdapter,
+    stopwatch: Stopwatch,
+    *,
+    on_input: Observer | None = None,
+    on_output: Observer | None = None,
+) -> list[Tensor]:
+    """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it."""
+    hidden: Tensor
+    mask: Tensor | None = None
+    outputs = []
+    with ExitStack() as stack:
+        if on_input is not None:
+            module, see_input = on_input
+            handle = module.register_forward_pre_hook(lambda _, args: each_window(see_input, args[0], hidden, mask))
+            stack.callback(handle.remove)
+        if on_output is not None:
+            module, see_output = on_output
+            handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
+            stack.callback(handle.remove)
+        stack.enter_context(adapter.holding(block.module))
+        for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
+            stream.hidden, stream.valid, stream.arguments[block.index], strict=True
+        ):
+            with stopwatch.phase("forward"), adapter.forward_context():
+                output = block.module(hidden, *args, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+    return outputs
+
+
+class TokenBuffer:
+    """(tokens, features), filled in order, in the dtype of what comes in."""
+
+    def __init__(self, tokens: int, features: int) -> None:
+        self.shape = tokens, features
+        self.data: Tensor | None = None
+        self.position = 0
+
+    def add(self, x: Tensor) -> None:
+        """Append tokens, (n, features)."""
+        if self.data is None:
+            self.data = x.new_empty(self.shape)
+        self.data[self.position : self.position + len(x)] = x
+        self.position += len(x)
+
+    def filled(self, device: torch.device) -> Tensor:
+        """What was added; empty, on ``device``, on a rank without tokens."""
+        return torch.empty(0, self.shape[1], device=device) if self.data is None else self.data
+
+
+def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
+    """Give an observer the valid tokens, (tokens, features), of one window after the other.
+
+    One at a time, so that sums over tokens are the same however windows are put into batches and on ranks.
+
+    Args:
+        observer: of each window.
+        x: activations in a block, (batch, sequence, features) or flattened over the first two.
+        hidden: the block's input, for the shape.
+        mask: (batch, sequence) bool, or None.
+    """
+    windows = x.detach().reshape(*hidden.shape[:2], x.shape[-1])
+    for row, window in enumerate(windows):
+        observer(window if mask is None else window[mask[row]])
+
+
+class _Recorder:
+    """Records a block's arguments and passes the hidden states through, in place of the block.
+
+    Only the first block really runs (``run``), once, to show whether blocks return a tensor or a tuple.
+    """
+
+    returns_tuple: bool | None = None
+
+    def __init__(self, block: nn.Module, run: bool) -> None:
+        self.block, self.run = block, run
+        self.hidden: list[Tensor] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, rest = args[0], args[1:]
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), ()
+        # Batches mostly share masks and rotary embeddings: keep one copy.
+        previous = self.arguments[-1] if self.arguments else None
+        self.arguments.append(_share((rest, kwargs), previous))
+        if self.run:
+            self.hidden.append(hidden.detach())
+            if len(self.hidden) == 1:
+                _Recorder.returns_tuple = isinstance(original(hidden, *rest, **kwargs), tuple)
+        return (hidden,) if _Recorder.returns_tuple else hidden
+
+    @contextmanager
+    def in_place_of_forward(self) -> Iterator[None]:
+        """The block is called, with the hooks of its strategy, but does not compute."""
+        original = self.block.forward
+        with patched_forward(self.block, lambda *args, **kwargs: self.record(original, *args, **kwargs)):
+            yield
+
+    @contextmanager
+    def in_place_of_block(self, model: nn.Module) -> Iterator[None]:
+        """The block is not called at all."""
+        parent, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is self.block)
+        setattr(parent, name, _StandIn(self))
+        try:
+            yield
+        finally:
+            setattr(parent, name, self.block)
+
+
+class _StandIn(nn.Module):
+    """A module that answers as a block does, attributes too, without being it."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        vars(self)["recorder"] = recorder  # not as a child
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.recorder.record(self.recorder.block.forward, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["recorder"].block, name)
+
+
+def _share(new: Any, old: Any) -> Any:
+    """``new``, with tensors equal to their counterpart in ``old`` replaced by it."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, (tuple, list)):
+        olds = old if isinstance(old, (tuple, list)) and len(old) == len(new) else [None] * len(new)
+        return type(new)(_share(n, o) for n, o in zip(new, olds, strict=True))
+    if isinstance(new, dict):
+        return {key: _share(value, old.get(key) if isinstance(old, dict) else None) for key, value in new.items()}
+    return new
