@@ -16,7 +16,7 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
-from sparsellm_lightning.config import LocalSolver, Method, PruningConfig, Target
+from sparsellm_lightning.config import LocalSolver, Method, Precision, PruningConfig, Target
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import check_export_dir, export_model
@@ -54,6 +54,7 @@ class SparseLLMCallback(SparseFinetuning):
         block_size: columns per step of the SparseGPT sweep.
         num_calibration_samples: calibration windows, over all ranks.
         target: ``block`` or ``model``: what the alternation fits.
+        solver_precision: ``auto`` or ``float32``: products that update the auxiliaries may be bfloat16, or not.
         skip: name patterns of projections left dense.
         finetune: train on after pruning, with the zeros held; otherwise the run stops.
         schedule: gradual pruning: optimizer step -> sparsity reached there, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every
@@ -85,6 +86,7 @@ class SparseLLMCallback(SparseFinetuning):
         block_size: int = 128,
         num_calibration_samples: int = 128,
         target: Target = "block",
+        solver_precision: Precision = "auto",
         skip: Sequence[str] = (),
         finetune: bool = False,
         schedule: dict[int, float] | None = None,
@@ -111,6 +113,7 @@ class SparseLLMCallback(SparseFinetuning):
             block_size=block_size,
             num_calibration_samples=num_calibration_samples,
             target=target,
+            solver_precision=solver_precision,
             skip=tuple(skip) if not isinstance(skip, str) else skip,
             seed=seed,
         )

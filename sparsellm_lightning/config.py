@@ -13,6 +13,7 @@ from sparsellm_lightning.ranks import SINGLE, Ranks
 Method = Literal["sparsellm", "sparsegpt", "wanda", "magnitude"]
 LocalSolver = Literal["sparsegpt", "wanda", "magnitude"]
 Target = Literal["block", "model"]
+Precision = Literal["auto", "float32"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PruningConfig:
             output the dense model had at this point, so that each block also corrects the error before it.
         skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
+        solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
+            them (Gram and cross matrices, and all that decides a weight, stay float32); ``float32``: it never does.
         keep_zeros: weights that are zero already are pruned first, whatever they would be worth: the new mask contains the old
             one (gradual pruning).
         num_calibration_samples: calibration windows, over all ranks.
@@ -62,6 +65,7 @@ class PruningConfig:
     block_size: int = 128
     target: Target = "block"
     skip: Sequence[str] = ()
+    solver_precision: Precision = "auto"
     keep_zeros: bool = False
     num_calibration_samples: int = 128
     seed: int = 0
@@ -79,6 +83,7 @@ class PruningConfig:
         _one_of("method", self.method, get_args(Method))
         _one_of("local_solver", self.local_solver, get_args(LocalSolver))
         _one_of("target", self.target, get_args(Target))
+        _one_of("solver_precision", self.solver_precision, get_args(Precision))
         if self.target == "model" and self.method != "sparsellm":
             raise UserError(
                 f"target='model' is fitted by the alternation, but method is {self.method!r}. "

@@ -16,6 +16,7 @@ from sparsellm_lightning.errors import NumericalError
 from sparsellm_lightning.ranks import Ranks
 
 MAX_DAMPING_RAISES = 6
+_SYMMETRIC_BLOCK = 512
 
 
 class Cross:
@@ -51,9 +52,20 @@ class Gram(Cross):
         super().__init__(features, features, device)
 
     def add(self, a: Tensor, b: Tensor | None = None) -> None:
-        """Add tokens ``a``, (n, d), of any dtype."""
+        """Add tokens ``a``, (n, d), of any dtype. Only what is on and above the diagonal is computed, by blocks."""
         a = a.float()
-        super().add(a, a)
+        features = a.shape[1]
+        for low in range(0, features, _SYMMETRIC_BLOCK):
+            rows = slice(low, min(low + _SYMMETRIC_BLOCK, features))
+            product = self._product.view(-1)[: (rows.stop - low) * (features - low)].view(-1, features - low)
+            self.total[rows, low:].add_(torch.mm(a[:, rows].T, a[:, low:], out=product))
+        self.tokens += a.shape[0]
+
+    def mean(self, ranks: Ranks) -> Tensor:
+        for low in range(0, len(self.total), _SYMMETRIC_BLOCK):
+            high = low + _SYMMETRIC_BLOCK
+            self.total[high:, low:high] = self.total[low:high, high:].T
+        return super().mean(ranks)
 
 
 def _exact(device: torch.device | str) -> torch.dtype:

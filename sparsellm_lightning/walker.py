@@ -18,7 +18,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
-from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, solve_feed_forward
+from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, coarse_dtype, solve_feed_forward
 from sparsellm_lightning.statistics import Gram, check_finite, relative_error
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
@@ -66,6 +66,10 @@ class Walker:
         self.local_solve = LOCAL_SOLVERS[local]
         self.global_blocks = config.globally_solved(len(layout.blocks))
         self.stopwatch = Stopwatch(device_of(layout.model))
+        device = device_of(layout.model)
+        # The paper's raw objective takes p into the weight step: it is then no longer averaged out.
+        exact = config.solver_precision == "float32" or not config.scale_free
+        self.auxiliary_dtype = torch.float32 if exact else coarse_dtype(device)
         self.penalties = Penalties(config.alpha, config.beta, config.gamma, config.scale_free)
 
     @torch.no_grad()
@@ -167,6 +171,7 @@ class Walker:
             damping=self.config.damping,
             ranks=self.adapter.ranks,
             chunks=chunks,
+            auxiliary_dtype=self.auxiliary_dtype,
             name=f"{block.name}: ",
             on_iteration=lambda iteration, error: (
                 self.on_iteration and self.on_iteration(block.index, iteration, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Cross, Gram, check_finite, spd_inverse
 
 CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
+
+
+def coarse_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, otherwise float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and any(
+            getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,11 @@ class FeedForward:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> FeedForward:
+        """The same weights and biases in another dtype."""
+        tensors: Any = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``z`` and ``s`` (None when not gated) for tokens x, (n, d): each (n, f)."""
@@ -100,6 +117,7 @@ def solve_feed_forward(
     damping: float = 0.01,
     ranks: Ranks = SINGLE,
     chunks: Sequence[int] | None = None,
+    auxiliary_dtype: torch.dtype = torch.float32,
     name: str = "",
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Solution:
@@ -136,6 +154,8 @@ def solve_feed_forward(
         ranks: the data-parallel ranks.
         chunks: tokens per step, summing to n; ``CHUNK`` by default. With one chunk per calibration window the result does
             not depend on which rank has which window.
+        auxiliary_dtype: of the products that update p, z and s; all that decides a weight (Gram and cross matrices, errors)
+            stays float32. See :func:`coarse_dtype`.
         name: prefix of projection names in messages.
         on_iteration: called with (iteration, error).
 
@@ -188,7 +208,7 @@ def solve_feed_forward(
         if iteration + 1 == iterations or error == 0:
             break
         if auxiliaries is None:
-            auxiliaries = _Auxiliaries(dense, tokens, penalties, damping, ranks)
+            auxiliaries = _Auxiliaries(dense, tokens, penalties, damping, ranks, auxiliary_dtype)
         crosses = auxiliaries.update(iterate)
         targets = {
             layer: _regress(_rows(getattr(dense, layer), ranks), inputs, _rows(crosses[layer], ranks), gram.tokens)
@@ -214,8 +234,16 @@ class _Tokens:
 class _Auxiliaries:
     """The variables z and s of this rank's tokens, in the dtype of X, and their updates. p is never stored."""
 
-    def __init__(self, dense: FeedForward, tokens: _Tokens, penalties: Penalties, damping: float, ranks: Ranks) -> None:
-        self.tokens, self.ranks, self.damping = tokens, ranks, damping
+    def __init__(
+        self,
+        dense: FeedForward,
+        tokens: _Tokens,
+        penalties: Penalties,
+        damping: float,
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> None:
+        self.tokens, self.ranks, self.damping, self.dtype = tokens, ranks, damping, dtype
         self.keep_p = not penalties.scale_free
         self.chunks: list[tuple[Tensor, Tensor | None]] = []
         squares = torch.zeros(
@@ -237,7 +265,9 @@ class _Auxiliaries:
         down = iterate.down
         k = down @ down.T
         k.diagonal().add_(self.gamma / self.beta)
-        k = spd_inverse(k)
+        # What only moves the auxiliaries may be rounded: it is averaged over the tokens before it reaches a weight.
+        rounded = iterate.to(self.dtype)
+        k = spd_inverse(k).to(self.dtype)
         cross = {
             layer: Cross(down.shape[1], iterate.up.shape[1], down.device)
             for layer in (["up"] if iterate.gate is None else ["gate", "up"])
@@ -250,9 +280,11 @@ class _Auxiliaries:
         for index, (x_c, y_c, _) in enumerate(self.tokens):
             stored_z, stored_s = self.chunks[index]
             z, s = stored_z.float(), None if stored_s is None else stored_s.float()
-            m_z, m_s = iterate.preactivations(x_c)
+            m_z, m_s = (None if m is None else m.float() for m in rounded.preactivations(x_c.to(self.dtype)))
+            assert m_z is not None
             p = iterate.combine(z, s)
-            p = p.addmm_(torch.addmm(y_c, p, down.T, alpha=-1) @ k, down)
+            residual = y_c - p.to(self.dtype) @ rounded.down.T
+            p += residual.to(self.dtype) @ k @ rounded.down
             if s is None:
                 z = solve_preactivation(iterate.activation, m_z, p, self.alpha_z, self.gamma)
             else:

@@ -1,0 +1,84 @@
+"""A fine-tuning run that a test kills: started as a process, or called by :func:`run`.
+
+    python resume_job.py OPTIONS.json
+
+It prints where it is, one line each, and stops dead at the line that the options name, so that a kill is never early or late.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
+
+
+class Progress(pl.Callback):
+    """Prints every optimizer step before it is taken, and every block of every solve."""
+
+    def __init__(self, stop_at: str | None) -> None:
+        self.stop_at = stop_at
+        self.solves = -1
+
+    def note(self, line: str) -> None:
+        print(line, flush=True)
+        if line == self.stop_at:
+            time.sleep(600)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.note(f"step {trainer.global_step}")
+
+
+class Noted(SparseLLMCallback):
+    """Tells the progress of its solves."""
+
+    progress: Progress
+
+    def _prune(self, *args: Any) -> None:
+        self.progress.solves += 1
+        super()._prune(*args)
+
+    def _log(self, trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:  # type: ignore[override]
+        self.progress.note(f"solve {self.progress.solves} block {block} iteration {iteration}")
+
+
+def run(model: str, folder: str, stop_at: str | None = None) -> tuple[pl.Trainer, CausalLM, list[str]]:
+    """Prune in two stages and train, going on from the last checkpoint in the folder if there is one."""
+    progress = Progress(stop_at)
+    lines: list[str] = []
+    if stop_at is None:
+        progress.note = lines.append  # type: ignore[method-assign, assignment]
+    pl.seed_everything(0, verbose=False)
+    module = CausalLM(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    held = Noted(schedule={0: 0.5, 5: 0.7}, finetune=True, num_calibration_samples=8, num_iterations=2, measure=False)
+    held.progress = progress
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        max_steps=10,
+        callbacks=[progress, held, ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)],
+    )
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16)
+    trainer.fit(module, data, ckpt_path="last")
+    return trainer, module, lines
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = json.loads(Path(sys.argv[1]).read_text())
+    finished, trained, _ = run(**options)
+    if "save" in sys.argv[2:]:
+        torch.save((trained.state_dict(), finished.optimizers[0].state_dict()), sys.argv[3])
