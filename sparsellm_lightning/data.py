@@ -345,32 +345,31 @@ class TextDataModule(LightningDataModule):
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A DataLoader whose place in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
 
-    It counts the epochs itself: Lightning's count is one ahead in a checkpoint saved after ``max_steps`` ended a run.
+    It goes through the text epoch after epoch by its own count, and an iteration broken off is taken up where it stood:
+    Lightning's count is one ahead in a checkpoint saved after ``max_steps`` ended a run, and it may begin an epoch twice.
     """
 
     _epoch = 0
     _taken = 0
-    _skip = 0
 
     def __iter__(self) -> Any:
-        self._epoch = self.state_dict()["epoch"]
-        skip, self._skip, self._taken = self._skip, 0, 0
+        self.load_state_dict(self.state_dict())
         assert isinstance(self.sampler, DistributedSampler)
         self.sampler.set_epoch(self._epoch)
-        for batch in super().__iter__():
-            self._taken += 1
-            if self._taken > skip:
+        skipped = self._taken
+        for index, batch in enumerate(super().__iter__()):
+            if index >= skipped:
+                self._taken = index + 1
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were taken."""
-        taken = max(self._taken, self._skip)
-        over = taken == len(self)  # nobody asks an iterator for more when its length is known
-        return {"epoch": self._epoch + over, "batches": 0 if over else taken}
+        over = self._taken == len(self)  # nobody asks an iterator for more when its length is known
+        return {"epoch": self._epoch + over, "batches": 0 if over else self._taken}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next iteration goes on from there."""
-        self._epoch, self._skip, self._taken = state_dict["epoch"], state_dict["batches"], 0
+        self._epoch, self._taken = state_dict["epoch"], state_dict["batches"]
 
 
 class _WindowDataset(Dataset[dict[str, Tensor]]):
