@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,16 +90,25 @@ def run_block(
     *,
     on_input: Observer | None = None,
     on_output: Observer | None = None,
+    go_on: bool = True,
 ) -> list[Tensor]:
-    """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it."""
+    """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it.
+
+    Without ``go_on`` each forward is broken off where the input was seen: what comes after is not computed, nor returned.
+    """
     hidden: Tensor
     mask: Tensor | None = None
     outputs = []
     with ExitStack() as stack:
         if on_input is not None:
             module, see_input = on_input
-            handle = module.register_forward_pre_hook(lambda _, args: each_window(see_input, args[0], hidden, mask))
-            stack.callback(handle.remove)
+
+            def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+                each_window(see_input, args[0], hidden, mask)
+                if not go_on:
+                    raise _SeenEnough
+
+            stack.callback(module.register_forward_pre_hook(before).remove)
         if on_output is not None:
             module, see_output = on_output
             handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
@@ -108,10 +117,14 @@ def run_block(
         for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
             stream.hidden, stream.valid, stream.arguments[block.index], strict=True
         ):
-            with stopwatch.phase("forward"), adapter.forward_context():
+            with suppress(_SeenEnough), stopwatch.phase("forward"), adapter.forward_context():
                 output = block.module(hidden, *args, **kwargs)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
     return outputs
+
+
+class _SeenEnough(Exception):
+    """Breaks off a block's forward."""
 
 
 class TokenBuffer:

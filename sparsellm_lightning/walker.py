@@ -112,7 +112,7 @@ class Walker:
         for group in block.attention:
             if any(projection.pruned for projection in group):
                 gram = Gram(group[0].shape[1], device_of(block.module))
-                self._run(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)))
+                self._run(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)), go_on=False)
                 with self.stopwatch.phase("statistics"):
                     statistics = gram.mean(self.adapter.ranks)
                 check_finite(statistics, group[0].name)
@@ -205,8 +205,8 @@ class Walker:
         self.adapter.ranks.sum_(parts)
         return float(parts[0] / parts[1]) if parts[1] > 0 else 0.0
 
-    def _run(self, block: Block, stream: Stream, **observers: Observer) -> list[Tensor]:
-        return run_block(block, stream, self.adapter, self.stopwatch, **observers)
+    def _run(self, block: Block, stream: Stream, go_on: bool = True, **observers: Observer) -> list[Tensor]:
+        return run_block(block, stream, self.adapter, self.stopwatch, go_on=go_on, **observers)
 
     def _timed(self, phase: str, function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def timed(x: Tensor) -> None:

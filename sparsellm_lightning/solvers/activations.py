@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 
+# The minimiser lies within r of m, where r is the largest move that the p-term could pay for; these fractions of r are tried.
+_GRID = (-1.0, -0.5, -0.2, 0.2, 0.5, 1.0)
 _NEWTON_STEPS = 2
 _SLICE = 2**17  # entries solved at a time, so that the dozen temporaries stay in the cache: nine times as fast on CPU
 
@@ -58,9 +61,10 @@ def solve_preactivation(
 
     ReLU: two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``, the cheaper of them: exact.
 
-    Other φ: the better of ``m`` and ReLU's solution without its bend, polished by safeguarded Newton steps, a step being taken
-    only where it lowers the objective. So the result is never worse than ``t = m``; its objective is within 1 % of the global
-    minimum's in 99 % of entries (tests compare with a fine grid; six more starts changed 0.2 % of entries).
+    Other φ: the best of ``m``, ReLU's solution and a grid over the interval that must hold the minimiser,
+    ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, is polished by safeguarded Newton steps, a step being taken only where it lowers the
+    objective. So the result is never worse than ``t = m``; its objective is within 1 % of the global minimum's in 99 % of
+    entries (tests compare with a fine grid).
 
     Args:
         activation: φ.
@@ -91,11 +95,17 @@ def _solve_smooth(
         residual = p - phi if scale is None else torch.addcmul(p, scale, phi, value=-1)
         return torch.addcmul((t - m).square_().mul_(alpha), residual, residual, value=gamma)
 
-    best, cost = m.clone(), objective(m, activation(m))
+    phi_m = activation(m)
+    residual_m = p - phi_m if scale is None else torch.addcmul(p, scale, phi_m, value=-1)
+    radius = residual_m.abs_().mul_(math.sqrt(gamma / alpha))
+    best, cost = m.clone(), objective(m, phi_m)
     c = 1.0 if scale is None else scale
-    # SiLU and GELU are near t for large t: where the straight line's problem has its minimum is a good start too.
+    # SiLU and GELU are near t for large t and near 0 for small: where ReLU's problem has its minimum is a good start too,
+    # and their own bends lie around 0 and -1.
     as_if_linear = (alpha * m + gamma * c * p) / (alpha + gamma * c * c)
-    _keep_better(best, cost, as_if_linear, objective(as_if_linear, activation(as_if_linear)))
+    starts = [as_if_linear, torch.zeros_like(m), -torch.ones_like(m)]
+    for candidate in chain(starts, (torch.add(m, radius, alpha=fraction) for fraction in _GRID)):
+        _keep_better(best, cost, candidate, objective(candidate, activation(candidate)))
     for _ in range(_NEWTON_STEPS):
         phi, first, second = activation.expand(best)
         if scale is not None:
