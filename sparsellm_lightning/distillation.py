@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import decoder_blocks, find_model
@@ -19,6 +20,8 @@ from sparsellm_lightning.loading import load_model
 from sparsellm_lightning.masks import sparse_projections
 from sparsellm_lightning.sharding import load_sharded
 from sparsellm_lightning.strategies import adapter_for
+
+_TOKENS = 128  # of a loss over the vocabulary that are in float32 at a time
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
@@ -31,9 +34,34 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
     """
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
-    log_s = torch.log_softmax(student.float() / temperature, -1).flatten(0, -2)
-    log_t = torch.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
-    return temperature**2 * torch.nn.functional.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    loss: Tensor = _LogitLoss.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)
+    return loss
+
+
+class _LogitLoss(torch.autograd.Function):
+    """:func:`logit_loss` of (tokens, classes), with its gradient made on the way.
+
+    Some tokens at a time: over a vocabulary of 50,000 the half dozen float32 copies that autograd would make and keep are
+    larger than a small model, and moving them takes longer than its products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        gradient = torch.empty_like(student)
+        total = student.new_zeros((), dtype=torch.float32)
+        for s, t, g in zip(student.split(_TOKENS), teacher.split(_TOKENS), gradient.split(_TOKENS), strict=True):
+            log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (s, t))
+            p = log_t.exp()
+            total += p.mul(log_t.sub_(log_s)).sum()
+            g.copy_(log_s.exp_().sub_(p).mul_(temperature / len(student)))
+        ctx.save_for_backward(gradient)
+        return total * (temperature**2 / len(student))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:

@@ -19,8 +19,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule
+from sparsellm_lightning import (
+    CausalLM,
+    Distillation,
+    LoraOptions,
+    PruningConfig,
+    SparseFinetuning,
+    SparseLLMCallback,
+    TextDataModule,
+)
 from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.ranks import ProcessGroupRanks
 from sparsellm_lightning.sharding import FSDP2Strategy
 
@@ -61,8 +70,10 @@ class Job:
             **kwargs,
         )
 
-    def module(self) -> CausalLM:
-        module = Compiled(self.options["model"]) if self.options.get("compile") else CausalLM(self.options["model"])
+    def module(self, **kwargs: Any) -> CausalLM:
+        if self.options.get("lora"):
+            kwargs["lora"] = LoraOptions(rank=4)
+        module = (Compiled if self.options.get("compile") else CausalLM)(self.options["model"], **kwargs)
         module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
         return module
 
@@ -129,20 +140,52 @@ def _windows(job: Job, count: int) -> Any:
     return data.calibration_dataloader(num_samples=count)
 
 
+class ZerosHeld(pl.Callback):
+    """On every rank: the local zeros are the same after every step, and the local kept weights move."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.before = {name: tensor.clone() for name, tensor in self.local(pl_module).items()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        for name, tensor in self.local(pl_module).items():
+            before = self.before[name]
+            assert torch.equal(tensor == 0, before == 0), f"{name} at step {trainer.global_step}"
+            if "base_layer" not in name:
+                assert before.numel() == 0 or bool((tensor != before).any()), f"{name} stands still"
+
+    @staticmethod
+    def local(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+        named = {
+            name: local_tensor(p) for name, p in module.named_parameters() if "proj" in name and "lora" not in name
+        }
+        return {name: tensor for name, tensor in named.items() if bool((tensor == 0).any())}
+
+
 def life(job: Job) -> None:
-    """Prune, train two steps, save, train on; then resume from the checkpoint, and export."""
-    first = job.trainer(job.pruner(finetune=True), max_steps=2)
+    """Prune, train, save, resume, export; beside it a run that is not stopped, and a new one from the sparse weights."""
+    watch = ZerosHeld()
+    taught = [Distillation(job.options["model"])] if job.options.get("distilled") else []
+
+    def pruner(out: str | None = None) -> SparseLLMCallback:
+        return job.pruner(finetune=True, export_dir=out and str(job.folder / out))
+
+    job.trainer(pruner("unstopped"), watch, *taught, max_steps=4).fit(job.module(), job.data())
+    first = job.trainer(pruner(), watch, *taught, max_steps=2)
     first.fit(job.module(), job.data())
-    checkpoint = job.folder / "stopped.ckpt"
+    checkpoint = str(job.folder / "stopped.ckpt")
     first.save_checkpoint(checkpoint)
-    pruner = job.pruner(finetune=True, export_dir=str(job.folder / "out"))
-    import sparsellm_lightning.callback as callback
 
     def again(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("pruned again")
 
+    import sparsellm_lightning.callback as callback
+
     callback.prune_model = again  # type: ignore[assignment]
-    job.trainer(pruner, max_steps=4).fit(job.module(), job.data(), ckpt_path=str(checkpoint))
+    job.trainer(pruner("out"), watch, *taught, max_steps=4).fit(job.module(), job.data(), ckpt_path=checkpoint)
+    if not job.options.get("lora"):
+        new = job.trainer(SparseFinetuning(), watch, max_steps=1)
+        new.fit(job.module(weights=checkpoint), job.data())
+        assert new.global_step == 1
 
 
 def fail(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,11 @@ def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     assert any(isinstance(callback, SparseLLMCallback) for callback in cli.trainer.callbacks)
     keys = [line for line in recipe.read_text().splitlines() if line.startswith(" ")]
     assert all("#" in line for line in keys), "every key is explained"
+
+
+def test_the_classifier_recipe(model_dir: Path) -> None:
+    """A module of one's own: pruned to what was asked, and it learns."""
+    recipe = runpy.run_path(str(RECIPES / "finetune" / "classifier.py"))
+    measured = recipe["main"](["--pretrained", str(model_dir), "--steps", "250", "--learning-rate", "1e-3"])
+    assert measured["sparsity"] == pytest.approx(0.7, abs=0.002)
+    assert measured["accuracy"] > 0.9

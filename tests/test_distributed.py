@@ -157,22 +157,36 @@ def test_compiled_and_checkpointed_blocks(tmp_path: Path, folder_of: Callable[[s
     )
 
 
-@pytest.mark.parametrize("sharded_checkpoint", [True, False], ids=["sharded", "full"])
-def test_life_under_fsdp2(tmp_path: Path, folder_of: Callable[[str], str], sharded_checkpoint: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "ddp"},
+        {"strategy": "ddp", "lora": True},
+        {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
+        {"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True},
+        {"strategy": "fsdp2", "sharded_checkpoint": False},
+    ],
+    ids=lambda options: "-".join(str(key if value is True else value) for key, value in options.items()),
+)
+def test_life(tmp_path: Path, folder_of: Callable[[str], str], options: dict[str, Any]) -> None:
+    """Prune, train, save, resume without pruning again, export; every zero held on every rank (see the job)."""
     model, report = succeed(
         tmp_path / "two",
         job="life",
         model=folder_of("llama"),
-        strategy="fsdp2",
         processes=2,
-        sharded_checkpoint=sharded_checkpoint,
         pruner={"sparsity": 0.7, "num_calibration_samples": 16, "num_iterations": 2},
+        **options,
     )
-    assert (tmp_path / "two" / "stopped.ckpt").is_dir() == sharded_checkpoint
+    assert (tmp_path / "two" / "stopped.ckpt").is_dir() == options.get("sharded_checkpoint", False)
     kept = mask(model)
     assert 1 - float(kept.double().mean()) == pytest.approx(report["sparsity"]["achieved"], abs=1e-6)
     assert report["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.002)
     assert report["perplexity"]["finetuned"] < report["perplexity"]["pruned"]
+    assert report["mask_check"]["broken"] == 0
+    unstopped = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "unstopped")
+    for (name, resumed), straight in zip(model.named_parameters(), unstopped.parameters(), strict=True):
+        assert torch.equal(resumed, straight), name
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
