@@ -169,6 +169,11 @@ class SparseLLMCallback(SparseFinetuning):
             self._hold(trainer, pl_module)
         elif _is_sparse_already(pl_module):
             self.report = report_of_sparse(describe(model, self.config), adapter, self.config)
+            if self.report.sparsity["achieved"] < 0.01:
+                raise UserError(
+                    f"weights must name a sparse model, but {100 * self.report.sparsity['achieved']:.2f} % of the projections of "
+                    f"{pl_module.weights} are zero. To prune it, give it as pretrained instead."
+                )
             self.report.perplexity["pruned"] = self._perplexity(trainer, model, adapter)
             self._hold(trainer, pl_module)
         else:
