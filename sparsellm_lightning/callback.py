@@ -171,7 +171,8 @@ class SparseLLMCallback(SparseFinetuning):
             self.report = report_of_sparse(describe(model, self.config), adapter, self.config)
             if self.report.sparsity["achieved"] < 0.01:
                 raise UserError(
-                    f"weights must name a sparse model, but {100 * self.report.sparsity['achieved']:.2f} % of the projections of "
+                    "weights must name a sparse model, but only "
+                    f"{100 * self.report.sparsity['achieved']:.2f} % of the projections of "
                     f"{pl_module.weights} are zero. To prune it, give it as pretrained instead."
                 )
             self.report.perplexity["pruned"] = self._perplexity(trainer, model, adapter)
