@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -60,6 +61,8 @@ class SparseLLMCallback(SparseFinetuning):
         schedule: gradual pruning: optimizer step -> sparsity reached there, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every
             stage solves anew, and prunes what the stage before had pruned and more. Needs ``finetune``; replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends.
+        journal_dir: folder for finished blocks: a run killed while pruning and started again goes on at the first unfinished
+            one. With ``schedule``, a folder a stage.
         overwrite: replace what ``export_dir`` already holds.
         measure: perplexity on the validation windows before and after pruning, where there are any.
         model_attribute: attribute of the LightningModule that holds the model, where it holds several.
@@ -91,6 +94,7 @@ class SparseLLMCallback(SparseFinetuning):
         finetune: bool = False,
         schedule: dict[int, float] | None = None,
         export_dir: str | None = None,
+        journal_dir: str | None = None,
         overwrite: bool = False,
         measure: bool = True,
         model_attribute: str | None = None,
@@ -119,6 +123,7 @@ class SparseLLMCallback(SparseFinetuning):
         )
         self.finetune = finetune
         self.export_dir = export_dir
+        self.journal_dir = journal_dir
         self.overwrite = overwrite
         self.measure = measure
         self.model_attribute = model_attribute
@@ -237,12 +242,14 @@ class SparseLLMCallback(SparseFinetuning):
         config = self.config
         if self.schedule is not None:
             config = replace(config, sparsity=list(self.schedule.values())[len(stages)], keep_zeros=bool(stages))
+        journal = None if self.journal_dir is None else Path(self.journal_dir) / f"stage-{len(stages)}"
         report = prune_model(
             model,
             batches,
             config,
             adapter=adapter,
             sharded=sharded,
+            journal_dir=journal,
             progress=trainer.progress_bar_callback is not None,
             on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
         )

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.architectures import describe, device_of
 from sparsellm_lightning.calibration import take_windows
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
@@ -27,6 +29,7 @@ def prune_model(
     *,
     adapter: StrategyAdapter | None = None,
     sharded: bool = False,
+    journal_dir: str | Path | None = None,
     progress: bool = False,
     on_iteration: Callable[[int, int, float], None] | None = None,
 ) -> PruningReport:
@@ -40,6 +43,8 @@ def prune_model(
         config: what to prune and how.
         adapter: of the strategy the model runs under; a single device by default.
         sharded: the batches are already this rank's own (only matters with several ranks).
+        journal_dir: note every finished block there. A run that was killed and starts again with the same model, windows and
+            settings goes on at the first unfinished block, and ends with the same weights.
         progress: show a progress bar over blocks.
         on_iteration: called with (block, iteration, error) as the alternation goes.
 
@@ -73,6 +78,9 @@ def prune_model(
                 f"num_calibration_samples is {config.num_calibration_samples}, but the dataloader gave {windows} windows.",
             )
         walker = Walker(layout, config, adapter, on_iteration)
+        journal = None
+        if journal_dir is not None:
+            journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
         tokens = walker.enter(batches)
         widest = max(p.shape[1] for p in layout.projections() if p.pruned)
         if tokens < widest:
@@ -85,7 +93,7 @@ def prune_model(
             total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0
         )
         with bar:
-            for result in walker.walk():
+            for result in walker.walk(journal):
                 results.append(result)
                 bar.update()
                 if result.errors:

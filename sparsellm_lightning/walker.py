@@ -16,6 +16,7 @@ from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, 
 from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.journal import Entry, Journal
 from sparsellm_lightning.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.solvers.sparsellm import FeedForward, Penalties, Solution, coarse_dtype, solve_feed_forward
@@ -85,8 +86,11 @@ class Walker:
         return int(tokens)
 
     @torch.no_grad()
-    def walk(self) -> Iterator[BlockResult]:
+    def walk(self, journal: Journal | None = None) -> Iterator[BlockResult]:
         """Prune every block in place, yielding after each. Call :meth:`enter` first.
+
+        Args:
+            journal: blocks that it holds are taken from it, the others are written to it.
 
         Raises:
             NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
@@ -100,17 +104,26 @@ class Walker:
         )
         for block in self.layout.blocks:
             start = time.perf_counter()
-            errors, layer_errors = self._prune_block(block, stream, dense)
+            entry = None if journal is None else journal.read(block)
+            errors, layer_errors = self._prune_block(block, stream, dense, entry)
+            if journal is not None and entry is None:
+                journal.write(block, errors, layer_errors)
             stream.arguments[block.index].clear()
             yield BlockResult(block.index, errors, time.perf_counter() - start, layer_errors)
 
-    def _prune_block(self, block: Block, stream: Stream, dense: Stream | None) -> tuple[list[float], dict[str, float]]:
-        layer_errors: dict[str, float] = {}
+    def _prune_block(
+        self, block: Block, stream: Stream, dense: Stream | None, entry: Entry | None
+    ) -> tuple[list[float], dict[str, float]]:
+        """Prune a block and move the stream behind it; with an entry of the journal, without solving anything."""
+        layer_errors: dict[str, float] = {} if entry is None else entry.layer_errors
         dense_target: Tensor | None = None
         if dense is not None:
             dense_target = self._dense_target(block, dense)
         for group in block.attention:
-            if any(projection.pruned for projection in group):
+            if entry is not None:
+                for p in group:
+                    self.adapter.write_rows(p, entry.rows[p.name].to(p.parameter.device))
+            elif any(projection.pruned for projection in group):
                 gram = Gram(group[0].shape[1], device_of(block.module))
                 self._run(block, stream, on_input=(group[0].module, self._timed("statistics", gram.add)), go_on=False)
                 with self.stopwatch.phase("statistics"):
@@ -134,12 +147,17 @@ class Walker:
         if dense_target is not None and block.index in self.global_blocks:
             # What the feed-forward output must be for the block to end where the dense model did.
             target = dense_target - outputs.valid_tokens() + y if self.layout.additive else dense_target
-        with self.stopwatch.phase("alternation" if block.index in self.global_blocks else "statistics"):
-            solution = self._solve(block, feed_forward, x, target, stream.chunks())
+        if entry is None:
+            with self.stopwatch.phase("alternation" if block.index in self.global_blocks else "statistics"):
+                solution = self._solve(block, feed_forward, x, target, stream.chunks())
 
         stored = dict(whole)
         for role, p in block.feed_forward.items():
-            if p.pruned:
+            if entry is not None:
+                noted = entry.rows[p.name].to(p.parameter.device)
+                stored[role] = self.adapter.ranks.gather_rows(noted, p.shape[0]).float()
+                self.adapter.write_whole(p, stored[role])
+            elif p.pruned:
                 weight = getattr(solution.feed_forward, role)
                 self.adapter.write_whole(p, weight)
                 stored[role] = _as_stored(weight, p)
@@ -153,7 +171,7 @@ class Walker:
             stream.hidden = outputs.hidden
         else:
             stream.hidden = self._run(block, stream)
-        return solution.errors, layer_errors
+        return entry.errors if entry is not None else solution.errors, layer_errors
 
     def _solve(self, block: Block, feed_forward: FeedForward, x: Tensor, target: Tensor, chunks: list[int]) -> Solution:
         dense_rows = {

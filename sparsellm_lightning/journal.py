@@ -1,0 +1,169 @@
+"""Finished blocks on disk, so that a run that is killed goes on at the first unfinished one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sparsellm_lightning.architectures import Block, DecoderLayout
+from sparsellm_lightning.calibration import CalibrationBatch
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.masks import local_tensor
+from sparsellm_lightning.ranks import Ranks
+from sparsellm_lightning.strategies import StrategyAdapter
+
+_FINGERPRINT = "fingerprint.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished block.
+
+    Args:
+        rows: by projection name, this rank's rows as (rows, in features), in the parameter's dtype.
+        errors, layer_errors: as in :class:`~sparsellm_lightning.walker.BlockResult`.
+    """
+
+    rows: dict[str, Tensor]
+    errors: list[float]
+    layer_errors: dict[str, float]
+
+
+class Journal:
+    """One folder per run: a file per finished block and rank, and the fingerprint of the run.
+
+    Files are written beside their place and renamed into it, and carry the SHA-256 of their content in their name: what a
+    kill leaves is either a whole block or none. A damaged file counts as an unfinished block, with a warning.
+
+    Args:
+        folder: created if it does not exist.
+        fingerprint: of the run, see :func:`fingerprint`. The same on every rank.
+        adapter: of the strategy the model runs under.
+
+    Raises:
+        UserError: the folder holds the journal of a run with another fingerprint; names the keys that differ.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: dict[str, Any], adapter: StrategyAdapter) -> None:
+        self.folder, self.adapter = Path(folder), adapter
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _FINGERPRINT
+        if path.exists():
+            _compare(json.loads(path.read_text()), fingerprint, self.folder)
+        elif adapter.ranks.rank == 0:
+            _write(path, (json.dumps(fingerprint, indent=2) + "\n").encode())
+        # Nobody writes before everybody has compared.
+        adapter.ranks.gather(torch.zeros(1))
+
+    def read(self, block: Block) -> Entry | None:
+        """A finished block; None unless every rank finds its part whole."""
+        entry = self._read(block)
+        found = torch.tensor([entry is not None], dtype=torch.int64)
+        self.adapter.ranks.sum_(found)
+        return entry if int(found) == self.adapter.ranks.size else None
+
+    def write(self, block: Block, errors: list[float], layer_errors: dict[str, float]) -> None:
+        """Note a block as it now is in the model."""
+        rows = {p.name: self.adapter.read_rows(p).to(p.parameter.dtype) for p in block.projections()}
+        result = json.dumps({"errors": errors, "layer_errors": layer_errors})
+        content = save({name: tensor.cpu().contiguous() for name, tensor in rows.items()}, {"result": result})
+        for old in self.folder.glob(f"{self._stem(block)}.*"):
+            old.unlink()
+        _write(self.folder / f"{self._stem(block)}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+
+    def _read(self, block: Block) -> Entry | None:
+        for path in self.folder.glob(f"{self._stem(block)}.*.safetensors"):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != path.suffixes[-2].removeprefix("."):
+                warnings.warn(f"Journal: {path} is damaged; {block.name} is pruned again.", stacklevel=2)
+                return None
+            try:
+                header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+                return Entry(load(content), **json.loads(header["__metadata__"]["result"]))
+            except (SafetensorError, KeyError, ValueError) as error:
+                warnings.warn(f"Journal: {path} cannot be read ({error}); {block.name} is pruned again.", stacklevel=2)
+        return None
+
+    def _stem(self, block: Block) -> str:
+        return f"block-{block.index:05d}-rank-{self.adapter.ranks.rank}"
+
+
+def fingerprint(
+    layout: DecoderLayout, batches: Iterable[CalibrationBatch], config: PruningConfig, ranks: Ranks
+) -> dict[str, Any]:
+    """What decides a run's result: settings, model, calibration windows, number of ranks, versions.
+
+    The model's weights and the windows enter by a hash over all ranks.
+    """
+    from sparsellm_lightning.report import versions
+
+    weights = hashlib.sha256()
+    for name, parameter in layout.model.named_parameters():
+        local = local_tensor(parameter)
+        # A checksum in float64, and the bytes of some entries: reading 140 GB for a hash would take minutes.
+        some = local.flatten()[:: max(1, local.numel() // 1024)].float().cpu()
+        weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        weights.update(local.sum(dtype=torch.float64).cpu().numpy().tobytes())
+        weights.update(some.numpy().tobytes())
+    windows = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.inputs.items()):
+            windows.update(f"{name} {tuple(tensor.shape)}".encode())
+            windows.update(tensor.cpu().float().numpy().tobytes())
+    return {
+        "config": json.loads(json.dumps(asdict(config))),
+        "model": {"type": layout.model.config.model_type, "weights": _over_ranks(weights, ranks)},
+        "windows": _over_ranks(windows, ranks),
+        "ranks": ranks.size,
+        "versions": versions(),
+    }
+
+
+def _over_ranks(digest: Any, ranks: Ranks) -> str:
+    mine = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+    return hashlib.sha256(b"".join(bytes(part.tolist()) for part in ranks.gather(mine))).hexdigest()
+
+
+def _compare(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    differing = [
+        f"{key}: {_at(stored, key)} there, {_at(wanted, key)} here"
+        for key in sorted({*_keys(stored), *_keys(wanted)})
+        if _at(stored, key) != _at(wanted, key)
+    ]
+    if differing:
+        raise UserError(
+            f"journal_dir {folder} holds the journal of another run; these differ: {'; '.join(differing)}. Choose another "
+            "folder, delete this one, or put the settings back."
+        )
+
+
+def _keys(nested: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in nested.items():
+        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+
+def _at(nested: Any, key: str) -> Any:
+    for part in key.split("."):
+        nested = nested.get(part) if isinstance(nested, dict) else None
+    return nested
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
