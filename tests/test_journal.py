@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
-from sparsellm_lightning.architectures import describe
 from sparsellm_lightning.report import PruningReport
 
 CONFIG = PruningConfig(sparsity=0.7, num_iterations=2, num_calibration_samples=16)
@@ -135,5 +134,4 @@ def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
     subprocess.run([*journalled, "--pruner.overwrite", "true"], check=True, timeout=300, **options)
     whole, killed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
     assert_same(killed, whole)
-    names = {p.name for p in describe(whole, CONFIG).projections()}
-    assert names and len(list((journal / "stage-0").glob("block-*"))) == 3
+    assert len(list((journal / "stage-0").glob("block-*"))) == 3
