@@ -113,7 +113,8 @@ class Distillation(pl.Callback):
         offload: bool = False,
         model_attribute: str | None = None,
     ) -> None:
-        if min(task_weight, logit_weight, feature_weight) < 0 or not logit_weight + feature_weight > 0:
+        weights = (task_weight, logit_weight, feature_weight)
+        if not all(weight >= 0 for weight in weights) or not logit_weight + feature_weight > 0:  # also NaN
             raise UserError(
                 "Distillation needs weights of at least 0, logit_weight or feature_weight above 0, got task_weight "
                 f"{task_weight}, logit_weight {logit_weight}, feature_weight {feature_weight}. Without it, leave it out."
@@ -137,7 +138,7 @@ class Distillation(pl.Callback):
         assert self._model is not None
         student = find_model(pl_module, self.model_attribute)
         if self.offload:
-            _bring_in_turn(self._model, pl_module.device)
+            self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
         elif pl_module.device_mesh is None:
             self._model.to(pl_module.device)  # type: ignore[arg-type]
         self._patched.enter_context(self._patching(pl_module, student, self._model))
@@ -179,7 +180,7 @@ class Distillation(pl.Callback):
         self, pl_module: pl.LightningModule, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> Iterator[None]:
         """Wrap ``training_step``: a callback has no hook that may change the loss."""
-        original = pl_module.training_step
+        original, own = pl_module.training_step, vars(pl_module).get("training_step")
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with _recording(student, features=self.feature_weight > 0) as calls:
@@ -194,7 +195,9 @@ class Distillation(pl.Callback):
         try:
             yield
         finally:
-            vars(pl_module).pop("training_step", None)
+            del vars(pl_module)["training_step"]
+            if own is not None:
+                vars(pl_module)["training_step"] = own
 
     def _loss(self, pl_module: pl.LightningModule, teacher: PreTrainedModel, calls: list[_Call]) -> Tensor:
         if not calls:
@@ -266,12 +269,15 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
         yield calls
 
 
-def _bring_in_turn(model: PreTrainedModel, device: torch.device) -> None:
-    """Hooks that bring each block, and each layer outside the blocks, to the device for its own forward only."""
+@contextmanager
+def _brought_in_turn(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Each block, and each layer outside the blocks, is brought to the device for its own forward only."""
     blocks = decoder_blocks(model)
     inside = {module for block in blocks for module in block.modules()}
     others = [m for m in model.modules() if m not in inside and any(True for _ in m.parameters(recurse=False))]
-    for module in (*blocks, *others):
-        module.to("cpu")
-        module.register_forward_pre_hook(lambda m, args: m.to(device) and None)
-        module.register_forward_hook(lambda m, args, output: m.to("cpu") and None)
+    with ExitStack() as handles:
+        for module in (*blocks, *others):
+            module.to("cpu")
+            handles.callback(module.register_forward_pre_hook(lambda m, args: m.to(device) and None).remove)
+            handles.callback(module.register_forward_hook(lambda m, args, output: m.to("cpu") and None).remove)
+        yield

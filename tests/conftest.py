@@ -90,6 +90,25 @@ def build_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tokenised_once() -> Iterator[None]:
+    """Hundreds of datamodules of this session tokenise the same documentation with the same tokenizer, a second each."""
+    original, seen = TextDataModule._tokenise, {}
+
+    def tokenise(data: TextDataModule, text: str) -> torch.Tensor:
+        tokenizer = data._get_tokenizer()
+        if len(text) < 10_000 or not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return original(data, text)
+        key = text, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token
+        if key not in seen:
+            seen[key] = original(data, text)
+        return seen[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextDataModule, "_tokenise", tokenise)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     import pydoc_data.topics
