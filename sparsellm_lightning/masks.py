@@ -106,6 +106,14 @@ def sparse_projections(module: nn.Module, adapter: StrategyAdapter, at_least: fl
     """Every linear layer of any model whose weight has zeros: at least this fraction, but not all (as in a fresh adapter)."""
     layers: list[Projection] = []
     seen: set[int] = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    # The parts of an adapter are not layers of the model.
+    seen |= {
+        id(parameter)
+        for child in module.modules()
+        if hasattr(child, "base_layer")
+        for name, parameter in child.named_parameters()
+        if not name.startswith("base_layer.")
+    }
     for child, name in unwrapped_names(module).items():
         if isinstance(child, (nn.Linear, Conv1D)) and id(child.weight) not in seen:
             seen.add(id(child.weight))
