@@ -197,9 +197,8 @@ class SparseLLMCallback(SparseFinetuning):
         if trainer.global_step >= list(self.schedule)[len(self.report.stages)]:
             self._prune(trainer, pl_module)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not on_train_end: a weight-averaging callback may put its averages in place there.
-        super().on_fit_end(trainer, pl_module)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         if self.report is None:
             return
         model, adapter = self._model(pl_module), adapter_for(trainer)
@@ -265,6 +264,10 @@ class SparseLLMCallback(SparseFinetuning):
             }
             report.stages = [*stages, stage]
         self.report = report
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(callback, WeightAveraging) and average is not None:
+                average.module.load_state_dict(pl_module.state_dict())  # it had copied the dense model
         self._hold(trainer, pl_module)
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

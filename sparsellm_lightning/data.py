@@ -182,7 +182,9 @@ class TextDataModule(LightningDataModule):
         world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         dataset = _WindowDataset(windows)
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
-        return ResumableLoader(dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers)
+        return ResumableLoader(
+            dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator()
+        )
 
     def val_dataloader(self) -> Windows | list[Windows]:
         """The same windows as :meth:`test_dataloader`; none with ``files`` and no ``test_files``, which trains unvalidated."""
@@ -276,7 +278,10 @@ class TextDataModule(LightningDataModule):
         return tokens[: count * self.sequence_length].view(count, self.sequence_length)
 
     def _loader(self, windows: Tensor) -> Windows:
-        return DataLoader(_WindowDataset(windows), self.batch_size, num_workers=self.num_workers)
+        # A generator of its own: an iterator draws a number from it, and dropout must not depend on how often one was made.
+        return DataLoader(
+            _WindowDataset(windows), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
+        )
 
     def _text(self, split: Split) -> str:
         if self.source == "python-docs":

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -182,6 +183,7 @@ class Distillation(pl.Callback):
         """Wrap ``training_step``: a callback has no hook that may change the loss."""
         original, own = pl_module.training_step, vars(pl_module).get("training_step")
 
+        @wraps(original)  # Lightning looks at the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with _recording(student, features=self.feature_weight > 0) as calls:
                 outputs = original(*args, **kwargs)

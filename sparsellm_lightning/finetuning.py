@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
 
 from sparsellm_lightning.architectures import Projection
 from sparsellm_lightning.errors import UserError
@@ -92,8 +92,12 @@ class SparseFinetuning(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check()
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not on_train_end, where a weight-averaging callback may still put its averages in place.
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
+        for callback in later:
+            # What is checked, measured and exported are the averages: it puts them in place here, and once more in its turn.
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(trainer, pl_module)
         self._check()
         self.release()
 

@@ -40,7 +40,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
     """Put fresh adapters into a model, in place, and freeze everything else.
 
     Raises:
-        UserError: ``peft`` is not installed, or no layer matches.
+        UserError: ``peft`` is not installed, no layer matches, or one is an embedding.
     """
     peft = _peft()
     if peft is None:
@@ -60,6 +60,19 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
         raise UserError(
             f"lora.target_modules must name layers of the model, got {options.target_modules}: {error}"
         ) from error
+    _refuse_embeddings(model)
+
+
+def _refuse_embeddings(model: nn.Module) -> None:
+    """Merged into an embedding, an adapter would also change a head that is tied to it, and the other way round."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and id(getattr(base, "weight", None)) in embeddings:
+            raise UserError(
+                f"LoRA adapters must be on linear layers of their own weight, got one on {name}, which is an embedding or tied "
+                "to one. Leave it out of target_modules."
+            )
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -139,7 +152,11 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
     Returns:
         the state of the plain model; tensors that adapters do not touch are shared with ``state``.
+
+    Raises:
+        UserError: an adapter on an embedding, or on a head tied to it.
     """
+    _refuse_embeddings(model)
     plain = dict(state)
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,8 @@ def run_block(
                     raise _SeenEnough
 
             stack.callback(module.register_forward_pre_hook(before).remove)
+        if not go_on:
+            stack.enter_context(patched_forward(block.module, _until_seen(block.module.forward)))
         if on_output is not None:
             module, see_output = on_output
             handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
@@ -117,14 +119,26 @@ def run_block(
         for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
             stream.hidden, stream.valid, stream.arguments[block.index], strict=True
         ):
-            with suppress(_SeenEnough), stopwatch.phase("forward"), adapter.forward_context():
+            with stopwatch.phase("forward"), adapter.forward_context():
                 output = block.module(hidden, *args, **kwargs)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
-    return outputs
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+    return outputs if go_on else []
 
 
 class _SeenEnough(Exception):
     """Breaks off a block's forward."""
+
+
+def _until_seen(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that may be broken off. It returns all the same: FSDP's hooks after it put the shards back."""
+
+    def broken_off(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(hidden, *args, **kwargs)
+        except _SeenEnough:
+            return hidden
+
+    return broken_off
 
 
 class TokenBuffer:

@@ -71,6 +71,7 @@ class Job:
         )
 
     def module(self, **kwargs: Any) -> CausalLM:
+        pl.seed_everything(0, verbose=False)  # adapters start at random
         if self.options.get("lora"):
             kwargs["lora"] = LoraOptions(rank=4)
         module = (Compiled if self.options.get("compile") else CausalLM)(self.options["model"], **kwargs)

@@ -110,7 +110,8 @@ def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     assert any(isinstance(callback, SparseLLMCallback) for callback in cli.trainer.callbacks)
     keys = [line for line in recipe.read_text().splitlines() if line.startswith(" ")]
-    assert all("#" in line for line in keys), "every key is explained"
+    explained = ("#" in line or line.endswith(":") for line in keys)  # what only opens a level says nothing by itself
+    assert all(explained), "every key is explained"
 
 
 def test_the_classifier_recipe(model_dir: Path) -> None:

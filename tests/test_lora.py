@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_callback import trainer
+from test_callback import OwnModule, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import (
     CausalLM,
+    Distillation,
     LoraOptions,
     PruningConfig,
     SparseFinetuning,
@@ -24,6 +25,8 @@ from sparsellm_lightning import (
 )
 from sparsellm_lightning.architectures import describe
 from sparsellm_lightning.lora import keep_zeros, merged_state
+from sparsellm_lightning.masks import sparse_projections
+from sparsellm_lightning.strategies import StrategyAdapter
 
 peft = pytest.importorskip("peft")
 
@@ -148,3 +151,87 @@ def test_options(model_dir: Path) -> None:
         LoraOptions(rank=0)
     with pytest.raises(UserError, match="must name layers"):
         CausalLM(str(model_dir), lora=LoraOptions(target_modules=["no_such_layer"])).configure_model()
+
+
+class Peft(OwnModule):
+    """A user's module around a user's own peft model."""
+
+    def __init__(self, model: PreTrainedModel, config: Any) -> None:
+        super().__init__(model)
+        self.backbone = peft.get_peft_model(model, config)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.backbone(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+
+
+def test_pruning_a_peft_model_in_an_own_module(tmp_path: Path, trained, ids: Tensor) -> None:
+    """Pruned, trained and exported as plain weights, dropout on the adapters."""
+    module = Peft(trained("llama"), peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    pruner = SparseLLMCallback(
+        sparsity=0.7, finetune=True, num_calibration_samples=16, num_iterations=2, export_dir=str(tmp_path / "out")
+    )
+    trainer(pruner, max_steps=10).fit(module, DataLoader(ids, batch_size=8))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids), logits(module.backbone, ids), rtol=1e-4, atol=1e-4)
+    for name, weight in weights(module.backbone.get_base_model()).items():
+        assert torch.equal(weights(plain)[name] == 0, weight == 0), name
+        assert not torch.equal(weights(plain)[name], weight), name
+
+
+def test_distillation_into_a_peft_model(trained, ids: Tensor) -> None:
+    """peft calls the model's ``forward``, past its hooks."""
+    module = Peft(prune_by_hand(trained("llama")), peft.LoraConfig(r=4, target_modules="all-linear"))
+    fit = trainer(SparseFinetuning(), Distillation(trained("llama")), max_steps=2)
+    fit.fit(module, DataLoader(ids, batch_size=8))
+    assert float(fit.callback_metrics["distillation_logit_loss"]) > 0
+
+
+def test_adapters_are_not_taken_for_sparse_layers(trained) -> None:
+    """Rows of B stay zero where nothing flows back, as behind units that are never active: no pruning, and not to be held."""
+    model = prune_by_hand(trained("opt"))
+    expected = {p.name for p in describe(model, PruningConfig()).projections()}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    disturb_adapters(model)
+    for name, parameter in model.named_parameters():
+        if "fc1.lora_B" in name:
+            parameter.data[:32] = 0
+    found = {p.name.removeprefix("base_model.model.") for p in sparse_projections(model, StrategyAdapter())}
+    assert found == expected
+
+
+def test_ia3_is_let_through(trained, ids: Tensor) -> None:
+    """It scales rows and columns, which keeps every zero."""
+    module = Peft(prune_by_hand(trained("llama")), peft.IA3Config(task_type="CAUSAL_LM"))
+    trainer(SparseFinetuning(), max_steps=3).fit(module, DataLoader(ids, batch_size=8))
+    expected = logits(module.backbone, ids)
+    merged = module.backbone.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    original = weights(prune_by_hand(trained("llama")))
+    changed = 0
+    for name, weight in weights(merged).items():
+        assert torch.equal(weight == 0, original[name] == 0), name
+        changed += not torch.equal(weight, original[name])
+    assert changed >= 3
+
+
+def test_adapters_on_embeddings_are_refused(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="embedding"):
+        CausalLM(str(model_dir), lora=LoraOptions(target_modules=["q_proj", "embed_tokens"])).configure_model()
+
+
+def test_adapters_outside_the_blocks(tmp_path: Path, model_dir: Path, ids: Tensor) -> None:
+    """An adapter on a head that is not tied is in the exported weights as well."""
+    module = CausalLM(
+        str(model_dir),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3),
+        lora=LoraOptions(rank=4, target_modules=["q_proj", "lm_head"]),
+    )
+    pruner = SparseLLMCallback(
+        sparsity=0.7, finetune=True, num_calibration_samples=8, num_iterations=2, export_dir=str(tmp_path / "out")
+    )
+    trainer(pruner, max_steps=5).fit(module, TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=4))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids), logits(module.model, ids), rtol=1e-4, atol=1e-4)
