@@ -1,6 +1,6 @@
 """Seconds and memory of pruning SmolLM2-135M on 1 and 2 ranks, one thread each, in one run.
 
-    python tests/benchmarks/scaling.py [--layers 8] [--train-files train.txt] [--json scaling.json]
+    python tests/benchmarks/scaling.py [--layers 8] [--iterations 4] [--train-files train.txt] [--json scaling.json]
 
 Calibration is the forward of the blocks and the Gram matrices of their inputs; the solver is everything else: the local
 solver and the alternation. Both are the largest over ranks. The masks of each run are compared with one process's.
@@ -43,7 +43,11 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
             (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
     pruner = Measured(
-        sparsity=0.7, num_calibration_samples=options["windows"], export_dir=str(folder / "out"), measure=False
+        sparsity=0.7,
+        num_calibration_samples=options["windows"],
+        num_iterations=options["iterations"],
+        export_dir=str(folder / "out"),
+        measure=False,
     )
     files = options["train_files"]
     data = TextDataModule("files" if files else "python-docs", sequence_length=512, batch_size=8, train_files=files)
@@ -55,6 +59,7 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         num_sanity_val_steps=0,
     )
     trainer.fit(CausalLM(options["model"]), data)
@@ -95,6 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help="only the first so many blocks, all 30 by default")
+    parser.add_argument(
+        "--iterations", type=int, default=4, help="of the alternation; calibration does not depend on them"
+    )
     parser.add_argument("--windows", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--train-files", nargs="*", default=None, help="text, instead of python-docs")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -116,9 +124,8 @@ def main() -> None:
         for name, strategy, ranks in RUNS:
             folder = base / (strategy or "one")
             files = [str(Path(f).resolve()) for f in arguments.train_files] if arguments.train_files else None
-            results = run(
-                folder, model=model, strategy=strategy, ranks=ranks, windows=arguments.windows, train_files=files
-            )
+            chosen = {"windows": arguments.windows, "iterations": arguments.iterations, "train_files": files}
+            results = run(folder, model=model, strategy=strategy, ranks=ranks, **chosen)
             phases = [r["phases"] for r in results]
             measured = {
                 "calibration": max(p["forward"] + p["statistics"] for p in phases),
