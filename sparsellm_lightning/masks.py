@@ -32,7 +32,6 @@ class Masks:
         self.adapter = adapter
         self.projections = list(projections)
         self._packed = [pack(local_tensor(p.parameter) == 0) for p in self.projections]
-        self._local_zeros = [int((local_tensor(p.parameter) == 0).sum()) for p in self.projections]
         self.zeros = self._count()
 
     @torch.no_grad()
@@ -50,14 +49,14 @@ class Masks:
     def apply(self) -> None:
         """Set the pruned weights to zero again, and the kept ones to something else.
 
-        Layers that still have as many zeros are left alone: with masked gradients, an elementwise optimizer cannot move a
-        pruned weight, and one that mixes entries moves them all. (:meth:`check` compares entry for entry.)
+        Layers whose zeros are where they should be are not written to.
         """
         trained = [i for i, p in enumerate(self.projections) if p.parameter.requires_grad]
         if not trained:
             return
-        zeros = torch.stack([(local_tensor(self.projections[i].parameter) == 0).sum() for i in trained]).tolist()
-        for i in (i for i, found in zip(trained, zeros, strict=True) if found != self._local_zeros[i]):
+        # Compared place by place, not by number: an optimizer may move a zero.
+        moved = [(pack(local_tensor(self.projections[i].parameter) == 0) != self._packed[i]).any() for i in trained]
+        for i in (i for i, differs in zip(trained, torch.stack(moved).tolist(), strict=True) if differs):
             projection, packed = self.projections[i], self._packed[i]
             weight = local_tensor(projection.parameter)
             pruned = unpack(packed, weight.shape)

@@ -75,7 +75,7 @@ class Job:
         if self.options.get("lora"):
             kwargs["lora"] = LoraOptions(rank=4)
         module = (Compiled if self.options.get("compile") else CausalLM)(self.options["model"], **kwargs)
-        module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+        module.optimizer = Mixing if self.options.get("mixing") else lambda p: torch.optim.AdamW(p, lr=1e-3)
         return module
 
     def data(self) -> TextDataModule:
@@ -83,6 +83,21 @@ class Job:
 
     def pruner(self, **kwargs: Any) -> SparseLLMCallback:
         return Observed(**{**self.options.get("pruner", {}), **kwargs})
+
+
+class Mixing(torch.optim.SGD):
+    """Spreads the row's mean gradient over every entry, so that masked gradients alone keep no zero."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.05, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None and p.dim() == 2:
+                p.sub_(0.05 * p.grad.mean(-1, keepdim=True).expand(p.shape))
+        return loss
 
 
 class Compiled(CausalLM):

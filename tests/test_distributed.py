@@ -164,7 +164,7 @@ def test_compiled_and_checkpointed_blocks(tmp_path: Path, folder_of: Callable[[s
         {"strategy": "ddp", "lora": True},
         {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
         {"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True},
-        {"strategy": "fsdp2", "sharded_checkpoint": False},
+        {"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True},
     ],
     ids=lambda options: "-".join(str(key if value is True else value) for key, value in options.items()),
 )

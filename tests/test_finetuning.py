@@ -277,6 +277,25 @@ def test_a_kept_weight_that_an_optimizer_zeroes(trained, loader: DataLoader[Any]
         assert 0 < int((start != 0).sum()) < len(start)
 
 
+def test_zeros_that_an_optimizer_moves(trained, loader: DataLoader[Any]) -> None:
+    """As many zeros as before, in other places."""
+
+    class Rolling(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    if p.dim() == 2:
+                        p.copy_(p.roll(1, -1))
+            return loss
+
+    watch = ZeroWatch()
+    trainer(watch, pruner(measure=False), max_steps=2).fit(
+        Module(trained("llama"), lambda p: Rolling(p, lr=1e-3)), loader
+    )
+    assert watch.steps == 2
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
