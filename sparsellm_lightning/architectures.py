@@ -149,6 +149,21 @@ class Block:
             yield from group
         yield from self.feed_forward.values()
 
+    def forward_work(self, window: int, until: int | None = None) -> int:
+        """Floating-point operations a token of the products in a forward: projections, and causal attention.
+
+        Args:
+            window: tokens that attend to each other.
+            until: stop in front of this group of attention projections.
+        """
+        groups = self.attention[:until]
+        layers = [p for group in groups for p in group] + (list(self.feed_forward.values()) if until is None else [])
+        # Queries times keys, weights times values: half of each, being causal, over the features that leave the heads.
+        attention = (
+            2 * window * self.attention[-1][0].shape[1] if until is None or until == len(self.attention) - 1 > 0 else 0
+        )
+        return attention + sum(2 * p.shape[0] * p.shape[1] for p in layers)
+
 
 @dataclass(frozen=True)
 class DecoderLayout:

@@ -23,8 +23,10 @@ from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import check_export_dir, export_model
 from sparsellm_lightning.finetuning import SparseFinetuning
 from sparsellm_lightning.lora import has_adapters
+from sparsellm_lightning.placement import Budget
 from sparsellm_lightning.pruning import prune_model
 from sparsellm_lightning.report import PruningReport, layer_rows, report_of_sparse
+from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, adapter_for
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class SparseLLMCallback(SparseFinetuning):
         num_calibration_samples: calibration windows, over all ranks.
         target: ``block`` or ``model``: what the alternation fits.
         solver_precision: ``auto`` or ``float32``: products that update the auxiliaries may be bfloat16, or not.
+        memory: ``auto``, or bytes that pruning may hold on each device besides the model.
         skip: name patterns of projections left dense.
         finetune: train on after pruning, with the zeros held; otherwise the run stops.
         schedule: gradual pruning: optimizer step -> sparsity reached there, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every
@@ -90,6 +93,7 @@ class SparseLLMCallback(SparseFinetuning):
         num_calibration_samples: int = 128,
         target: Target = "block",
         solver_precision: Precision = "auto",
+        memory: Budget = "auto",
         skip: Sequence[str] = (),
         finetune: bool = False,
         schedule: dict[int, float] | None = None,
@@ -118,6 +122,7 @@ class SparseLLMCallback(SparseFinetuning):
             num_calibration_samples=num_calibration_samples,
             target=target,
             solver_precision=solver_precision,
+            memory=memory,
             skip=tuple(skip) if not isinstance(skip, str) else skip,
             seed=seed,
         )
@@ -128,6 +133,7 @@ class SparseLLMCallback(SparseFinetuning):
         self.measure = measure
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
+        self._stopwatch = Stopwatch()
 
     @property
     def pruned(self) -> bool:
@@ -221,7 +227,10 @@ class SparseLLMCallback(SparseFinetuning):
             state = adapter.state_dict(model)
             if trainer.is_global_zero:
                 tokenizer = getattr(pl_module, "tokenizer", None)
-                self.report.save(export_model(model, self.export_dir, tokenizer, self.overwrite, state))
+                with self._stopwatch.phase("export"):
+                    folder = export_model(model, self.export_dir, tokenizer, self.overwrite, state)
+                self.report.phases |= self._stopwatch.seconds
+                self.report.save(folder)
             trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,7 +319,10 @@ class SparseLLMCallback(SparseFinetuning):
         if not self.measure or model.get_output_embeddings() is None:
             return None
         batches, sharded = _validation_batches(trainer)
-        return None if batches is None else perplexity(model, batches, adapter, sharded=sharded)
+        if batches is None:
+            return None
+        with self._stopwatch.phase("evaluation"):
+            return perplexity(model, batches, adapter, sharded=sharded)
 
     @staticmethod
     def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:

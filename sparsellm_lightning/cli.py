@@ -31,6 +31,7 @@ class PruningTrainer(pl.Trainer):
         self.fit(model, datamodule=datamodule)
         if self.is_global_zero and pruner.report is not None:
             print(pruner.report.table())
+            print(f"\n{pruner.report.phase_table()}\n")
             if pruner.export_dir is not None:
                 print(f"written to {pruner.export_dir}")
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import NofM, Pattern, Unstructured, parse_nofm
+from sparsellm_lightning.placement import Budget
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
 Method = Literal["sparsellm", "sparsegpt", "wanda", "magnitude"]
@@ -42,6 +43,8 @@ class PruningConfig:
             (``down_proj``, ``layers.0.*``).
         solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
             them (Gram and cross matrices, and all that decides a weight, stay float32); ``float32``: it never does.
+        memory: bytes that pruning may hold on each rank's device besides the model; ``auto`` is most of what is free. With
+            less, activations are computed again instead of kept, then kept in pinned host memory: slower, the same result.
         keep_zeros: weights that are zero already are pruned first, whatever they would be worth: the new mask contains the old
             one (gradual pruning).
         num_calibration_samples: calibration windows, over all ranks.
@@ -66,6 +69,7 @@ class PruningConfig:
     target: Target = "block"
     skip: Sequence[str] = ()
     solver_precision: Precision = "auto"
+    memory: Budget = "auto"
     keep_zeros: bool = False
     num_calibration_samples: int = 128
     seed: int = 0
@@ -88,6 +92,12 @@ class PruningConfig:
             raise UserError(
                 f"target='model' is fitted by the alternation, but method is {self.method!r}. "
                 "Use method='sparsellm', or target='block'."
+            )
+        if self.memory != "auto" and (
+            isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1
+        ):
+            raise UserError(
+                f"memory must be 'auto' or a positive number of bytes, got {self.memory!r}. Write 8_000_000_000."
             )
         if isinstance(self.skip, str):
             raise UserError(f"skip must be a list of patterns, got the string {self.skip!r}. Write ['{self.skip}'].")

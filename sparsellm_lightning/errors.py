@@ -16,3 +16,7 @@ class NumericalError(UserError):
 
 class MaskError(UserError):
     """A pruned weight came back, or a kept one went to zero, where the masks should have held."""
+
+
+class OutOfMemoryError(UserError, MemoryError):
+    """The device or the host has no room for a block's solve. The message names what was held and which argument lowers it."""

@@ -17,7 +17,10 @@ from sparsellm_lightning.architectures import describe, device_of
 from sparsellm_lightning.calibration import take_windows
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.journal import Journal, fingerprint
+from sparsellm_lightning.placement import format_bytes
+from sparsellm_lightning.products import fastest_float32
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
+from sparsellm_lightning.stopwatch import gemm_peak
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
 
@@ -61,7 +64,7 @@ def prune_model(
     start = time.perf_counter()
     device = device_of(model)
     results, tokens = [], 0
-    with adapter.ranks.failing_together(), adapter.calibrating(model):
+    with adapter.ranks.failing_together(), adapter.calibrating(model), fastest_float32(device):
         # A shuffled dataloader draws from the global generator; the state is put back afterwards.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(
@@ -77,7 +80,21 @@ def prune_model(
                 adapter,
                 f"num_calibration_samples is {config.num_calibration_samples}, but the dataloader gave {windows} windows.",
             )
-        walker = Walker(layout, config, adapter, on_iteration)
+        bar = tqdm(
+            total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0
+        )
+        status: dict[str, str] = {}
+
+        def show(**news: str) -> None:
+            status.update(news, memory=format_bytes(peak_memory(device)))
+            bar.set_postfix(status)
+
+        def on_error(block: int, iteration: int, error: float) -> None:
+            show(error=f"{error:.4f}")
+            if on_iteration is not None:
+                on_iteration(block, iteration, error)
+
+        walker = Walker(layout, config, adapter, on_error, lambda phase: show(phase=phase))
         journal = None
         if journal_dir is not None:
             journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
@@ -89,16 +106,18 @@ def prune_model(
                 f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
                 "statistics are rank-deficient. Use more or longer windows.",
             )
-        bar = tqdm(
-            total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0
-        )
         with bar:
             for result in walker.walk(journal):
                 results.append(result)
                 bar.update()
-                if result.errors:
-                    bar.set_postfix(error=f"{min(result.errors):.4f}")
         adapter.finish(model)
+        seconds = time.perf_counter() - start
+        dtypes = {str(d).removeprefix("torch."): d for counts in walker.stopwatch.work.values() for d in counts}
+        peaks = {name: gemm_peak(device, dtype) for name, dtype in dtypes.items()}
+    work = {
+        phase: {str(dtype).removeprefix("torch."): float(count) for dtype, count in counts.items()}
+        for phase, counts in walker.stopwatch.work.items()
+    }
     layers, achieved = layer_rows(layout, adapter, {k: v for r in results for k, v in r.layer_errors.items()})
     return PruningReport(
         model=model.config.name_or_path or type(model).__name__,
@@ -110,7 +129,9 @@ def prune_model(
         blocks=[{"index": r.index, "errors": r.errors, "seconds": r.seconds} for r in results],
         calibration={"windows": windows, "tokens": tokens},
         phases=walker.stopwatch.seconds,
-        wall_seconds=time.perf_counter() - start,
+        work=work,
+        gemm_peak=peaks,
+        wall_seconds=seconds,
         peak_memory_bytes=peak_memory(device),
         config=asdict(config),
     )

@@ -36,7 +36,11 @@ class PruningReport:
         blocks: ``{"index", "errors", "seconds"}``, feed-forward error per iteration.
         calibration: ``{"windows", "tokens"}`` over all ranks.
         phases: seconds of block forwards (``forward``), Gram matrices (``statistics``; with a local method also those inside
-            the feed-forward block), local solver (``local_solve``) and alternation (``alternation``).
+            the feed-forward block), local solver (``local_solve``), alternation (``alternation``), and in a Trainer those
+            of measuring perplexity (``evaluation``) and writing the model (``export``).
+        work: floating-point operations of this rank by phase and dtype of the operands, counted from the shapes of the
+            products; elementwise work is left out.
+        gemm_peak: FLOP/s of a large product on this device, by dtype, measured when pruning ended.
         wall_seconds: of pruning: calibration and solve.
         peak_memory_bytes: of this process (resident set), or of its accelerator.
         versions: of Python and the packages that matter.
@@ -58,12 +62,34 @@ class PruningReport:
     wall_seconds: float
     peak_memory_bytes: int
     config: dict[str, Any]
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
+    gemm_peak: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     mask_check: dict[str, int] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def peak_share(self, *phases: str) -> float:
+        """Seconds that the products of some phases (all of pruning's, by default) would take at the measured peak of their
+        dtype, divided by the seconds they took; 0 where nothing was counted."""
+        chosen = phases or tuple(self.work)
+        ideal = sum(
+            count / self.gemm_peak[dtype] for phase in chosen for dtype, count in self.work.get(phase, {}).items()
+        )
+        # All the seconds of pruning count: what belongs to no phase is overhead too.
+        taken = sum(self.phases.get(phase, 0.0) for phase in phases) if phases else self.wall_seconds
+        return ideal / taken if taken else 0.0
+
+    def phase_table(self) -> str:
+        """Seconds by phase, TFLOP, and the share of the GEMM peak."""
+        rows: list[tuple[str, ...]] = [("phase", "seconds", "TFLOP", "of peak")]
+        for phase, seconds in self.phases.items():
+            work = sum(self.work.get(phase, {}).values())
+            share = f"{100 * self.peak_share(phase):.0f} %" if work else "-"
+            rows.append((phase, f"{seconds:.1f}", f"{work / 1e12:.2f}" if work else "-", share))
+        return format_table(rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``pruning_report.json``, and plots where matplotlib is installed."""

@@ -7,7 +7,7 @@ factorisations go through float64.
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +17,38 @@ from sparsellm_lightning.ranks import Ranks
 
 MAX_DAMPING_RAISES = 6
 _SYMMETRIC_BLOCK = 512
+_WELL_CONDITIONED = (
+    0.05  # damping from which float32 will do, a Gram matrix's largest eigenvalue being 10^4 times its mean
+)
+FACTOR_WORK = 4 / 3  # floating-point operations of factorising a (d, d) matrix, in units of d³
 
 
 class Cross:
     """Mean over tokens of ``a bᵀ``: ``AᵀB / n``, (d, e), summed over chunks and over ranks.
 
-    Products are float32; their sums are float64, so that the result does not depend on the order of the chunks nor on how
-    they are spread over ranks, but for a rounding in some 1e-9 of the entries. That is what makes the masks of one and of
-    many ranks equal: differences in the last float32 bit are amplified through factorisations and blocks.
+    Products are float32 (or coarser, where asked); their sums are float64, so that the result does not depend on the order of
+    the chunks nor on how they are spread over ranks, but for a rounding in some 1e-9 of the entries. That is what makes the
+    masks of one and of many ranks equal: differences in the last float32 bit are amplified through factorisations and blocks.
     """
 
-    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rows: int, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.total = torch.zeros(rows, columns, dtype=_exact(device), device=device)
         self.tokens = 0
-        self._product = torch.empty(rows, columns, dtype=torch.float32, device=device)
+        self.work = 0  # floating-point operations so far
+        self._product = torch.empty(rows, columns, dtype=dtype, device=device)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add tokens: a (n, d) and b (n, e), float32."""
+        """Add tokens: a (n, d) and b (n, e), of the dtype of the products."""
         self.total.add_(torch.mm(a.T, b, out=self._product))
         self.tokens += a.shape[0]
+        self.work += 2 * len(a) * self.total.numel()
+
+    def restart(self) -> None:
+        """Begin a new sum in the same memory."""
+        self.total.zero_()
+        self.tokens = self.work = 0
 
     def mean(self, ranks: Ranks) -> Tensor:
         """``AᵀB / n`` over all ranks' tokens, float32, so that its scale does not depend on their number. Ends the summing."""
@@ -59,6 +72,7 @@ class Gram(Cross):
             rows = slice(low, min(low + _SYMMETRIC_BLOCK, features))
             product = self._product.view(-1)[: (rows.stop - low) * (features - low)].view(-1, features - low)
             self.total[rows, low:].add_(torch.mm(a[:, rows].T, a[:, low:], out=product))
+            self.work += 2 * len(a) * product.numel()
         self.tokens += a.shape[0]
 
     def mean(self, ranks: Ranks) -> Tensor:
@@ -73,27 +87,22 @@ def _exact(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+@dataclass(frozen=True)
 class Factor:
     """Inverse of a damped Gram matrix ``H = G + λI``, as ``H⁻¹ = UᵀU`` with U upper triangular.
 
     Args:
-        upper: U, (d, d), float64 where the device has it.
+        upper: U, (d, d) float32. Row i is what the SparseGPT sweep needs at column i.
         dead: (d,) bool, features that were zero for every token. They carry no information: H has the mean diagonal (plus
             damping) in their place.
     """
 
-    def __init__(self, upper: Tensor, dead: Tensor) -> None:
-        self._upper = upper
-        self.dead = dead
-
-    @cached_property
-    def upper(self) -> Tensor:
-        """U, (d, d) float32. Row i is what the SparseGPT sweep needs at column i."""
-        return self._upper.float()
+    upper: Tensor
+    dead: Tensor
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows @ H⁻¹`` for rows (r, d), float32."""
-        return (rows.to(self._upper.dtype) @ self._upper.T @ self._upper).to(rows.dtype)
+        return rows @ self.upper.T @ self.upper
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:
@@ -102,48 +111,44 @@ def spd_inverse(matrix: Tensor) -> Tensor:
     Raises:
         NumericalError: it is not positive definite.
     """
-    upper = _inverse_factor(matrix.to(_exact(matrix.device)))
+    upper = _inverse_factor(matrix.to(_exact(matrix.device), copy=True))
     if upper is None:
         raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
     return (upper.T @ upper).to(matrix.dtype)
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper triangular U with ``UᵀU = H⁻¹``; None if H is not positive definite.
+    """Upper triangular U with ``UᵀU = H⁻¹``; None if H is not positive definite. H is overwritten.
 
-    With J the reversal of the features and ``J H J = L Lᵀ``, it is ``U = J L⁻¹ J``: one factorisation, instead of factor,
-    invert, factor again.
-    """
-    lower = _inverse_lower(matrix.flip(0, 1))
-    return None if lower is None else lower.flip(0, 1)
-
-
-def _inverse_lower(matrix: Tensor) -> Tensor | None:
-    """``L⁻¹`` of the Cholesky factor of H, by halves: products but for small leaves.
+    By halves, products but for small leaves. With ``H = [[A, B], [Bᵀ, C]]``, V the factor of C and ``T = B Vᵀ``, the factor
+    of the Schur complement ``A − T Tᵀ`` is U's upper left, V its lower right and ``−U₁₁ T V`` its upper right.
 
     LAPACK's result for a matrix of more than a hundred columns changes with the number of threads, in the last bits;
     products and small factorisations do not, and the masks of one and of many ranks rest on that.
     """
+    upper = torch.zeros_like(matrix)
+    return upper if _factor_into(upper, matrix) else None
+
+
+def _factor_into(upper: Tensor, matrix: Tensor) -> bool:
     size = matrix.shape[0]
     if size <= 64:
-        lower, info = torch.linalg.cholesky_ex(matrix)
+        # With J the reversal of the features and J H J = L Lᵀ, U is J L⁻¹ J.
+        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if int(info) or not bool(torch.isfinite(lower).all()):
-            return None
+            return False
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        leaf: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return leaf
+        upper.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+        return True
     half = size // 2
-    first = _inverse_lower(matrix[:half, :half])
-    if first is None:
-        return None
-    below = matrix[half:, :half] @ first.T
-    last = _inverse_lower(matrix[half:, half:] - below @ below.T)
-    if last is None:
-        return None
-    inverse = torch.zeros_like(matrix)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[half:, :half] = -(last @ (below @ first))
-    return inverse
+    first, last = upper[:half, :half], upper[half:, half:]
+    if not _factor_into(last, matrix[half:, half:]):
+        return False
+    across = matrix[:half, half:] @ last.T
+    if not _factor_into(first, matrix[:half, :half].addmm_(across, across.T, alpha=-1)):
+        return False
+    upper[:half, half:] = (first @ across).neg_() @ last
+    return True
 
 
 def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
@@ -165,11 +170,11 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     mean = float(diagonal.mean()) or 1.0
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
-        damped = gram.to(_exact(gram.device), copy=True)
+        damped = gram.to(torch.float32 if fraction >= _WELL_CONDITIONED else _exact(gram.device), copy=True)
         damped.diagonal().add_(fraction * mean).add_(dead.to(damped.dtype) * mean)
         upper = _inverse_factor(damped)
         if upper is not None:
-            return Factor(upper, dead)
+            return Factor(upper.float(), dead)
         if attempt < MAX_DAMPING_RAISES:
             warnings.warn(
                 f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "

@@ -1,9 +1,10 @@
-"""Where the time goes: seconds by phase."""
+"""Where the time goes, and what was computed in it: seconds and floating-point operations by phase."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,24 +15,39 @@ class Stopwatch:
 
     Args:
         device: waited for at every boundary if it works asynchronously (CUDA).
+        on_phase: called with the name of a phase when it is entered and the one before was another.
+
+    Attributes:
+        seconds: by phase.
+        work: floating-point operations by phase and dtype of the operands, as told by :meth:`count`.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", on_phase: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.work: dict[str, Counter[torch.dtype]] = {}
+        self.on_phase = on_phase
         self._device = torch.device(device)
         self._running: list[str] = []
         self._since = 0.0
+        self._latest = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside for ``name``."""
         self._switch()
         self._running.append(name)
+        if name != self._latest and self.on_phase is not None:
+            self.on_phase(name)
+        self._latest = name
         try:
             yield
         finally:
             self._switch()
             self._running.pop()
+
+    def count(self, phase: str, operations: float, dtype: torch.dtype = torch.float32) -> None:
+        """Add floating-point operations to a phase; a multiplication and an addition are two."""
+        self.work.setdefault(phase, Counter())[dtype] += operations  # type: ignore[assignment]
 
     def _switch(self) -> None:
         if self._device.type == "cuda":
@@ -41,3 +57,20 @@ class Stopwatch:
             name = self._running[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+@torch.no_grad()
+def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.15) -> float:
+    """FLOP/s of the fastest product of two (size, size) matrices, tried for some seconds.
+
+    What the share of a run is measured against: what this machine's library reaches, not what its maker states.
+    """
+    a, b = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    watch = Stopwatch(device)
+    while best == float("inf") or time.perf_counter() < end:
+        watch.seconds.clear()
+        with watch.phase("product"):
+            a @ b
+        best = min(best, watch.seconds["product"])
+    return 2 * size**3 / best

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architectures import Block, DecoderLayout
+from sparsellm_lightning.architectures import Block, DecoderLayout, device_of
 from sparsellm_lightning.calibration import CalibrationBatch
+from sparsellm_lightning.placement import empty
 from sparsellm_lightning.solvers.sparsellm import CHUNK
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
@@ -26,6 +27,7 @@ class Stream:
     hidden: list[Tensor]
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
     valid: list[Tensor | None]  # (batch, sequence) bool: False where padded
+    home: torch.device  # where hidden states are kept between forwards
     windows: list[int] = field(init=False)  # valid tokens of each
     tokens: int = field(init=False)
 
@@ -37,13 +39,21 @@ class Stream:
         ]
         self.tokens = sum(self.windows)
 
+    def move_to(self, home: torch.device) -> None:
+        """Keep the hidden states there from now on."""
+        self.home = home
+        self.hidden = [moved(hidden, home) for hidden in self.hidden]
+
     def chunks(self) -> list[int]:
         """Tokens per step of the solver: a window, or its parts where it is long."""
         return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
 
     def valid_tokens(self) -> Tensor:
         """(tokens, d): the hidden states without padding."""
-        flat = [h.flatten(0, 1) if mask is None else h[mask] for h, mask in zip(self.hidden, self.valid, strict=True)]
+        flat = [
+            h.flatten(0, 1) if mask is None else h[mask.to(h.device)]
+            for h, mask in zip(self.hidden, self.valid, strict=True)
+        ]
         return torch.cat(flat)
 
     def add_(self, change: Callable[[slice], Tensor]) -> None:
@@ -59,12 +69,15 @@ class Stream:
             if mask is None:
                 hidden += added.view_as(hidden)
             else:
-                hidden[mask] += added
+                hidden[mask.to(hidden.device)] += added
             start += count
 
 
 def enter_model(
-    layout: DecoderLayout, batches: Sequence[CalibrationBatch], adapter: StrategyAdapter, stopwatch: Stopwatch
+    layout: DecoderLayout,
+    batches: Sequence[CalibrationBatch],
+    adapter: StrategyAdapter,
+    stopwatch: Stopwatch,
 ) -> Stream:
     """Hidden states in front of the first block, and every block's other arguments (masks, rotary embeddings)."""
     recorders = [_Recorder(block.module, run=block.index == 0) for block in layout.blocks]
@@ -79,7 +92,8 @@ def enter_model(
                     stack.enter_context(recorder.in_place_of_block(layout.model))
             with stopwatch.phase("forward"), adapter.forward_context():
                 adapter.run_model(layout.model, batch.inputs)
-    return Stream(recorders[0].hidden, [recorder.arguments for recorder in recorders], [b.valid for b in batches])
+    arguments = [recorder.arguments for recorder in recorders]
+    return Stream(recorders[0].hidden, arguments, [b.valid for b in batches], device_of(layout.model))
 
 
 def run_block(
@@ -99,6 +113,7 @@ def run_block(
     hidden: Tensor
     mask: Tensor | None = None
     outputs = []
+    device = device_of(block.module)
     with ExitStack() as stack:
         if on_input is not None:
             module, see_input = on_input
@@ -119,9 +134,10 @@ def run_block(
         for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
             stream.hidden, stream.valid, stream.arguments[block.index], strict=True
         ):
+            hidden = hidden.to(device, non_blocking=True)
             with stopwatch.phase("forward"), adapter.forward_context():
                 output = block.module(hidden, *args, **kwargs)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+            outputs.append(moved(output[0] if isinstance(output, tuple) else output, stream.home))
     return outputs if go_on else []
 
 
@@ -141,24 +157,31 @@ def _until_seen(forward: Callable[..., Any]) -> Callable[..., Any]:
     return broken_off
 
 
-class TokenBuffer:
-    """(tokens, features), filled in order, in the dtype of what comes in."""
+def moved(tensor: Tensor, home: torch.device) -> Tensor:
+    """A tensor on its home device; itself where it is there already."""
+    if tensor.device == home:
+        return tensor
+    return empty(tensor.shape, tensor.dtype, home, tensor.device).copy_(tensor)
 
-    def __init__(self, tokens: int, features: int) -> None:
-        self.shape = tokens, features
+
+class TokenBuffer:
+    """(tokens, features) on a device, filled in order, in the dtype of what comes in."""
+
+    def __init__(self, tokens: int, features: int, home: torch.device) -> None:
+        self.shape, self.home = (tokens, features), home
         self.data: Tensor | None = None
         self.position = 0
 
     def add(self, x: Tensor) -> None:
         """Append tokens, (n, features)."""
         if self.data is None:
-            self.data = x.new_empty(self.shape)
+            self.data = empty(self.shape, x.dtype, self.home, x.device)
         self.data[self.position : self.position + len(x)] = x
         self.position += len(x)
 
-    def filled(self, device: torch.device) -> Tensor:
-        """What was added; empty, on ``device``, on a rank without tokens."""
-        return torch.empty(0, self.shape[1], device=device) if self.data is None else self.data
+    def filled(self) -> Tensor:
+        """What was added; empty on a rank without tokens."""
+        return torch.empty(0, self.shape[1], device=self.home) if self.data is None else self.data
 
 
 def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:

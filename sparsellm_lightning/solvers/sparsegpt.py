@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,39 +37,42 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     w = weight.new_zeros(columns, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     w[:, :rows] = weight.T
     w[factor.dead] = 0
-    cost_scale = upper.diagonal().pow(-2)
+    diagonal = upper.diagonal()
+    cost_scale = diagonal.pow(-2)
     whole_groups = _whole_groups(block_size, pattern.group)
-
-    def keep_of(low: int, high: int) -> Tensor:
-        cost = (w[low:high, :rows].square() * cost_scale[low:high, None]).T.contiguous()
-        return pattern.select(cost, first_column=low).T
+    leaf = _whole_groups(_LEAF, pattern.group)
 
     for low in range(0, columns, whole_groups):
         high = min(low + whole_groups, columns)
         errors = torch.empty_like(w[low:high])
-        keep = torch.ones_like(errors, dtype=torch.bool)
-        if pattern.group == 1:
-            keep[:, :rows] = keep_of(low, high)
+        ratio = torch.zeros_like(errors)  # error W_ri / U_ii of an entry by its value: 0 where it is kept
 
-        def sweep(start: int, end: int, base: int = low, errors: Tensor = errors, keep: Tensor = keep) -> None:
-            """Prune columns [start, end); halves are chained by one product instead of column by column."""
-            if end - start > _whole_groups(_LEAF, pattern.group):
+        def choose(start: int, end: int, low: int = low, ratio: Tensor = ratio) -> None:
+            cost = (w[start:end, :rows].square() * cost_scale[start:end, None]).T.contiguous()
+            pruned = ~pattern.select(cost, first_column=start).T
+            torch.div(pruned, diagonal[start:end, None], out=ratio[start - low : end - low, :rows])
+
+        def sweep(
+            start: int, end: int, low: int = low, errors: Tensor = errors, ratio: Tensor = ratio, choose: Any = choose
+        ) -> None:
+            """Correct for columns [start, end); halves are chained by one product instead of column by column."""
+            if end - start > leaf:
                 middle = start + _whole_groups((end - start) // 2, pattern.group)
                 sweep(start, middle)
-                w[middle:end].addmm_(upper[start:middle, middle:end].T, errors[start - base : middle - base], alpha=-1)
+                w[middle:end].addmm_(upper[start:middle, middle:end].T, errors[start - low : middle - low], alpha=-1)
                 sweep(middle, end)
                 return
             for i in range(start, end):
                 if pattern.group > 1 and i % pattern.group == 0:
-                    keep[i - base : i - base + pattern.group, :rows] = keep_of(i, i + pattern.group)
-                error = errors[i - base]
-                torch.mul(w[i], ~keep[i - base], out=error)
-                w[i].sub_(error)
-                error.div_(upper[i, i])
+                    choose(i, i + pattern.group)
+                torch.mul(w[i], ratio[i - low], out=errors[i - low])
                 if i + 1 < end:
-                    w[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+                    w[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - low], alpha=-1)
 
+        if pattern.group == 1:
+            choose(low, high)
         sweep(low, high)
+        w[low:high].masked_fill_(ratio != 0, 0)
         if high < columns:
             w[high:].addmm_(upper[low:high, high:].T, errors, alpha=-1)
     return w[:, :rows].T.contiguous()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsellm_lightning.placement import Placement, Shelf, empty
 from sparsellm_lightning.ranks import SINGLE, Ranks
-from sparsellm_lightning.solvers.activations import Activation, solve_preactivation
+from sparsellm_lightning.solvers.activations import Activation, Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Cross, Gram, check_finite, spd_inverse
 
@@ -94,15 +97,18 @@ class Solution:
         feed_forward: the best iterate's weights, whole on every rank.
         errors: ``‖Y − FFN(X)‖² / ‖Y‖²`` after each iteration, over all ranks' tokens; the first is the local solver's.
         inputs, hidden: statistics of X, and of the hidden activation that the best iterate produces.
+        output: ``FFN(X)`` of the best iterate, (n, d), in the dtype and place of Y.
     """
 
     feed_forward: FeedForward
     errors: list[float]
     inputs: InputStatistics
     hidden: InputStatistics
+    output: Tensor
 
 
 Prune = Callable[[dict[str, Tensor], InputStatistics], dict[str, Tensor]]
+Work = Counter[torch.dtype]  # floating-point operations by the dtype of the operands
 
 
 @torch.no_grad()
@@ -118,6 +124,9 @@ def solve_feed_forward(
     ranks: Ranks = SINGLE,
     chunks: Sequence[int] | None = None,
     auxiliary_dtype: torch.dtype = torch.float32,
+    placement: Placement | None = None,
+    work: Work | None = None,
+    step: Entrywise | None = None,
     name: str = "",
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Solution:
@@ -131,7 +140,7 @@ def solve_feed_forward(
        ``scale_free=False`` the auxiliary ``p`` is used, as in the paper.
     3. measure ``‖Y − h W_dᵀ‖² / ‖Y‖²`` and keep the iterate if it is the best so far.
     4. ``p = q + (Y − q W_dᵀ) K W_d`` with ``q = φ(s) ⊙ z``, ``K = (W_d W_dᵀ + γ/β I)⁻¹``; then z, then s, in closed form or
-       to a tolerance (:func:`~sparsellm_lightning.solvers.activations.solve_preactivation`).
+       to a tolerance (:mod:`~sparsellm_lightning.solvers.activations`).
 
     The first iteration skips the regressions: it is exactly the local solver, each layer calibrated after the one before
     it is pruned. So the result is never worse than that, on the calibration tokens; ``iterations=1`` is the local solver.
@@ -139,13 +148,16 @@ def solve_feed_forward(
     The regressions' λ is ``max(damping, 2 · columns / tokens)`` of the mean diagonal: with few tokens per column an
     unregularised fit follows the noise of the calibration text (measured: held-out error 0.412 → 0.391 in SmolLM2's block 3).
 
+    ``zᵀX`` is computed as ``(z − m)ᵀX + W_i XᵀX``, where ``m = X W_iᵀ`` is what the current weights predict, and known: what
+    is summed is then only the small correction, which bears a coarse dtype.
+
     Only sums over tokens (Gram and cross matrices) cross ranks; z and s stay where their tokens are. Every rank prunes its
     own rows and the rows are then gathered.
 
     Args:
         dense: the dense block, whole, float32.
         x: its input, (n, d), this rank's tokens, any dtype; products are in float32. n may be 0 on some ranks.
-        y: its target output, (n, d), any dtype.
+        y: its target output, (n, d), any dtype. x and y may be on the host while the weights are on an accelerator.
         prune: ``({layer: rows of Ŵ}, statistics of their shared input) -> {layer: pruned rows}`` for layers ``gate`` and
             ``up`` together, then ``down``; rows are this rank's.
         iterations: at least 1.
@@ -154,8 +166,11 @@ def solve_feed_forward(
         ranks: the data-parallel ranks.
         chunks: tokens per step, summing to n; ``CHUNK`` by default. With one chunk per calibration window the result does
             not depend on which rank has which window.
-        auxiliary_dtype: of the products that update p, z and s; all that decides a weight (Gram and cross matrices, errors)
-            stays float32. See :func:`coarse_dtype`.
+        auxiliary_dtype: of z, s, their predictions, and the products that update p, z, s and the corrections above; the Gram
+            matrices, h and the errors stay float32. See :func:`coarse_dtype`.
+        placement: where activations are kept; does not change the result. Everything on the weights' device by default.
+        work: counts floating-point operations, the local solver's left out.
+        step: :func:`~sparsellm_lightning.solvers.activations.preactivation_step` of the block, in a faster form.
         name: prefix of projection names in messages.
         on_iteration: called with (iteration, error).
 
@@ -163,76 +178,145 @@ def solve_feed_forward(
         NumericalError: NaN or infinity in X, Y or h, or a factorisation that fails whatever the damping.
     """
     penalties = penalties or Penalties()
-    tokens = _Tokens(x, y, dense.down_bias, chunks)
+    device = dense.up.device
+    placement = placement or Placement.everything_on(device)
+    work = Counter() if work is None else work
+    if step is None:
+        step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None))
+    tokens = _Tokens(x, y, dense.down_bias, chunks, device)
     first = ["up"] if dense.gate is None else ["gate", "up"]
     width, outputs = dense.up.shape[0], dense.down.shape[0]
 
-    gram = Gram(x.shape[1], x.device)
-    energies = torch.zeros(2, dtype=torch.float64, device=x.device)
+    gram = Gram(x.shape[1], device)
+    energies = torch.zeros(2, dtype=torch.float64, device=device)
     for x_c, y_c, y_raw in tokens:
         gram.add(x_c)
         energies += torch.stack([y_c.square().sum(dtype=torch.float64), y_raw.square().sum(dtype=torch.float64)])
+    work[torch.float32] += gram.work
     ranks.sum_(energies)
     check_finite(energies, f"{name}down", "target output")
     inputs = InputStatistics(gram.mean(ranks), damping, f"{name}up")
     check_finite(inputs.gram, f"{name}{first[0]}")
     target_energy, y_energy = (float(energy) / max(gram.tokens, 1) for energy in energies)
 
+    hidden_gram = Gram(width, device)
+    # Where there is only one iteration, its error is a by-product of the last pass over the tokens.
+    cross = Cross(outputs, width, device) if iterations > 1 else None
     auxiliaries: _Auxiliaries | None = None
+    predictions = (
+        _Pair(Shelf(auxiliary_dtype, device), Shelf(auxiliary_dtype, device))
+        if placement.predictions and iterations > 1
+        else None
+    )
+    kept_hidden = Shelf(x.dtype, device) if placement.hidden else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
     best: tuple[FeedForward, InputStatistics] | None = None
     errors: list[float] = []
     for iteration in range(iterations):
+        last = iteration + 1 == iterations
+        if last and predictions is not None:
+            predictions.clear()
         pruned = prune(targets, inputs)
         whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
-        hidden, cross = _hidden_statistics(iterate, tokens, damping, ranks, f"{name}down")
+        hidden_gram.restart()
+        if cross is not None:
+            cross.restart()
+        for index, (x_c, y_c, _) in enumerate(tokens):
+            z, s = iterate.preactivations(x_c)
+            h = iterate.combine(z, s)
+            hidden_gram.add(h)
+            if cross is not None:
+                cross.add(y_c, h)
+            if predictions is not None and not last:
+                predictions.put(index, z, s)
+            if kept_hidden is not None and last:
+                kept_hidden.put(index, h)
+        work[torch.float32] += hidden_gram.work + (0 if cross is None else cross.work)
+        work[torch.float32] += 2 * len(first) * len(x) * dense.up.numel()
+        hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
         down_inputs = hidden
+        mean_cross = None if cross is None else cross.mean(ranks)
         if auxiliaries is not None:
-            down_inputs, down_cross = (hidden, cross) if penalties.scale_free else auxiliaries.down_statistics()
-            target = _regress(target, down_inputs, _rows(down_cross, ranks), gram.tokens)
+            assert mean_cross is not None
+            down_inputs, down_cross = (hidden, mean_cross) if penalties.scale_free else auxiliaries.down_statistics()
+            target = _regress(target, down_inputs, _rows(down_cross, ranks) - target @ down_inputs.gram, gram.tokens)
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
-        # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩, by rows of W: no further pass over the tokens.
-        explained = ((2 * _rows(cross, ranks) - down @ hidden.gram) * down).sum(dtype=torch.float64)
-        ranks.sum_(explained)
-        error = max(target_energy - float(explained), 0.0) / (y_energy or 1.0)
-        if best is None or error < min(errors):
+        if mean_cross is None:
+            output, error = _output(iterate, tokens, kept_hidden, ranks, y_energy * gram.tokens, placement, work)
+        else:
+            # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩, by rows of W: no further pass over the tokens.
+            explained = ((2 * _rows(mean_cross, ranks) - down @ hidden.gram) * down).sum(dtype=torch.float64)
+            ranks.sum_(explained)
+            error = max(target_energy - float(explained), 0.0) / (y_energy or 1.0)
+        is_best = best is None or error < min(errors)
+        if is_best:
             best = iterate, hidden
         errors.append(error)
         if on_iteration is not None:
             on_iteration(iteration, error)
-        if iteration + 1 == iterations or error == 0:
+        if last or error == 0:
             break
         if auxiliaries is None:
-            auxiliaries = _Auxiliaries(dense, tokens, penalties, damping, ranks, auxiliary_dtype)
-        crosses = auxiliaries.update(iterate)
-        targets = {
-            layer: _regress(_rows(getattr(dense, layer), ranks), inputs, _rows(crosses[layer], ranks), gram.tokens)
-            for layer in first
-        }
+            auxiliaries = _Auxiliaries(dense, tokens, penalties, damping, ranks, auxiliary_dtype, placement, work, step)
+        corrections = auxiliaries.update(iterate, predictions)
+        targets = {}
+        for layer in first:
+            weight, current = (_rows(getattr(block, layer), ranks) for block in (dense, iterate))
+            correction = _rows(corrections[layer], ranks) + (current - weight) @ inputs.gram
+            targets[layer] = _regress(weight, inputs, correction, gram.tokens)
     assert best is not None
-    return Solution(best[0], errors, inputs, best[1])
+    if iterations > 1:
+        kept = kept_hidden if last and is_best else None
+        output, _ = _output(best[0], tokens, kept, ranks, y_energy * gram.tokens, placement, work)
+    return Solution(best[0], errors, inputs, best[1], output)
 
 
 class _Tokens:
-    """Chunks of this rank's tokens in float32: input, target less the down bias, and target."""
+    """Chunks of this rank's tokens in float32, on the device that computes: input, target less the down bias, target."""
 
-    def __init__(self, x: Tensor, y: Tensor, down_bias: Tensor | None, chunks: Sequence[int] | None) -> None:
-        self.x, self.y, self.down_bias = x, y, down_bias
+    def __init__(
+        self, x: Tensor, y: Tensor, down_bias: Tensor | None, chunks: Sequence[int] | None, device: torch.device
+    ) -> None:
+        self.x, self.y, self.down_bias, self.device = x, y, down_bias, device
         self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for x_c, y_c in zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True):
-            y_c = y_c.float()
-            yield x_c.float(), y_c if self.down_bias is None else y_c - self.down_bias, y_c
+            y_raw = y_c.to(self.device, torch.float32)
+            yield (
+                x_c.to(self.device, torch.float32),
+                y_raw if self.down_bias is None else y_raw - self.down_bias,
+                y_raw,
+            )
+
+
+@dataclass
+class _Pair:
+    """z and s, or what is predicted for them, by chunk; no s where the block is not gated."""
+
+    z: Shelf
+    s: Shelf
+
+    def put(self, index: int, z: Tensor, s: Tensor | None) -> None:
+        self.z.put(index, z)
+        if s is not None:
+            self.s.put(index, s)
+
+    def get(self, index: int, gated: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        return self.z.get(index, device), self.s.get(index, device) if gated else None
+
+    def clear(self) -> None:
+        self.z.clear()
+        self.s.clear()
 
 
 class _Auxiliaries:
-    """The variables z and s of this rank's tokens, in the dtype of X, and their updates. p is never stored."""
+    """The variables z and s of this rank's tokens, and their updates. p is never stored."""
 
     def __init__(
         self,
@@ -242,62 +326,79 @@ class _Auxiliaries:
         damping: float,
         ranks: Ranks,
         dtype: torch.dtype,
+        placement: Placement,
+        work: Work,
+        step: Entrywise,
     ) -> None:
-        self.tokens, self.ranks, self.damping, self.dtype = tokens, ranks, damping, dtype
+        self.step = step
+        self.tokens, self.ranks, self.damping, self.dtype, self.work = tokens, ranks, damping, dtype, work
         self.keep_p = not penalties.scale_free
-        self.chunks: list[tuple[Tensor, Tensor | None]] = []
+        home = placement.auxiliaries
+        self.values = _Pair(Shelf(dtype, home), Shelf(dtype, home))
         squares = torch.zeros(
             5, dtype=torch.float64, device=dense.up.device
         )  # of z, s, Y, p; and their number of tokens
-        for x_c, y_c, _ in tokens:
-            z, s = dense.preactivations(x_c)
+        rounded = dense.to(dtype)
+        for index, (x_c, y_c, _) in enumerate(tokens):
+            z, s = (None if t is None else t.float() for t in rounded.preactivations(x_c.to(dtype)))
+            assert z is not None
             p = dense.combine(z, s)
             parts = [t.square().mean(1).sum(dtype=torch.float64) for t in (z, z if s is None else s, y_c, p)]
             squares += torch.stack([*parts, parts[0].new_tensor(len(x_c))])
-            self.chunks.append((z.to(tokens.x.dtype), None if s is None else s.to(tokens.x.dtype)))
+            self.values.put(index, z, s)
+        work[dtype] += 2 * (1 if dense.gate is None else 2) * len(tokens.x) * dense.up.numel()
         ranks.sum_(squares)
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
-        self.alpha_z, self.alpha_s = penalties.alpha / scales[0], penalties.alpha / scales[1]
-        self.beta, self.gamma = penalties.beta / scales[2], penalties.gamma / scales[3]
+        self.gamma_over_beta = penalties.gamma / scales[3] / (penalties.beta / scales[2])
+        self.rho_z, self.rho_s = (
+            torch.tensor(
+                penalties.gamma / scales[3] / (penalties.alpha / scale), device=squares.device, dtype=torch.float32
+            )
+            for scale in scales[:2]
+        )
 
-    def update(self, iterate: FeedForward) -> dict[str, Tensor]:
-        """Update p, z and s for these weights; returns ``zᵀX / n`` and ``sᵀX / n``, (f, d), over all ranks, bias removed."""
-        down = iterate.down
+    def update(self, iterate: FeedForward, predictions: _Pair | None) -> dict[str, Tensor]:
+        """Update p, z and s for these weights; returns ``(z − m)ᵀX / n`` and the same of s, (f, d), over all ranks.
+
+        Args:
+            iterate: the current weights.
+            predictions: m, what they predict for z and s; computed again where None.
+        """
+        down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         k = down @ down.T
-        k.diagonal().add_(self.gamma / self.beta)
+        k.diagonal().add_(self.gamma_over_beta)
         # What only moves the auxiliaries may be rounded: it is averaged over the tokens before it reaches a weight.
-        rounded = iterate.to(self.dtype)
         k = spd_inverse(k).to(self.dtype)
+        rounded_down = down.to(self.dtype)
         cross = {
-            layer: Cross(down.shape[1], iterate.up.shape[1], down.device)
-            for layer in (["up"] if iterate.gate is None else ["gate", "up"])
+            layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype)
+            for layer in (["gate", "up"] if gated else ["up"])
         }
         if self.keep_p:
-            self.gram_p, self.cross_p = (
-                Gram(down.shape[1], down.device),
-                Cross(down.shape[0], down.shape[1], down.device),
-            )
+            self.gram_p, self.cross_p = Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)
         for index, (x_c, y_c, _) in enumerate(self.tokens):
-            stored_z, stored_s = self.chunks[index]
-            z, s = stored_z.float(), None if stored_s is None else stored_s.float()
-            m_z, m_s = (None if m is None else m.float() for m in rounded.preactivations(x_c.to(self.dtype)))
-            assert m_z is not None
-            p = iterate.combine(z, s)
-            residual = y_c - p.to(self.dtype) @ rounded.down.T
-            p += residual.to(self.dtype) @ k @ rounded.down
+            predicted = iterate.preactivations(x_c) if predictions is None else predictions.get(index, gated, device)
+            # Rounded alike, whether they were kept or are computed here.
+            m_z, m_s = (None if m is None else m.to(self.dtype) for m in predicted)
+            z, s = self.values.get(index, gated, device)
+            p = iterate.combine(z.float(), None if s is None else s.float())
+            residual = y_c - p.to(self.dtype) @ rounded_down.T
+            p += residual.to(self.dtype) @ k @ rounded_down
+            x_rounded = x_c.to(self.dtype)
             if s is None:
-                z = solve_preactivation(iterate.activation, m_z, p, self.alpha_z, self.gamma)
+                z, correction = self.step(m_z, p, self.rho_z)
             else:
-                assert m_s is not None
-                phi = iterate.activation(s)
-                z = (self.alpha_z * m_z + self.gamma * phi * p) / (self.alpha_z + self.gamma * phi.square())
-                s = solve_preactivation(iterate.activation, m_s, p, self.alpha_s, self.gamma, scale=z)
-                cross["gate"].add(s if iterate.gate_bias is None else s - iterate.gate_bias, x_c)
-            cross["up"].add(z if iterate.up_bias is None else z - iterate.up_bias, x_c)
-            self.chunks[index] = (z.to(stored_z.dtype), None if s is None else s.to(stored_z.dtype))
+                z, s, correction, correction_s = self.step(m_z, m_s, s, p, self.rho_z, self.rho_s)
+                cross["gate"].add(correction_s, x_rounded)
+            cross["up"].add(correction, x_rounded)
+            self.values.put(index, z, s)
             if self.keep_p:
                 self.gram_p.add(p)
                 self.cross_p.add(y_c, p)
+        n, (outputs, width) = len(self.tokens.x), down.shape
+        self.work[self.dtype] += 4 * n * outputs * width + 2 * n * outputs**2 + sum(c.work for c in cross.values())
+        if predictions is None:
+            self.work[torch.float32] += 2 * len(cross) * n * iterate.up.numel()
         return {layer: total.mean(self.ranks) for layer, total in cross.items()}
 
     def down_statistics(self) -> tuple[InputStatistics, Tensor]:
@@ -305,23 +406,47 @@ class _Auxiliaries:
         return InputStatistics(self.gram_p.mean(self.ranks), self.damping, "auxiliary p"), self.cross_p.mean(self.ranks)
 
 
-def _hidden_statistics(
-    iterate: FeedForward, tokens: _Tokens, damping: float, ranks: Ranks, name: str
-) -> tuple[InputStatistics, Tensor]:
-    """``hᵀh / n`` (f, f) and ``Yᵀh / n`` (d, f) over all ranks, h the hidden activation of ``iterate``."""
-    outputs, width = iterate.down.shape
-    gram, cross = Gram(width, iterate.up.device), Cross(outputs, width, iterate.up.device)
-    for x_c, y_c, _ in tokens:
-        h = iterate.hidden(x_c)
-        gram.add(h)
-        cross.add(y_c, h)
-    return InputStatistics(gram.mean(ranks), damping, name), cross.mean(ranks)
+def feed_forward_output(
+    feed_forward: FeedForward, x: Tensor, chunks: Sequence[int], like: Tensor, home: torch.device | None = None
+) -> Tensor:
+    """``FFN(X)``, (n, d), in the dtype of ``like``: bit for bit the :class:`Solution`'s for the same weights and chunks."""
+    tokens = _Tokens(x, like, feed_forward.down_bias, chunks, feed_forward.up.device)
+    home = home or feed_forward.up.device
+    placement = Placement(home, home)
+    return _output(feed_forward, tokens, None, SINGLE, 1.0, placement, Counter())[0]
 
 
-def _regress(weight: Tensor, inputs: InputStatistics, cross: Tensor, tokens: int) -> Tensor:
-    """``argmin_Ŵ ‖T − XŴᵀ‖² + λ‖Ŵ − W‖²`` for rows W, (r, c), from ``XᵀX`` and the cross matrix ``TᵀX``, (r, c)."""
+def _output(
+    feed_forward: FeedForward,
+    tokens: _Tokens,
+    hidden: Shelf | None,
+    ranks: Ranks,
+    energy: float,
+    placement: Placement,
+    work: Work,
+) -> tuple[Tensor, float]:
+    """``FFN(X)`` of this rank's tokens, and ``‖Y − FFN(X)‖²`` over all ranks' relative to ``energy``."""
+    device = feed_forward.up.device
+    output = empty(tokens.y.shape, tokens.y.dtype, placement.inputs, device)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    start = 0
+    for index, (x_c, _, y_raw) in enumerate(tokens):
+        # Rounded as the model rounds it, whether it was kept or not.
+        h = feed_forward.hidden(x_c).to(tokens.x.dtype) if hidden is None else hidden.get(index, device)
+        part = torch.nn.functional.linear(h.float(), feed_forward.down, feed_forward.down_bias)
+        squares += (y_raw - part).square_().sum(dtype=torch.float64)
+        output[start : start + len(part)] = part
+        start += len(part)
+    ranks.sum_(squares)
+    matrices = 1 + (hidden is None) * (1 if feed_forward.gate is None else 2)
+    work[torch.float32] += 2 * matrices * len(output) * feed_forward.down.numel()
+    return output, float(squares) / (energy or 1.0)
+
+
+def _regress(weight: Tensor, inputs: InputStatistics, correction: Tensor, tokens: int) -> Tensor:
+    """``argmin_Ŵ ‖T − XŴᵀ‖² + λ‖Ŵ − W‖²`` for rows W, (r, c), from ``(T − XWᵀ)ᵀX``, (r, c)."""
     ridge = max(inputs.damping, 2 * weight.shape[1] / tokens)
-    return weight + inputs.with_damping(ridge).factor.solve(cross - weight @ inputs.gram)
+    return weight + inputs.with_damping(ridge).factor.solve(correction)
 
 
 def _rows(matrix: Tensor, ranks: Ranks) -> Tensor:

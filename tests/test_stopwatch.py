@@ -1,0 +1,105 @@
+"""Seconds by phase, and floating-point operations against torch's own counter."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import SEQUENCE, build_model
+from test_sparsellm import make_block, make_tokens
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsellm_lightning import PruningConfig, prune_model
+from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
+from sparsellm_lightning.statistics import Cross, Gram
+from sparsellm_lightning.stopwatch import Stopwatch, gemm_peak
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock whose hand is its only entry."""
+    now = [0.0]
+    monkeypatch.setattr("sparsellm_lightning.stopwatch.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_inner_phases_take_their_time_from_outer_ones(clock: list[float]) -> None:
+    seen: list[str] = []
+    watch = Stopwatch(on_phase=seen.append)
+    with watch.phase("outer"):
+        clock[0] += 2
+        with watch.phase("inner"):
+            clock[0] += 5
+        with watch.phase("inner"):
+            clock[0] += 1
+        clock[0] += 10
+    clock[0] += 100
+    assert watch.seconds == {"outer": 12, "inner": 6}
+    assert seen == ["outer", "inner"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt2"])
+def test_work_of_a_forward(name: str) -> None:
+    model = build_model(name)
+    model.set_attn_implementation("eager")  # made of products that torch counts
+    block = describe(model, PruningConfig()).blocks[0]
+    ids = torch.randint(0, 512, (2, SEQUENCE))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    inside = next(v for k, v in counter.get_flop_counts().items() if k.endswith(block.name))
+    attention = sum(count for op, count in inside.items() if "bmm" in str(op))
+    # Here the half above the diagonal is computed too.
+    assert 2 * SEQUENCE * block.forward_work(SEQUENCE) == sum(inside.values()) - attention // 2
+    assert block.forward_work(SEQUENCE, until=0) == 0
+    first = sum(p.shape[0] * p.shape[1] for p in block.attention[0])
+    assert 2 * SEQUENCE * block.forward_work(SEQUENCE, until=1) == 4 * SEQUENCE * first + attention // 2
+
+
+def test_work_of_statistics() -> None:
+    x, y = torch.randn(30, 1300), torch.randn(30, 20)
+    gram, cross = Gram(1300), Cross(20, 1300)
+    with FlopCounterMode(display=False) as counter:
+        gram.add(x)
+        cross.add(y, x)
+    assert gram.work + cross.work == counter.get_total_flops()
+    assert gram.work < 0.75 * 2 * 30 * 1300**2  # the half below the diagonal is left out, but for blocks
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_work_of_the_alternation(gated: bool, iterations: int) -> None:
+    block = make_block(gated=gated, dim=16, width=32)
+    x, y = make_tokens(block, n=20_000)
+    work: Counter[torch.dtype] = Counter()
+    with FlopCounterMode(display=False) as counter:
+        solve_feed_forward(
+            block,
+            x,
+            y,
+            lambda targets, inputs: {k: 0.9 * w for k, w in targets.items()},
+            iterations=iterations,
+            work=work,
+        )
+    # What is left out does not grow with the tokens.
+    assert sum(work.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_report_tells_seconds_work_and_peak(calibration: list[dict[str, Tensor]]) -> None:
+    report = prune_model(build_model("llama"), calibration, PruningConfig(sparsity=0.7, num_calibration_samples=16))
+    assert set(report.phases) == {"forward", "statistics", "local_solve", "alternation"} == set(report.work)
+    assert sum(report.phases.values()) <= report.wall_seconds
+    assert set(report.gemm_peak) >= {"float32", "float64"}
+    assert all(peak > 0 for peak in report.gemm_peak.values())
+    ideal = sum(n / report.gemm_peak[d] for counts in report.work.values() for d, n in counts.items())
+    assert report.peak_share() == pytest.approx(ideal / report.wall_seconds)
+    assert 0 < report.peak_share("forward") < 1.5
+    assert "alternation" in report.phase_table()
+
+
+def test_gemm_peak_is_the_fastest_of_some_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 1, 3, 4, 10, 11, 11.5])  # until 5; two products, of 2 and 1 seconds
+    monkeypatch.setattr("sparsellm_lightning.stopwatch.time.perf_counter", lambda: next(ticks))
+    assert gemm_peak(torch.device("cpu"), torch.float32, size=16, seconds=5) == 2 * 16**3
