@@ -17,13 +17,12 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
-from sparsellm_lightning.config import LocalSolver, Method, Precision, PruningConfig, Target
+from sparsellm_lightning.config import AutoOrNumber, LocalSolver, Method, Precision, PruningConfig, Target
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import check_export_dir, export_model
 from sparsellm_lightning.finetuning import SparseFinetuning
 from sparsellm_lightning.lora import has_adapters
-from sparsellm_lightning.placement import Budget
 from sparsellm_lightning.pruning import prune_model
 from sparsellm_lightning.report import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.stopwatch import Stopwatch
@@ -58,6 +57,7 @@ class SparseLLMCallback(SparseFinetuning):
         num_calibration_samples: calibration windows, over all ranks.
         target: ``block`` or ``model``: what the alternation fits.
         solver_precision: ``auto`` or ``float32``: products that update the auxiliaries may be bfloat16, or not.
+        alternation_tokens: ``auto``, or calibration tokens that carry the alternation's auxiliaries.
         memory: ``auto``, or bytes that pruning may hold on each device besides the model.
         skip: name patterns of projections left dense.
         finetune: train on after pruning, with the zeros held; otherwise the run stops.
@@ -93,7 +93,8 @@ class SparseLLMCallback(SparseFinetuning):
         num_calibration_samples: int = 128,
         target: Target = "block",
         solver_precision: Precision = "auto",
-        memory: Budget = "auto",
+        alternation_tokens: AutoOrNumber = "auto",
+        memory: AutoOrNumber = "auto",
         skip: Sequence[str] = (),
         finetune: bool = False,
         schedule: dict[int, float] | None = None,
@@ -122,6 +123,7 @@ class SparseLLMCallback(SparseFinetuning):
             num_calibration_samples=num_calibration_samples,
             target=target,
             solver_precision=solver_precision,
+            alternation_tokens=alternation_tokens,
             memory=memory,
             skip=tuple(skip) if not isinstance(skip, str) else skip,
             seed=seed,

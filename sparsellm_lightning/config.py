@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import NofM, Pattern, Unstructured, parse_nofm
-from sparsellm_lightning.placement import Budget
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
 Method = Literal["sparsellm", "sparsegpt", "wanda", "magnitude"]
 LocalSolver = Literal["sparsegpt", "wanda", "magnitude"]
 Target = Literal["block", "model"]
 Precision = Literal["auto", "float32"]
+AutoOrNumber = Literal["auto"] | int
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class PruningConfig:
             (``down_proj``, ``layers.0.*``).
         solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
             them (Gram and cross matrices, and all that decides a weight, stay float32); ``float32``: it never does.
+        alternation_tokens: calibration tokens, over all ranks, that carry the alternation's auxiliaries, in whole windows; the
+            first and last iteration, which decide the result, see all. ``auto`` is 5 per hidden feature; more than there are is
+            all.
         memory: bytes that pruning may hold on each rank's device besides the model; ``auto`` is most of what is free. With
             less, activations are computed again instead of kept, then kept in pinned host memory: slower, the same result.
         keep_zeros: weights that are zero already are pruned first, whatever they would be worth: the new mask contains the old
@@ -69,7 +72,8 @@ class PruningConfig:
     target: Target = "block"
     skip: Sequence[str] = ()
     solver_precision: Precision = "auto"
-    memory: Budget = "auto"
+    alternation_tokens: AutoOrNumber = "auto"
+    memory: AutoOrNumber = "auto"
     keep_zeros: bool = False
     num_calibration_samples: int = 128
     seed: int = 0
@@ -93,12 +97,12 @@ class PruningConfig:
                 f"target='model' is fitted by the alternation, but method is {self.method!r}. "
                 "Use method='sparsellm', or target='block'."
             )
-        if self.memory != "auto" and (
-            isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1
-        ):
-            raise UserError(
-                f"memory must be 'auto' or a positive number of bytes, got {self.memory!r}. Write 8_000_000_000."
-            )
+        for name, unit, example in [("memory", "bytes", 8_000_000_000), ("alternation_tokens", "tokens", 65_536)]:
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(
+                    f"{name} must be 'auto' or a positive number of {unit}, got {value!r}. Write {example}."
+                )
         if isinstance(self.skip, str):
             raise UserError(f"skip must be a list of patterns, got the string {self.skip!r}. Write ['{self.skip}'].")
         for name, low in [("num_iterations", 1), ("block_size", 1), ("num_calibration_samples", 1)]:

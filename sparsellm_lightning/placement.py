@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparsellm_lightning.config import AutoOrNumber
 from sparsellm_lightning.errors import UserError
 
-Budget = Literal["auto"] | int
 _AUTO_FRACTION = 0.8  # of what is free: the rest is for temporaries and fragmentation
 
 
@@ -45,7 +44,7 @@ class Sizes:
         width: int,
         *,
         gated: bool,
-        alternates: bool,
+        auxiliary_tokens: int,
         streams: int,
         itemsize: int,
         auxiliary_itemsize: int,
@@ -53,15 +52,16 @@ class Sizes:
         """For a feed-forward block of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
 
         Args:
+            auxiliary_tokens: those of them that carry auxiliaries; 0 without an alternation.
             streams: token-wise (tokens, dim) tensors held: 5, or 7 with the dense model's own beside them.
             itemsize, auxiliary_itemsize: bytes of a number of the model's activations, and of an auxiliary.
         """
         matrices = 3 if gated else 2
-        auxiliaries = (matrices - 1) * tokens * width * auxiliary_itemsize if alternates else 0
+        auxiliaries = (matrices - 1) * auxiliary_tokens * width * auxiliary_itemsize
         return cls(
-            # Float32: dense, best, current and rounded weights, targets. Gram matrix and factor: float64 sum, damped copy and
-            # factor, their float32 forms, and a second factor for the regressions.
-            work=5 * 4 * matrices * dim * width + (60 if alternates else 40) * width * width,
+            # Float32: dense, best, current and rounded weights, targets. Gram matrices: float64 sum, damped copy and factor,
+            # and in float32 the mean, the best iterate's, and factors.
+            work=5 * 4 * matrices * dim * width + (44 if auxiliary_tokens else 36) * width * width,
             inputs=streams * tokens * dim * itemsize,
             auxiliaries=auxiliaries,
             predictions=auxiliaries,
@@ -92,7 +92,7 @@ class Placement:
         return cls(device, device)
 
 
-def place(budget: Budget, sizes: Sizes, device: torch.device) -> Placement:
+def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement:
     """The fastest placement within a budget: first hidden activation and predictions are given up, then auxiliaries and the
     inputs move to pinned host memory (on a CPU there is no other memory to move to).
 

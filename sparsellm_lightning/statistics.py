@@ -37,7 +37,10 @@ class Cross:
         self.total = torch.zeros(rows, columns, dtype=_exact(device), device=device)
         self.tokens = 0
         self.work = 0  # floating-point operations so far
-        self._product = torch.empty(rows, columns, dtype=dtype, device=device)
+        self._product = torch.empty(self._product_rows(), columns, dtype=dtype, device=device)
+
+    def _product_rows(self) -> int:
+        return self.total.shape[0]
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add tokens: a (n, d) and b (n, e), of the dtype of the products."""
@@ -63,6 +66,9 @@ class Gram(Cross):
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(features, features, device)
+
+    def _product_rows(self) -> int:
+        return min(_SYMMETRIC_BLOCK, self.total.shape[0])
 
     def add(self, a: Tensor, b: Tensor | None = None) -> None:
         """Add tokens ``a``, (n, d), of any dtype. Only what is on and above the diagonal is computed, by blocks."""

@@ -48,6 +48,10 @@ class Stream:
         """Tokens per step of the solver: a window, or its parts where it is long."""
         return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
 
+    def chunks_of(self, windows: int) -> int:
+        """How many of :meth:`chunks` the first so many windows have."""
+        return sum(-(-window // CHUNK) for window in self.windows[:windows])
+
     def valid_tokens(self) -> Tensor:
         """(tokens, d): the hidden states without padding."""
         flat = [

@@ -37,7 +37,8 @@ from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.stream import Observer, Stream, TokenBuffer, enter_model, run_block
 
-WORTH_COMPILING = 2**27  # entries of the z and s steps of a run; compiling them takes some ten seconds, once
+AUTO_TOKENS = 5  # that carry auxiliaries, per hidden feature
+WORTH_COMPILING = 2**29  # entries of the z and s steps of a run; compiling them takes some ten seconds, once
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,12 @@ class Walker:
             batches: this rank's calibration windows, on the model's device.
         """
         self.stream = enter_model(self.layout, batches, self.adapter, self.stopwatch)
-        self.placement, self.sizes = self._place(self.stream)
-        self.stream.move_to(self.placement.inputs)
         tokens = torch.tensor([self.stream.tokens], device=device_of(self.layout.model))
         self.adapter.ranks.sum_(tokens)
+        windows = self._alternation_windows(int(tokens), sum(batch.windows for batch in batches))
+        self.leading_chunks = None if windows is None else self.stream.chunks_of(windows)
+        self.placement, self.sizes = self._place(self.stream, sum(self.stream.windows[:windows]))
+        self.stream.move_to(self.placement.inputs)
         first = self.layout.blocks[0].feed_forward
         updates = len(self.global_blocks) * (self.config.num_iterations - 1)
         # Decided by the work of all ranks, so that none of them does otherwise.
@@ -225,6 +228,7 @@ class Walker:
                 damping=self.config.damping,
                 ranks=self.adapter.ranks,
                 chunks=chunks,
+                leading_chunks=self.leading_chunks,
                 auxiliary_dtype=self.auxiliary_dtype,
                 placement=self.placement,
                 work=work,
@@ -321,7 +325,21 @@ class Walker:
                 f"difference {float((ours - theirs).norm() / theirs.norm()):.2g}). Correct gate, up, down and activation."
             )
 
-    def _place(self, stream: Stream) -> tuple[Placement, Sizes]:
+    def _alternation_windows(self, tokens: int, mine: int) -> int | None:
+        """How many of this rank's windows carry auxiliaries; None for all.
+
+        Window i being rank ``i mod size``'s, they are the first ones of all windows, however many ranks there are.
+        """
+        width = self.layout.blocks[0].feed_forward["up"].shape[0]
+        wanted = AUTO_TOKENS * width if self.config.alternation_tokens == "auto" else self.config.alternation_tokens
+        windows = torch.tensor([mine], device=device_of(self.layout.model))
+        self.adapter.ranks.sum_(windows)
+        if wanted >= tokens:
+            return None
+        first = -(-wanted * int(windows) // tokens)
+        return len(range(self.adapter.ranks.rank, first, self.adapter.ranks.size))
+
+    def _place(self, stream: Stream, alternation_tokens: int) -> tuple[Placement, Sizes]:
         down = self.layout.blocks[0].feed_forward["down"]
         dim, width = down.shape
         alternates = bool(self.global_blocks) and self.config.num_iterations > 1
@@ -330,7 +348,7 @@ class Walker:
             dim,
             width,
             gated="gate" in self.layout.blocks[0].feed_forward,
-            alternates=alternates,
+            auxiliary_tokens=alternation_tokens if alternates else 0,
             streams=7 if self.config.target == "model" else 5,
             itemsize=max((h.element_size() for h in stream.hidden), default=4),
             auxiliary_itemsize=self.auxiliary_dtype.itemsize,

@@ -10,7 +10,13 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from sparsellm_lightning.solvers import activations
-from sparsellm_lightning.solvers.activations import find_activation, solve_preactivation
+from sparsellm_lightning.solvers.activations import (
+    Fused,
+    find_activation,
+    in_slices,
+    preactivation_step,
+    solve_preactivation,
+)
 
 NAMES = ["relu", "silu", "gelu", "gelu_new", "quick_gelu"]
 WEIGHTS = [(0.1, 1.0), (1.0, 1.0), (10.0, 1.0), (3.0, 30.0)]  # alpha, gamma
@@ -115,3 +121,63 @@ def test_names_are_those_of_transformers(name: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(KeyError):
         find_activation("no such activation")
+
+
+def step_inputs(gated: bool, dtype: torch.dtype, *shape: int) -> list[Tensor]:
+    """Arguments of a z and s step: what is predicted for z, (for s, s,) p, and the penalties."""
+    stored = [entries(seed, *shape).to(dtype) for seed in ((1, 2, 3) if gated else (1,))]
+    return [*stored, entries(4, *shape), *(torch.tensor(rho) for rho in ((0.7, 3.0) if gated else (3.0,)))]
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu_new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_of_a_gated_block(name: str, dtype: torch.dtype) -> None:
+    m_z, m_s, s, p, rho_z, rho_s = step_inputs(True, dtype, 500)
+    z, new, correction_z, correction_s = preactivation_step(find_activation(name), True)(m_z, m_s, s, p, rho_z, rho_s)
+    assert {t.dtype for t in (z, new, correction_z, correction_s)} == {dtype}
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    phi = ACT2FN[name](s.double())
+    # Two equations in one unknown: z = m and sqrt(rho) phi z = sqrt(rho) p, by least squares.
+    wanted = (m_z.double() + rho_z.double() * phi * p.double()) / (1 + rho_z.double() * phi**2)
+    torch.testing.assert_close(z.double(), wanted, **tolerance)
+    expected = solve_preactivation(find_activation(name), m_s.float(), p, 1.0, float(rho_s), scale=wanted.float())
+    close = (new.float() - expected).abs() <= 0.05 * expected.abs() + 0.05  # two minima may be equally deep
+    assert float(close.double().mean()) > 0.99
+    torch.testing.assert_close(correction_z.double(), wanted - m_z.double(), **tolerance)
+    torch.testing.assert_close((m_s + correction_s).double(), new.double(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_fused_is_the_function_itself(gated: bool, name: str) -> None:
+    step = preactivation_step(find_activation(name), gated)
+    fused = Fused(step)
+    for shape in ((0, 4), (3, 7), (40, 32), (17, 64)):
+        inputs = step_inputs(gated, torch.bfloat16, *shape)
+        with torch.compiler.set_stance("force_eager"):  # as it is while pruning
+            results = fused(*inputs)
+        for result, expected in zip(results, in_slices(step, *inputs), strict=True):
+            assert result.dtype == expected.dtype == torch.bfloat16
+            assert result.shape == shape
+            different = (result - expected).abs() > 0.05 + 0.05 * expected.abs()
+            assert float(different.double().sum()) <= 0.01 * different.numel()
+
+
+def test_without_a_compiler_it_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = preactivation_step(find_activation("silu"), False), []
+
+    def broken(function: object, dynamic: bool) -> object:
+        def compiled(*tensors: Tensor) -> None:
+            calls.append(1)
+            raise RuntimeError("No working C++ compiler found")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fused, inputs = Fused(step), step_inputs(False, torch.float32, 6, 5)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(fused(*inputs), in_slices(step, *inputs), strict=True))
+    assert len(calls) == 1  # not tried again
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    Fused(step)(*inputs)
+    assert len(calls) == 1

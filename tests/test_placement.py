@@ -140,11 +140,13 @@ def test_out_of_memory_says_what_to_lower(
 
 
 def test_sizes_are_those_of_what_is_held() -> None:
-    sizes = Sizes.of_block(1000, 64, 128, gated=True, alternates=True, streams=5, itemsize=4, auxiliary_itemsize=2)
+    sizes = Sizes.of_block(
+        1000, 64, 128, gated=True, auxiliary_tokens=1000, streams=5, itemsize=4, auxiliary_itemsize=2
+    )
     assert sizes.inputs == 5 * 1000 * 64 * 4
     assert sizes.auxiliaries == sizes.predictions == 2 * 1000 * 128 * 2
     assert sizes.hidden == 1000 * 128 * 4
-    local = Sizes.of_block(1000, 64, 128, gated=True, alternates=False, streams=5, itemsize=4, auxiliary_itemsize=2)
+    local = Sizes.of_block(1000, 64, 128, gated=True, auxiliary_tokens=0, streams=5, itemsize=4, auxiliary_itemsize=2)
     assert local.auxiliaries == 0
     assert local.work < sizes.work
     assert [format_bytes(n) for n in (5, 2048, 3 * 2**20, 2**30, 1.5 * 2**40)] == [

@@ -479,3 +479,47 @@ def test_ridge_of_the_regression_follows_the_number_of_tokens() -> None:
         solve_feed_forward(block, x.repeat(repeats, 1), y.repeat(repeats, 1), prune, iterations=2)
         moved.append(float((seen[2]["up"] - block.up).norm()))
     assert moved[0] < 0.9 * moved[1]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_auxiliaries_of_leading_tokens_only(gated: bool) -> None:
+    """The first and the last error are over all tokens, those between over the leading ones; the better of the two is kept."""
+    block = make_block(gated=gated, biases=True, dim=16, width=32)
+    x, y = make_tokens(block, n=900)
+    chunks, seen = [200, 100, 300, 300], []
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        seen.append(prune_with(Unstructured(0.6))(targets, inputs))
+        return seen[-1]
+
+    def solve(leading: int | None) -> tuple[list[FeedForward], Any]:
+        seen.clear()
+        solution = solve_feed_forward(block, x, y, prune, chunks=chunks, leading_chunks=leading)
+        return [replace(block, **seen[2 * k], **seen[2 * k + 1]) for k in range(4)], solution
+
+    iterates, solution = solve(2)
+    assert solution.errors[0] == pytest.approx(true_error(iterates[0], x, y), rel=1e-3)
+    assert solution.errors[1] == pytest.approx(true_error(iterates[1], x[:300], y[:300]), rel=1e-3)
+    assert solution.errors[2] == pytest.approx(true_error(iterates[2], x[:300], y[:300]), rel=1e-3)
+    assert solution.errors[3] == pytest.approx(true_error(iterates[3], x, y), rel=1e-3)
+    kept = iterates[3 if solution.errors[3] < solution.errors[0] else 0]
+    assert torch.equal(solution.feed_forward.down, kept.down)
+    torch.testing.assert_close(solution.output, kept(x))
+
+    _, everything = solve(4)
+    _, default = solve(None)
+    assert everything.errors == default.errors
+
+
+def test_the_local_solution_is_kept_where_leading_tokens_mislead() -> None:
+    block = make_block(dim=16, width=32)
+    x, y = make_tokens(block, n=900, noise=0.0)
+    calls = itertools.count()
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        factor = [0.9, 0.99, 0.99, 0.5][next(calls) // 2]
+        return {name: getattr(block, name) * factor for name in targets}
+
+    solution = solve_feed_forward(block, x, y, prune, chunks=[300] * 3, leading_chunks=1)
+    assert torch.equal(solution.feed_forward.up, block.up * 0.9)
+    assert min(solution.errors) < solution.errors[0] < solution.errors[3]

@@ -15,6 +15,7 @@ from sparsellm_lightning import Architecture, NumericalError, PruningConfig, Use
 from sparsellm_lightning import architectures as table
 from sparsellm_lightning.architectures import describe
 from sparsellm_lightning.calibration import CalibrationBatch
+from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
 
@@ -266,3 +267,43 @@ def test_unknown_architecture_and_new_row(monkeypatch: pytest.MonkeyPatch, train
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prune_model(model, calibration, PruningConfig(num_calibration_samples=16))
+
+
+class _RankOf(Ranks):
+    """A rank of several whose sums are known."""
+
+    def __init__(self, rank: int, size: int, windows: int) -> None:
+        self.rank, self.size, self.windows = rank, size, windows
+
+    def sum_(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            tensor.fill_(self.windows)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [(1, 1), (640, 10), (641, 11), (6399, 100), (6400, None), ("auto", 10)]
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_which_windows_carry_auxiliaries(wanted: int | str, expected: int | None, size: int) -> None:
+    """100 windows of 64 tokens over some ranks, window i on rank i mod size: always the first ones of all."""
+    config = PruningConfig(alternation_tokens=wanted)
+    chosen: list[int] = []
+    for rank in range(size):
+        adapter = StrategyAdapter()
+        adapter.ranks = _RankOf(rank, size, 100)
+        walker = Walker(describe(build_model("llama"), config), config, adapter)
+        count = walker._alternation_windows(6400, len(range(rank, 100, size)))
+        chosen += [] if count is None else range(rank, 100, size)[:count]
+        assert (count is None) == (expected is None)
+    assert sorted(chosen) == list(range(expected or 0))
+
+
+def test_alternation_tokens_reach_the_solver(trained, calibration) -> None:
+    """More of them, up to all, change the result; the first iteration is the local solver whatever their number."""
+    errors = {}
+    for number in ("auto", 128 * 5, 4096, 10**9):
+        settings = {"num_iterations": 2, "num_calibration_samples": 64, "alternation_tokens": number}
+        report = prune_model(trained("llama"), calibration, PruningConfig(sparsity=0.7, **settings))
+        errors[number] = [block["errors"] for block in report.blocks]
+    assert errors["auto"] == errors[640] != errors[4096] == errors[10**9]
+    assert errors["auto"][0][0] == pytest.approx(errors[4096][0][0], rel=1e-6)

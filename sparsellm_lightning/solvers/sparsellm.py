@@ -15,7 +15,7 @@ from sparsellm_lightning.placement import Placement, Shelf, empty
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Activation, Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.local import InputStatistics
-from sparsellm_lightning.statistics import Cross, Gram, check_finite, spd_inverse
+from sparsellm_lightning.statistics import Cross, Gram, check_finite, factorize, spd_inverse
 
 CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
 
@@ -95,7 +95,8 @@ class Solution:
 
     Args:
         feed_forward: the best iterate's weights, whole on every rank.
-        errors: ``‖Y − FFN(X)‖² / ‖Y‖²`` after each iteration, over all ranks' tokens; the first is the local solver's.
+        errors: ``‖Y − FFN(X)‖² / ‖Y‖²`` after each iteration, over all ranks' tokens (those between the first and the last
+            over the leading ones); the first is the local solver's.
         inputs, hidden: statistics of X, and of the hidden activation that the best iterate produces.
         output: ``FFN(X)`` of the best iterate, (n, d), in the dtype and place of Y.
     """
@@ -123,6 +124,7 @@ def solve_feed_forward(
     damping: float = 0.01,
     ranks: Ranks = SINGLE,
     chunks: Sequence[int] | None = None,
+    leading_chunks: int | None = None,
     auxiliary_dtype: torch.dtype = torch.float32,
     placement: Placement | None = None,
     work: Work | None = None,
@@ -166,6 +168,8 @@ def solve_feed_forward(
         ranks: the data-parallel ranks.
         chunks: tokens per step, summing to n; ``CHUNK`` by default. With one chunk per calibration window the result does
             not depend on which rank has which window.
+        leading_chunks: only the tokens of this rank's first so many chunks have auxiliaries, and only they are seen by the
+            iterations between the first and the last; then the better of these two is returned. None is all.
         auxiliary_dtype: of z, s, their predictions, and the products that update p, z, s and the corrections above; the Gram
             matrices, h and the errors stay float32. See :func:`coarse_dtype`.
         placement: where activations are kept; does not change the result. Everything on the weights' device by default.
@@ -184,33 +188,29 @@ def solve_feed_forward(
     if step is None:
         step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None))
     tokens = _Tokens(x, y, dense.down_bias, chunks, device)
+    leading = tokens if leading_chunks is None else tokens.leading(leading_chunks)
     first = ["up"] if dense.gate is None else ["gate", "up"]
     width, outputs = dense.up.shape[0], dense.down.shape[0]
 
     gram = Gram(x.shape[1], device)
-    energies = torch.zeros(2, dtype=torch.float64, device=device)
-    for x_c, y_c, y_raw in tokens:
+    for x_c, _, _ in tokens:
         gram.add(x_c)
-        energies += torch.stack([y_c.square().sum(dtype=torch.float64), y_raw.square().sum(dtype=torch.float64)])
     work[torch.float32] += gram.work
-    ranks.sum_(energies)
+    energies = tokens.energies(ranks)
     check_finite(energies, f"{name}down", "target output")
     inputs = InputStatistics(gram.mean(ranks), damping, f"{name}up")
     check_finite(inputs.gram, f"{name}{first[0]}")
-    target_energy, y_energy = (float(energy) / max(gram.tokens, 1) for energy in energies)
+    leading_energies = energies if leading is tokens else leading.energies(ranks)
 
     hidden_gram = Gram(width, device)
     # Where there is only one iteration, its error is a by-product of the last pass over the tokens.
     cross = Cross(outputs, width, device) if iterations > 1 else None
     auxiliaries: _Auxiliaries | None = None
-    predictions = (
-        _Pair(Shelf(auxiliary_dtype, device), Shelf(auxiliary_dtype, device))
-        if placement.predictions and iterations > 1
-        else None
-    )
+    predictions = _Pair.on(device, auxiliary_dtype) if placement.predictions and iterations > 1 else None
     kept_hidden = Shelf(x.dtype, device) if placement.hidden else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
-    best: tuple[FeedForward, InputStatistics] | None = None
+    best: tuple[FeedForward, Tensor] | None = None
+    best_error = float("inf")
     errors: list[float] = []
     for iteration in range(iterations):
         last = iteration + 1 == iterations
@@ -219,21 +219,22 @@ def solve_feed_forward(
         pruned = prune(targets, inputs)
         whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
+        seen = tokens if last or iteration == 0 else leading
         hidden_gram.restart()
         if cross is not None:
             cross.restart()
-        for index, (x_c, y_c, _) in enumerate(tokens):
+        for index, (x_c, y_c, _) in enumerate(seen):
             z, s = iterate.preactivations(x_c)
             h = iterate.combine(z, s)
             hidden_gram.add(h)
             if cross is not None:
                 cross.add(y_c, h)
-            if predictions is not None and not last:
+            if predictions is not None and not last and index < len(leading.sizes):
                 predictions.put(index, z, s)
             if kept_hidden is not None and last:
                 kept_hidden.put(index, h)
         work[torch.float32] += hidden_gram.work + (0 if cross is None else cross.work)
-        work[torch.float32] += 2 * len(first) * len(x) * dense.up.numel()
+        work[torch.float32] += 2 * len(first) * seen.count * dense.up.numel()
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
@@ -242,38 +243,44 @@ def solve_feed_forward(
         if auxiliaries is not None:
             assert mean_cross is not None
             down_inputs, down_cross = (hidden, mean_cross) if penalties.scale_free else auxiliaries.down_statistics()
-            target = _regress(target, down_inputs, _rows(down_cross, ranks) - target @ down_inputs.gram, gram.tokens)
+            correction = _rows(down_cross, ranks) - target @ down_inputs.gram
+            ridge = _ridge(damping, width, hidden_gram.tokens)
+            target = target + factorize(down_inputs.gram, ridge, down_inputs.name).solve(correction)
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
         if mean_cross is None:
-            output, error = _output(iterate, tokens, kept_hidden, ranks, y_energy * gram.tokens, placement, work)
+            output, error = _output(iterate, tokens, kept_hidden, ranks, energies, placement, work)
         else:
             # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩, by rows of W: no further pass over the tokens.
+            target_energy, y_energy, count = (energies if seen is tokens else leading_energies).tolist()
             explained = ((2 * _rows(mean_cross, ranks) - down @ hidden.gram) * down).sum(dtype=torch.float64)
             ranks.sum_(explained)
-            error = max(target_energy - float(explained), 0.0) / (y_energy or 1.0)
-        is_best = best is None or error < min(errors)
-        if is_best:
-            best = iterate, hidden
+            error = max(target_energy - count * float(explained), 0.0) / (y_energy or 1.0)
+        is_best = seen is tokens and error < best_error
+        if is_best or best is None:
+            best, best_error = (iterate, hidden.gram), error  # without the factorisations, which are large
         errors.append(error)
         if on_iteration is not None:
             on_iteration(iteration, error)
-        if last or error == 0:
+        if last or (error == 0 and seen is tokens):
             break
         if auxiliaries is None:
-            auxiliaries = _Auxiliaries(dense, tokens, penalties, damping, ranks, auxiliary_dtype, placement, work, step)
+            auxiliaries = _Auxiliaries(
+                dense, leading, penalties, damping, ranks, auxiliary_dtype, placement, work, step
+            )
         corrections = auxiliaries.update(iterate, predictions)
         targets = {}
+        regression = inputs.with_damping(_ridge(damping, x.shape[1], gram.tokens)).factor
         for layer in first:
             weight, current = (_rows(getattr(block, layer), ranks) for block in (dense, iterate))
             correction = _rows(corrections[layer], ranks) + (current - weight) @ inputs.gram
-            targets[layer] = _regress(weight, inputs, correction, gram.tokens)
+            targets[layer] = weight + regression.solve(correction)
     assert best is not None
     if iterations > 1:
         kept = kept_hidden if last and is_best else None
-        output, _ = _output(best[0], tokens, kept, ranks, y_energy * gram.tokens, placement, work)
-    return Solution(best[0], errors, inputs, best[1], output)
+        output, _ = _output(best[0], tokens, kept, ranks, energies, placement, work)
+    return Solution(best[0], errors, inputs, InputStatistics(best[1], damping, f"{name}down"), output)
 
 
 class _Tokens:
@@ -284,6 +291,21 @@ class _Tokens:
     ) -> None:
         self.x, self.y, self.down_bias, self.device = x, y, down_bias, device
         self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
+        self.count = sum(self.sizes)
+
+    def leading(self, chunks: int) -> _Tokens:
+        """Only the first so many chunks."""
+        sizes = self.sizes[:chunks]
+        return _Tokens(self.x[: sum(sizes)], self.y[: sum(sizes)], self.down_bias, sizes, self.device)
+
+    def energies(self, ranks: Ranks) -> Tensor:
+        """``‖Y − b_d‖²``, ``‖Y‖²`` and the number of tokens, over all ranks, float64."""
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for _, y_c, y_raw in self:
+            squares = [y.square().sum(dtype=torch.float64) for y in (y_c, y_raw)]
+            total += torch.stack([*squares, total.new_tensor(len(y_c))])
+        ranks.sum_(total)
+        return total
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for x_c, y_c in zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True):
@@ -301,6 +323,10 @@ class _Pair:
 
     z: Shelf
     s: Shelf
+
+    @classmethod
+    def on(cls, home: torch.device, dtype: torch.dtype) -> _Pair:
+        return cls(Shelf(dtype, home), Shelf(dtype, home))
 
     def put(self, index: int, z: Tensor, s: Tensor | None) -> None:
         self.z.put(index, z)
@@ -333,8 +359,7 @@ class _Auxiliaries:
         self.step = step
         self.tokens, self.ranks, self.damping, self.dtype, self.work = tokens, ranks, damping, dtype, work
         self.keep_p = not penalties.scale_free
-        home = placement.auxiliaries
-        self.values = _Pair(Shelf(dtype, home), Shelf(dtype, home))
+        self.values = _Pair.on(placement.auxiliaries, dtype)
         squares = torch.zeros(
             5, dtype=torch.float64, device=dense.up.device
         )  # of z, s, Y, p; and their number of tokens
@@ -413,7 +438,7 @@ def feed_forward_output(
     tokens = _Tokens(x, like, feed_forward.down_bias, chunks, feed_forward.up.device)
     home = home or feed_forward.up.device
     placement = Placement(home, home)
-    return _output(feed_forward, tokens, None, SINGLE, 1.0, placement, Counter())[0]
+    return _output(feed_forward, tokens, None, SINGLE, torch.ones(3), placement, Counter())[0]
 
 
 def _output(
@@ -421,11 +446,11 @@ def _output(
     tokens: _Tokens,
     hidden: Shelf | None,
     ranks: Ranks,
-    energy: float,
+    energies: Tensor,
     placement: Placement,
     work: Work,
 ) -> tuple[Tensor, float]:
-    """``FFN(X)`` of this rank's tokens, and ``‖Y − FFN(X)‖²`` over all ranks' relative to ``energy``."""
+    """``FFN(X)`` of this rank's tokens, and ``‖Y − FFN(X)‖² / ‖Y‖²`` over all ranks'."""
     device = feed_forward.up.device
     output = empty(tokens.y.shape, tokens.y.dtype, placement.inputs, device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -440,13 +465,12 @@ def _output(
     ranks.sum_(squares)
     matrices = 1 + (hidden is None) * (1 if feed_forward.gate is None else 2)
     work[torch.float32] += 2 * matrices * len(output) * feed_forward.down.numel()
-    return output, float(squares) / (energy or 1.0)
+    return output, float(squares) / (float(energies[1]) or 1.0)
 
 
-def _regress(weight: Tensor, inputs: InputStatistics, correction: Tensor, tokens: int) -> Tensor:
-    """``argmin_Ŵ ‖T − XŴᵀ‖² + λ‖Ŵ − W‖²`` for rows W, (r, c), from ``(T − XWᵀ)ᵀX``, (r, c)."""
-    ridge = max(inputs.damping, 2 * weight.shape[1] / tokens)
-    return weight + inputs.with_damping(ridge).factor.solve(correction)
+def _ridge(damping: float, columns: int, tokens: int) -> float:
+    """Damping of a regression on so many columns: ``argmin_Ŵ ‖T − XŴᵀ‖² + λ‖Ŵ − W‖² = W + (T − XWᵀ)ᵀX (XᵀX + λI)⁻¹``."""
+    return max(damping, 2 * columns / max(tokens, 1))
 
 
 def _rows(matrix: Tensor, ranks: Ranks) -> Tensor:
