@@ -180,8 +180,12 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated on the accelerator, or resident on the CPU, since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        # Not getrusage: on Linux its peak includes that of the process which started this one.
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def versions() -> dict[str, str]:

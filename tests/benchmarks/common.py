@@ -6,7 +6,6 @@ A job is a process, so that its peak memory is its own. It is given by a JSON li
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,8 +47,9 @@ def save_windows(path: Path, data: Any, count: int) -> str:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak resident memory of this process (Linux); this package may not be installed here."""
+    # Not getrusage: its peak includes that of the process which started this one.
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
