@@ -44,7 +44,7 @@ class SparseLLMCallback(SparseFinetuning):
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). None is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``.
-        method: ``sparsellm``, ``sparsegpt``, ``wanda`` or ``magnitude``.
+        method: ``sparsellm``, ``admm``, ``sparsegpt``, ``wanda`` or ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside its alternation.
         global_blocks: blocks whose feed-forward the alternation solves: ``all``, ``none``, ``first_half`` or indices.
         num_iterations: iterations of the alternation; the first is the local solver.

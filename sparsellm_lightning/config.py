@@ -10,8 +10,8 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import NofM, Pattern, Unstructured, parse_nofm
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
-Method = Literal["sparsellm", "sparsegpt", "wanda", "magnitude"]
-LocalSolver = Literal["sparsegpt", "wanda", "magnitude"]
+Method = Literal["sparsellm", "admm", "sparsegpt", "wanda", "magnitude"]
+LocalSolver = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Target = Literal["block", "model"]
 Precision = Literal["auto", "float32"]
 AutoOrNumber = Literal["auto"] | int
@@ -25,7 +25,7 @@ class PruningConfig:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). ``None`` is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``, ...
         method: ``sparsellm`` (feed-forward blocks by the alternation, the rest by ``local_solver``), or one local solver
-            for everything: ``sparsegpt``, ``wanda``, ``magnitude``.
+            for everything: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside the alternation.
         global_blocks: which blocks' feed-forward networks the alternation solves (the paper's Ω): ``all``, ``none``,
             ``first_half``, or block indices (negative ones count from the end). The other blocks use ``local_solver``.
@@ -130,7 +130,7 @@ class PruningConfig:
     def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE) -> Pattern:
         """The pattern object for a matrix whose ``rows`` are spread over ``ranks``."""
         nofm = parse_nofm(self.pattern)
-        return NofM(*nofm) if nofm else Unstructured(self.requested_sparsity, ranks, rows)
+        return NofM(*nofm, ranks) if nofm else Unstructured(self.requested_sparsity, ranks, rows)
 
     def globally_solved(self, num_blocks: int) -> set[int]:
         """Indices of the blocks whose feed-forward network the alternation solves.

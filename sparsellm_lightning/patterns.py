@@ -24,9 +24,14 @@ _RADIX_BITS = 11  # 32 bits in three steps
 
 
 class Pattern:
-    """Base of the patterns. ``group`` is the number of consecutive columns that must be decided together (1 = any)."""
+    """Base of the patterns.
+
+    ``group`` is the number of consecutive columns that must be decided together (1 = any), ``ranks`` those over which the
+    rows of the matrix are spread.
+    """
 
     group: int = 1
+    ranks: Ranks = SINGLE
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         """Mask (True = kept) of the highest scores.
@@ -80,6 +85,7 @@ class NofM(Pattern):
 
     kept: int
     group: int
+    ranks: Ranks = SINGLE
 
     @property
     def sparsity(self) -> float:
@@ -105,6 +111,10 @@ class Stacked(Pattern):
     @property
     def group(self) -> int:  # type: ignore[override]
         return max(pattern.group for pattern in self.patterns)
+
+    @property
+    def ranks(self) -> Ranks:  # type: ignore[override]
+        return self.patterns[0].ranks
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         parts = scores.split(list(self.rows))
@@ -133,6 +143,10 @@ class Containing(Pattern):
     @property
     def group(self) -> int:  # type: ignore[override]
         return self.pattern.group
+
+    @property
+    def ranks(self) -> Ranks:  # type: ignore[override]
+        return self.pattern.ranks
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         pruned = self.pruned[:, first_column : first_column + scores.shape[1]]

@@ -111,20 +111,23 @@ class Factor:
         return rows @ self.upper.T @ self.upper
 
 
-def spd_inverse(matrix: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix, (d, d) float32, through float64.
+def spd_inverse(matrix: Tensor, exact: bool = True) -> Tensor:
+    """Inverse of a symmetric positive definite matrix, (d, d) float32.
+
+    Args:
+        exact: through float64.
 
     Raises:
         NumericalError: it is not positive definite.
     """
-    upper = _inverse_factor(matrix.to(_exact(matrix.device), copy=True))
+    upper = _inverse_factor(matrix.to(_exact(matrix.device) if exact else matrix.dtype, copy=True))
     if upper is None:
         raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
     return (upper.T @ upper).to(matrix.dtype)
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper triangular U with ``UᵀU = H⁻¹``; None if H is not positive definite. H is overwritten.
+    """Upper triangular U with ``UᵀU = H⁻¹``; None if H is not positive definite. It takes H's place.
 
     By halves, products but for small leaves. With ``H = [[A, B], [Bᵀ, C]]``, V the factor of C and ``T = B Vᵀ``, the factor
     of the Schur complement ``A − T Tᵀ`` is U's upper left, V its lower right and ``−U₁₁ T V`` its upper right.
@@ -132,11 +135,10 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     LAPACK's result for a matrix of more than a hundred columns changes with the number of threads, in the last bits;
     products and small factorisations do not, and the masks of one and of many ranks rest on that.
     """
-    upper = torch.zeros_like(matrix)
-    return upper if _factor_into(upper, matrix) else None
+    return matrix if _factor_in_place(matrix) else None
 
 
-def _factor_into(upper: Tensor, matrix: Tensor) -> bool:
+def _factor_in_place(matrix: Tensor) -> bool:
     size = matrix.shape[0]
     if size <= 64:
         # With J the reversal of the features and J H J = L Lᵀ, U is J L⁻¹ J.
@@ -144,16 +146,18 @@ def _factor_into(upper: Tensor, matrix: Tensor) -> bool:
         if int(info) or not bool(torch.isfinite(lower).all()):
             return False
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        upper.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+        matrix.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
         return True
     half = size // 2
-    first, last = upper[:half, :half], upper[half:, half:]
-    if not _factor_into(last, matrix[half:, half:]):
+    first, last = matrix[:half, :half], matrix[half:, half:]
+    if not _factor_in_place(last):
         return False
     across = matrix[:half, half:] @ last.T
-    if not _factor_into(first, matrix[:half, :half].addmm_(across, across.T, alpha=-1)):
+    if not _factor_in_place(first.addmm_(across, across.T, alpha=-1)):
         return False
-    upper[:half, half:] = (first @ across).neg_() @ last
+    torch.mm((first @ across).neg_(), last, out=across)
+    matrix[:half, half:] = across
+    matrix[half:, :half] = 0
     return True
 
 

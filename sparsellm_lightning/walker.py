@@ -20,7 +20,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
 from sparsellm_lightning.journal import Entry, Journal
 from sparsellm_lightning.patterns import Containing, Pattern, Stacked
-from sparsellm_lightning.placement import Placement, Sizes, place
+from sparsellm_lightning.placement import Placement, Sizes, place, return_free_memory
 from sparsellm_lightning.solvers.activations import Entrywise, Fused, preactivation_step
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.solvers.sparsellm import (
@@ -142,6 +142,7 @@ class Walker:
             if journal is not None and entry is None:
                 journal.write(block, errors, layer_errors)
             stream.arguments[block.index].clear()
+            return_free_memory()
             yield BlockResult(block.index, errors, time.perf_counter() - start, layer_errors)
 
     def _prune_block(
@@ -175,6 +176,9 @@ class Walker:
             return [], layer_errors
 
         x, y, outputs = self._feed_forward_data(block, stream)
+        if self.layout.additive:
+            stream.hidden = []  # the block need not run again
+        return_free_memory()
         whole = {role: self.adapter.whole(p) for role, p in block.feed_forward.items()}
         feed_forward = self._as_feed_forward(block, whole)
         self._check_feed_forward(block, feed_forward, x, y)
@@ -234,13 +238,16 @@ class Walker:
                 work=work,
                 step=self.step,
                 name=f"{block.name}: ",
-                on_iteration=lambda iteration, error: (
-                    self.on_iteration and self.on_iteration(block.index, iteration, error)
-                ),
+                on_iteration=lambda iteration, error: self._after_iteration(block, iteration, error),
             )
         for dtype, operations in work.items():
             self.stopwatch.count(phase, operations, dtype)
         return solution
+
+    def _after_iteration(self, block: Block, iteration: int, error: float) -> None:
+        return_free_memory()
+        if self.on_iteration is not None:
+            self.on_iteration(block.index, iteration, error)
 
     def _prune(
         self,

@@ -1,6 +1,7 @@
 """Pruning solvers: pure tensor functions, usable without a model or a Trainer."""
 
 from sparsellm_lightning.solvers.activations import Activation, find_activation, solve_preactivation
+from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.solvers.magnitude import magnitude
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
@@ -13,6 +14,7 @@ __all__ = [
     "FeedForward",
     "InputStatistics",
     "Penalties",
+    "admm",
     "find_activation",
     "magnitude",
     "solve_feed_forward",

@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from sparsellm_lightning.patterns import Pattern
+from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.magnitude import magnitude
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
 from sparsellm_lightning.solvers.wanda import wanda
@@ -50,5 +51,6 @@ LocalSolve = Callable[[Tensor, InputStatistics, Pattern, int], Tensor]
 LOCAL_SOLVERS: dict[str, LocalSolve] = {
     "magnitude": lambda weight, inputs, pattern, block_size: magnitude(weight, pattern),
     "wanda": lambda weight, inputs, pattern, block_size: wanda(weight, inputs.gram, pattern),
+    "admm": lambda weight, inputs, pattern, block_size: admm(weight, inputs.gram, inputs.damping, pattern),
     "sparsegpt": lambda weight, inputs, pattern, block_size: sparsegpt(weight, inputs.factor, pattern, block_size),
 }

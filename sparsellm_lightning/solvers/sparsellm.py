@@ -214,6 +214,8 @@ def solve_feed_forward(
     errors: list[float] = []
     for iteration in range(iterations):
         last = iteration + 1 == iterations
+        if last and auxiliaries is not None:
+            auxiliaries.values.clear()
         if last and predictions is not None:
             predictions.clear()
         pruned = prune(targets, inputs)
