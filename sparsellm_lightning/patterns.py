@@ -21,6 +21,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
 _RADIX_BITS = 11  # 32 bits in three steps
+_GATHERED = 2**20  # scores over all ranks up to which they are exchanged themselves
 
 
 class Pattern:
@@ -71,12 +72,13 @@ class Unstructured(Pattern):
             return mask.scatter_(1, order, False)
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
 
-    def count(self, scores: Tensor) -> int:
-        """How many of these scores to prune, over all ranks."""
+    def count(self, scores: Tensor) -> tuple[int, int]:
+        """How many of these scores to prune, and how many rows there are, over all ranks."""
         rows = torch.tensor([scores.shape[0]], device=scores.device)
         if self.rows is None:
             self.ranks.sum_(rows)
-        return round(self.sparsity * (self.rows or int(rows)) * scores.shape[1])
+        all_rows = self.rows or int(rows)
+        return round(self.sparsity * all_rows * scores.shape[1]), all_rows
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,24 @@ def parse_nofm(pattern: str) -> tuple[int, int] | None:
     return kept, group
 
 
-def _smallest(matrices: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> list[Tensor]:
+def _smallest(matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ranks: Ranks) -> list[Tensor]:
     """For each matrix, the mask of exactly ``count`` smallest scores over all ranks.
 
     Equal scores are taken in row order, lower ranks first. The matrices share every message between ranks.
+
+    Args:
+        matrices: this rank's rows of each.
+        counts: of each, how many to take, and its rows over all ranks.
+        ranks: over which the rows are spread.
     """
     flats = [matrix.contiguous().view(-1) for matrix in matrices]
+    wanted = [count for count, _ in counts]
     if ranks.size == 1:
-        found = [_kth_smallest(flat, count) for flat, count in zip(flats, counts, strict=True)]
+        found = [_kth_smallest(flat, count) for flat, count in zip(flats, wanted, strict=True)]
+    elif sum(rows * matrix.shape[1] for (_, rows), matrix in zip(counts, matrices, strict=True)) <= _GATHERED:
+        found = _kth_smallest_of_gathered(matrices, counts, ranks)
     else:
-        found = _kth_smallest_over_ranks(flats, counts, ranks)
+        found = _kth_smallest_over_ranks(flats, wanted, ranks)
     masks = []
     for matrix, flat, (threshold, wanted_ties, ties) in zip(matrices, flats, found, strict=True):
         mask = flat < threshold
@@ -194,6 +204,23 @@ def _smallest(matrices: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -
             mask |= equal
         masks.append(mask.view_as(matrix))
     return masks
+
+
+def _kth_smallest_of_gathered(
+    matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ranks: Ranks
+) -> list[tuple[Tensor, int, int]]:
+    """:func:`_kth_smallest` of scores spread over ranks, by one exchange of all of them: for few, latency is what costs."""
+    columns = [matrix.shape[1] for matrix in matrices]
+    # Ranks have unequal numbers of rows, and messages equal sizes: filled up with what is never among the smallest.
+    sizes = [-(-rows // ranks.size) * width for (_, rows), width in zip(counts, columns, strict=True)]
+    message = torch.cat(
+        [
+            torch.nn.functional.pad(matrix.flatten(), (0, size - matrix.numel()), value=torch.inf)
+            for matrix, size in zip(matrices, sizes, strict=True)
+        ]
+    )
+    gathered = torch.stack(ranks.gather(message)).split(sizes, dim=1)
+    return [_kth_smallest(part.reshape(-1), count) for part, (count, _) in zip(gathered, counts, strict=True)]
 
 
 def _kth_smallest(flat: Tensor, count: int) -> tuple[Tensor, int, int]:

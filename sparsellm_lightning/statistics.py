@@ -56,9 +56,13 @@ class Cross:
     def mean(self, ranks: Ranks) -> Tensor:
         """``AᵀB / n`` over all ranks' tokens, float32, so that its scale does not depend on their number. Ends the summing."""
         tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self.total.device)
-        ranks.sum_(self.total, tokens)
+        ranks.sum_(tokens)
+        self._sum_over(ranks)
         self.tokens = int(tokens)
         return self.total.div_(max(self.tokens, 1)).float()
+
+    def _sum_over(self, ranks: Ranks) -> None:
+        ranks.sum_(self.total)
 
 
 class Gram(Cross):
@@ -81,11 +85,18 @@ class Gram(Cross):
             self.work += 2 * len(a) * product.numel()
         self.tokens += a.shape[0]
 
-    def mean(self, ranks: Ranks) -> Tensor:
-        for low in range(0, len(self.total), _SYMMETRIC_BLOCK):
+    def _sum_over(self, ranks: Ranks) -> None:
+        starts = range(0, len(self.total), _SYMMETRIC_BLOCK)
+        if ranks.size > 1:
+            # Only what was computed travels, as one message.
+            parts = [self.total[low : low + _SYMMETRIC_BLOCK, low:] for low in starts]
+            message = torch.cat([part.flatten() for part in parts])
+            ranks.sum_(message)
+            for part, summed in zip(parts, message.split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
+        for low in starts:
             high = low + _SYMMETRIC_BLOCK
             self.total[high:, low:high] = self.total[low:high, high:].T
-        return super().mean(ranks)
 
 
 def _exact(device: torch.device | str) -> torch.dtype:
@@ -111,19 +122,16 @@ class Factor:
         return rows @ self.upper.T @ self.upper
 
 
-def spd_inverse(matrix: Tensor, exact: bool = True) -> Tensor:
-    """Inverse of a symmetric positive definite matrix, (d, d) float32.
-
-    Args:
-        exact: through float64.
+def spd_inverse(matrix: Tensor) -> Tensor:
+    """Inverse of a well-conditioned symmetric positive definite matrix, (d, d) float32.
 
     Raises:
         NumericalError: it is not positive definite.
     """
-    upper = _inverse_factor(matrix.to(_exact(matrix.device) if exact else matrix.dtype, copy=True))
+    upper = _inverse_factor(matrix.clone())
     if upper is None:
         raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
-    return (upper.T @ upper).to(matrix.dtype)
+    return upper.T @ upper
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
@@ -180,11 +188,13 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     mean = float(diagonal.mean()) or 1.0
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
-        damped = gram.to(torch.float32 if fraction >= _WELL_CONDITIONED else _exact(gram.device), copy=True)
-        damped.diagonal().add_(fraction * mean).add_(dead.to(damped.dtype) * mean)
-        upper = _inverse_factor(damped)
-        if upper is not None:
-            return Factor(upper.float(), dead)
+        # float32 was good to 1e-4 on a model's every Gram matrix; float64 is for those on which it breaks down.
+        for dtype in (torch.float32, _exact(gram.device)):
+            damped = gram.to(dtype, copy=True)
+            damped.diagonal().add_(fraction * mean).add_(dead.to(dtype) * mean)
+            upper = _inverse_factor(damped)
+            if upper is not None:
+                return Factor(upper.float(), dead)
         if attempt < MAX_DAMPING_RAISES:
             warnings.warn(
                 f"{name or 'Gram matrix'}: Cholesky factorisation failed with damping {fraction:g}; "

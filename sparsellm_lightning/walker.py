@@ -273,7 +273,7 @@ class Walker:
         if self.local_name == "sparsegpt":
             self.stopwatch.count("local_solve", rows * columns**2)
             if not inputs.is_factored:
-                self.stopwatch.count("local_solve", FACTOR_WORK * columns**3, torch.float64)
+                self.stopwatch.count("local_solve", FACTOR_WORK * columns**3)
         with self.stopwatch.phase("local_solve"):
             solved = self.local_solve(weight, inputs, pattern, self.config.block_size).split(sizes)
         stored = {name: w.to(projections[name].parameter.dtype).float() for name, w in zip(chosen, solved, strict=True)}

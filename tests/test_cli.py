@@ -50,6 +50,8 @@ def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
         "nothing but the export folder is written"
     )
     assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
+    assert set(report["phases"]) == {"forward", "statistics", "local_solve", "alternation", "evaluation", "export"}
+    assert all(phase in run.stdout for phase in report["phases"])
 
     run = sparsellm("evaluate", "--config", config, "--model.pretrained", out, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

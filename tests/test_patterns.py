@@ -74,6 +74,11 @@ def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     return results
 
 
+@pytest.fixture(autouse=True, params=[0, 2**20], ids=["counted", "gathered"])
+def _both_ways_to_a_threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsellm_lightning.patterns._GATHERED", request.param)
+
+
 def make_scores(kind: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(rows, columns, generator=generator)

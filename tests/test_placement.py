@@ -15,7 +15,7 @@ from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning import walker as walker_module
 from sparsellm_lightning.errors import OutOfMemoryError
 from sparsellm_lightning.patterns import Unstructured
-from sparsellm_lightning.placement import Placement, Shelf, Sizes, format_bytes, place
+from sparsellm_lightning.placement import Placement, Shelf, Sizes, format_bytes, place, return_free_memory
 from sparsellm_lightning.solvers.sparsellm import feed_forward_output, solve_feed_forward
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -156,3 +156,11 @@ def test_sizes_are_those_of_what_is_held() -> None:
         "1 GiB",
         "1536 GiB",
     ]
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_returning_free_memory_is_harmless(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.arange(1000)
+    monkeypatch.setattr("sparsellm_lightning.placement.sys.platform", platform)
+    return_free_memory()
+    assert torch.equal(kept, torch.arange(1000))

@@ -168,6 +168,8 @@ class Fused:
                 # Whoever prunes has compiled blocks run eagerly, for their hooks; this is not one.
                 with torch.compiler.set_stance("default"):
                     return self._compiled(*tensors)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 log.info("The s step could not be compiled (%s); it runs uncompiled.", error)
                 self._compiled = None

@@ -98,4 +98,4 @@ def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, st
 def _damped_inverse(h: Tensor, rho: float) -> Tensor:
     damped = h.clone()
     damped.diagonal().add_(rho)
-    return spd_inverse(damped, exact=False)
+    return spd_inverse(damped)
