@@ -18,7 +18,6 @@ from sparsellm_lightning.calibration import take_windows
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
-from sparsellm_lightning.products import fastest_float32
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
 from sparsellm_lightning.stopwatch import gemm_peak
 from sparsellm_lightning.strategies import StrategyAdapter
@@ -64,7 +63,7 @@ def prune_model(
     start = time.perf_counter()
     device = device_of(model)
     results, tokens = [], 0
-    with adapter.ranks.failing_together(), adapter.calibrating(model), fastest_float32(device):
+    with adapter.ranks.failing_together(), adapter.calibrating(model):
         # A shuffled dataloader draws from the global generator; the state is put back afterwards.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(

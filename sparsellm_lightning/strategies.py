@@ -26,8 +26,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architectures import DecoderLayout, Projection
+from sparsellm_lightning.architectures import DecoderLayout, Projection, device_of
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.products import fastest_float32
 from sparsellm_lightning.ranks import SINGLE, ProcessGroupRanks, Ranks
 
 
@@ -48,7 +49,8 @@ class StrategyAdapter:
 
     @contextmanager
     def calibrating(self, model: nn.Module) -> Iterator[None]:
-        """Evaluation mode, compiled modules run eagerly; modes and the random state are put back at the end.
+        """Evaluation mode, compiled modules run eagerly, products are as fast as float32 can be; modes and the random state
+        are put back at the end.
 
         Hooks inside a compiled block would silently not fire, hence the stance.
         """
@@ -56,7 +58,8 @@ class StrategyAdapter:
         stance = getattr(torch.compiler, "set_stance", None)
         model.eval()
         try:
-            with isolate_rng(), stance("force_eager") if stance else nullcontext():
+            eager = stance("force_eager") if stance else nullcontext()
+            with isolate_rng(), eager, fastest_float32(device_of(model)):
                 yield
         finally:
             for module, training in modes.items():

@@ -101,7 +101,7 @@ class Walker:
         self.stream = enter_model(self.layout, batches, self.adapter, self.stopwatch)
         tokens = torch.tensor([self.stream.tokens], device=device_of(self.layout.model))
         self.adapter.ranks.sum_(tokens)
-        windows = self._alternation_windows(int(tokens), sum(batch.windows for batch in batches))
+        windows = self._alternation_windows(int(tokens), sum(window > 0 for window in self.stream.windows))
         self.leading_chunks = None if windows is None else self.stream.chunks_of(windows)
         self.placement, self.sizes = self._place(self.stream, sum(self.stream.windows[:windows]))
         self.stream.move_to(self.placement.inputs)
@@ -334,6 +334,10 @@ class Walker:
 
     def _alternation_windows(self, tokens: int, mine: int) -> int | None:
         """How many of this rank's windows carry auxiliaries; None for all.
+
+        Args:
+            tokens: over all ranks.
+            mine: windows of this rank, without those that only fill up its number of batches.
 
         Window i being rank ``i mod size``'s, they are the first ones of all windows, however many ranks there are.
         """

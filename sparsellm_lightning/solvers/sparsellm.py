@@ -245,9 +245,9 @@ def solve_feed_forward(
         if auxiliaries is not None:
             assert mean_cross is not None
             down_inputs, down_cross = (hidden, mean_cross) if penalties.scale_free else auxiliaries.down_statistics()
-            correction = _rows(down_cross, ranks) - target @ down_inputs.gram
             ridge = _ridge(damping, width, hidden_gram.tokens)
-            target = target + factorize(down_inputs.gram, ridge, down_inputs.name).solve(correction)
+            correction = down_cross - dense.down @ down_inputs.gram
+            target = _rows(dense.down + factorize(down_inputs.gram, ridge, down_inputs.name).solve(correction), ranks)
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
@@ -275,9 +275,10 @@ def solve_feed_forward(
         targets = {}
         regression = inputs.with_damping(_ridge(damping, x.shape[1], gram.tokens)).factor
         for layer in first:
-            weight, current = (_rows(getattr(block, layer), ranks) for block in (dense, iterate))
-            correction = _rows(corrections[layer], ranks) + (current - weight) @ inputs.gram
-            targets[layer] = weight + regression.solve(correction)
+            # Of all rows on every rank: how a product rounds depends on its shape.
+            weight = getattr(dense, layer)
+            correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
+            targets[layer] = _rows(weight + regression.solve(correction), ranks)
     assert best is not None
     if iterations > 1:
         kept = kept_hidden if last and is_best else None
