@@ -91,7 +91,7 @@ def test_the_report_tells_seconds_work_and_peak(calibration: list[dict[str, Tens
     report = prune_model(build_model("llama"), calibration, PruningConfig(sparsity=0.7, num_calibration_samples=16))
     assert set(report.phases) == {"forward", "statistics", "local_solve", "alternation"} == set(report.work)
     assert sum(report.phases.values()) <= report.wall_seconds
-    assert set(report.gemm_peak) >= {"float32", "float64"}
+    assert "float32" in report.gemm_peak
     assert all(peak > 0 for peak in report.gemm_peak.values())
     ideal = sum(n / report.gemm_peak[d] for counts in report.work.values() for d, n in counts.items())
     assert report.peak_share() == pytest.approx(ideal / report.wall_seconds)
