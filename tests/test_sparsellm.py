@@ -230,7 +230,7 @@ def test_the_first_iteration_is_the_local_solver(solver: str, pattern: Pattern, 
     four = solve_feed_forward(block, x, y, prune_with(pattern, solver), iterations=4, damping=0.03)
     assert len(one.errors) == 1
     assert len(four.errors) == 4
-    assert one.errors[0] == pytest.approx(four.errors[0], rel=1e-6)  # measured on the tokens, and from the statistics
+    assert one.errors[0] == pytest.approx(four.errors[0], rel=1e-5)  # measured on the tokens, and from the statistics
     assert one.errors[0] == pytest.approx(true_error(expected, x, y), rel=1e-3)
     for name in ("up", "gate", "down"):
         ours, theirs = getattr(one.feed_forward, name), getattr(expected, name)
