@@ -14,6 +14,7 @@ from sparsellm_lightning.errors import MaskError, NumericalError, UserError
 from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import export_model
 from sparsellm_lightning.finetuning import SparseFinetuning
+from sparsellm_lightning.generation import generate_windows
 from sparsellm_lightning.loading import load_model, load_tokenizer
 from sparsellm_lightning.lora import LoraOptions
 from sparsellm_lightning.module import CausalLM
@@ -34,6 +35,7 @@ __all__ = [
     "TextDataModule",
     "UserError",
     "export_model",
+    "generate_windows",
     "load_model",
     "load_tokenizer",
     "perplexity",

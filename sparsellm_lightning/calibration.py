@@ -61,6 +61,7 @@ def take_windows(
     *,
     sharded: bool = False,
     equal_numbers: bool = False,
+    batch_tokens: int | None = None,
 ) -> tuple[list[CalibrationBatch], int]:
     """This rank's share of the first ``count`` windows (rows of batches), and how many there are over all ranks.
 
@@ -71,6 +72,7 @@ def take_windows(
         device: where to put them.
         sharded: the stream already holds this rank's windows only (a distributed sampler): take a share's worth.
         equal_numbers: give every rank as many batches as the one with most, by batches of which no token counts.
+        batch_tokens: batches of more tokens are split, down to single windows.
 
     Raises:
         UserError: no windows on any rank.
@@ -82,9 +84,10 @@ def take_windows(
         inputs = model_inputs(batch)
         rows = len(next(iter(inputs.values())))
         mine = [row for row in range(min(rows, wanted - seen)) if (seen + row) % size == rank]
-        if mine:
+        step = rows if batch_tokens is None else max(1, batch_tokens // next(iter(inputs.values())).shape[1])
+        for part in (mine[start : start + step] for start in range(0, len(mine), step)):
             # Arguments shared by the batch (such as position ids of one row) are passed on as they are.
-            chosen = {k: (v[mine] if len(v) == rows else v).to(device) for k, v in inputs.items()}
+            chosen = {k: (v[part] if len(v) == rows else v).to(device) for k, v in inputs.items()}
             taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
         seen += rows
         if seen >= wanted:
@@ -101,6 +104,17 @@ def take_windows(
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         taken += [CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))] * (most - len(taken))
     return taken, int(total)
+
+
+def fitted_windows(windows: int, held_out: float, ranks: Ranks) -> int:
+    """How many of this rank's windows are fitted: the first ones. The last of all windows are held out, on whichever rank.
+
+    Args:
+        windows: over all ranks.
+        held_out: share of them to hold out, rounded down.
+        ranks: window i is rank ``i mod size``'s.
+    """
+    return len(range(ranks.rank, windows - int(held_out * windows), ranks.size))
 
 
 def _valid(mask: Tensor | None) -> Tensor | None:

@@ -12,9 +12,39 @@ from sparsellm_lightning.ranks import SINGLE, Ranks
 
 Method = Literal["sparsellm", "admm", "sparsegpt", "wanda", "magnitude"]
 LocalSolver = Literal["admm", "sparsegpt", "wanda", "magnitude"]
+Allocation = Literal["uniform", "owl", "atp", "error"]
+Refine = Literal["none", "weights", "mask"]
 Target = Literal["block", "model"]
 Precision = Literal["auto", "float32"]
 AutoOrNumber = Literal["auto"] | int
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How the kept weights of a solved block are tuned by gradient on the block's output, the mask being fixed.
+
+    Args:
+        steps: of Adam.
+        learning_rate: its first one; it falls to zero along a half cosine.
+        batch_tokens: tokens a step, over all ranks, in whole windows.
+        others: tune the block's norms and biases too.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    steps: int = 64
+    learning_rate: float = 5e-4
+    batch_tokens: int = 4096
+    others: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens"):
+            _integer(f"reconstruct.{name}", getattr(self, name), 1)
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(
+                f"reconstruct.learning_rate must be positive and finite, got {self.learning_rate}. The default is 0.0005."
+            )
 
 
 @dataclass(frozen=True)
@@ -37,8 +67,8 @@ class PruningConfig:
             ``False`` is the paper's raw objective, for reproduction.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         block_size: columns per step of the SparseGPT sweep; the unstructured mask is chosen per step.
-        target: what the alternation fits. ``block``: the dense block's output on the pruned model's input. ``model``: the
-            output the dense model had at this point, so that each block also corrects the error before it.
+        target: what alternation and reconstruction fit. ``block``: the dense block's output on the pruned model's input.
+            ``model``: the output the dense model had at this point, so that each block also corrects the error before it.
         skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
         solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
@@ -48,6 +78,17 @@ class PruningConfig:
             all.
         memory: bytes that pruning may hold on each rank's device besides the model; ``auto`` is most of what is free. With
             less, activations are computed again instead of kept, then kept in pinned host memory: slower, the same result.
+        allocation: how the sparsity, whose mean over all pruned weights is kept, is spread over the model. ``uniform``: every
+            projection has it; ``owl`` and ``atp``: published rules by block (arXiv 2310.05175, 2502.14770); ``error``: by what
+            pruning each block's attention and each block's feed-forward network was measured to do to the model's output on
+            calibration text. Unstructured patterns only.
+        allocation_spread: by how much a block's sparsity may differ from the mean.
+        refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
+            ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
+        reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; None does not.
+        held_out: share of the calibration windows that no weight is fitted to: what pruning chooses between (iterates of the
+            alternation, steps of the reconstruction), it chooses on them. Rounded down to whole windows; methods that choose
+            nothing fit all windows.
         keep_zeros: weights that are zero already are pruned first, whatever they would be worth: the new mask contains the old
             one (gradual pruning).
         num_calibration_samples: calibration windows, over all ranks.
@@ -74,6 +115,11 @@ class PruningConfig:
     solver_precision: Precision = "auto"
     alternation_tokens: AutoOrNumber = "auto"
     memory: AutoOrNumber = "auto"
+    allocation: Allocation = "uniform"
+    allocation_spread: float = 0.1
+    refine: Refine = "none"
+    reconstruct: Reconstruction | None = None
+    held_out: float = 1 / 8
     keep_zeros: bool = False
     num_calibration_samples: int = 128
     seed: int = 0
@@ -92,10 +138,19 @@ class PruningConfig:
         _one_of("local_solver", self.local_solver, get_args(LocalSolver))
         _one_of("target", self.target, get_args(Target))
         _one_of("solver_precision", self.solver_precision, get_args(Precision))
-        if self.target == "model" and self.method != "sparsellm":
+        _one_of("refine", self.refine, get_args(Refine))
+        _one_of("allocation", self.allocation, get_args(Allocation))
+        if self.allocation != "uniform" and nofm:
             raise UserError(
-                f"target='model' is fitted by the alternation, but method is {self.method!r}. "
-                "Use method='sparsellm', or target='block'."
+                f"allocation {self.allocation} gives blocks different sparsities, but pattern {self.pattern} fixes them. "
+                "Use allocation uniform, or pattern unstructured."
+            )
+        if not 0 <= self.allocation_spread < 1:
+            raise UserError(f"allocation_spread must be in [0, 1), got {self.allocation_spread}. The default is 0.1.")
+        if self.target == "model" and self.method != "sparsellm" and self.reconstruct is None:
+            raise UserError(
+                f"target='model' is fitted by the alternation and by reconstruct, but method is {self.method!r}. "
+                "Use method='sparsellm', reconstruct, or target='block'."
             )
         for name, unit, example in [("memory", "bytes", 8_000_000_000), ("alternation_tokens", "tokens", 65_536)]:
             value = getattr(self, name)
@@ -105,15 +160,15 @@ class PruningConfig:
                 )
         if isinstance(self.skip, str):
             raise UserError(f"skip must be a list of patterns, got the string {self.skip!r}. Write ['{self.skip}'].")
-        for name, low in [("num_iterations", 1), ("block_size", 1), ("num_calibration_samples", 1)]:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        for name in ("num_iterations", "block_size", "num_calibration_samples"):
+            _integer(name, getattr(self, name), 1)
         for name in ("alpha", "beta", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(
                     f"{name} must be positive and finite, got {getattr(self, name)}. The default is 1 or 10."
                 )
+        if not 0 <= self.held_out <= 0.5:
+            raise UserError(f"held_out must be a share between 0 and 0.5, got {self.held_out}. The default is 0.125.")
         if not 0 <= self.damping < float("inf"):
             raise UserError(f"damping must be non-negative and finite, got {self.damping}. The default is 0.01.")
         if isinstance(self.global_blocks, str):
@@ -127,10 +182,24 @@ class PruningConfig:
             return 1 - nofm[0] / nofm[1]
         return 0.5 if self.sparsity is None else self.sparsity
 
-    def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE) -> Pattern:
-        """The pattern object for a matrix whose ``rows`` are spread over ``ranks``."""
+    def batch_tokens(self, ranks: int) -> int | None:
+        """The most tokens a calibration batch of one of so many ranks may have; None is any number."""
+        limits = [] if self.reconstruct is None else [self.reconstruct.batch_tokens // ranks]
+        # What the model's output is compared on is some whole batches.
+        return min([*limits, 1024], default=None) if self.allocation == "error" else min(limits, default=None)
+
+    @property
+    def held_out_share(self) -> float:
+        """``held_out``, or 0 where nothing is chosen."""
+        alternates = self.method == "sparsellm" and self.num_iterations > 1 and self.global_blocks != "none"
+        return self.held_out if alternates or self.reconstruct else 0.0
+
+    def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE, sparsity: float | None = None) -> Pattern:
+        """The pattern object for a matrix whose ``rows`` are spread over ``ranks``; ``sparsity`` replaces the settings' one."""
         nofm = parse_nofm(self.pattern)
-        return NofM(*nofm, ranks) if nofm else Unstructured(self.requested_sparsity, ranks, rows)
+        if nofm:
+            return NofM(*nofm, ranks)
+        return Unstructured(self.requested_sparsity if sparsity is None else sparsity, ranks, rows)
 
     def globally_solved(self, num_blocks: int) -> set[int]:
         """Indices of the blocks whose feed-forward network the alternation solves.
@@ -150,6 +219,11 @@ class PruningConfig:
                 f"global_blocks must name blocks of the model, which has {num_blocks} (0 to {num_blocks - 1}), got {outside}."
             )
         return {int(index) % num_blocks for index in self.global_blocks}
+
+
+def _integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:

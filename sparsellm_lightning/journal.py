@@ -22,6 +22,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.ranks import Ranks
+from sparsellm_lightning.results import BlockResult
 from sparsellm_lightning.strategies import StrategyAdapter
 
 _FINGERPRINT = "fingerprint.json"
@@ -32,13 +33,13 @@ class Entry:
     """A finished block.
 
     Args:
-        rows: by projection name, this rank's rows as (rows, in features), in the parameter's dtype.
-        errors, layer_errors: as in :class:`~sparsellm_lightning.walker.BlockResult`.
+        tensors: by projection name, this rank's rows as (rows, in features), in the parameter's dtype; of a block that was
+            reconstructed, by parameter name, this rank's part of every parameter.
+        result: what was reported of it.
     """
 
-    rows: dict[str, Tensor]
-    errors: list[float]
-    layer_errors: dict[str, float]
+    tensors: dict[str, Tensor]
+    result: BlockResult
 
 
 class Journal:
@@ -74,11 +75,14 @@ class Journal:
         self.adapter.ranks.sum_(found)
         return entry if int(found) == self.adapter.ranks.size else None
 
-    def write(self, block: Block, errors: list[float], layer_errors: dict[str, float]) -> None:
+    def write(self, block: Block, result: BlockResult) -> None:
         """Note a block as it now is in the model."""
-        rows = {p.name: self.adapter.read_rows(p).to(p.parameter.dtype) for p in block.projections()}
-        result = json.dumps({"errors": errors, "layer_errors": layer_errors})
-        content = save({name: tensor.cpu().contiguous() for name, tensor in rows.items()}, {"result": result})
+        if result.reconstruction is None:
+            tensors = {p.name: self.adapter.read_rows(p).to(p.parameter.dtype) for p in block.projections()}
+        else:
+            tensors = {name: local_tensor(parameter) for name, parameter in block.module.named_parameters()}
+        noted = {"result": json.dumps(asdict(result))}
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, noted)
         for old in self.folder.glob(f"{self._stem(block)}.*"):
             old.unlink()
         _write(self.folder / f"{self._stem(block)}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
@@ -91,8 +95,8 @@ class Journal:
                 return None
             try:
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-                return Entry(load(content), **json.loads(header["__metadata__"]["result"]))
-            except (SafetensorError, KeyError, ValueError) as error:
+                return Entry(load(content), BlockResult(**json.loads(header["__metadata__"]["result"])))
+            except (SafetensorError, KeyError, ValueError, TypeError) as error:
                 warnings.warn(f"Journal: {path} cannot be read ({error}); {block.name} is pruned again.", stacklevel=2)
         return None
 

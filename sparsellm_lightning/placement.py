@@ -1,7 +1,7 @@
 """Where the activations of a block's calibration tokens are kept: on the device, in host memory, or nowhere.
 
 Statistics and factorisations have a size that the model gives. What grows with the calibration set are the block's inputs and
-outputs, 5 d numbers a token, and inside the alternation its auxiliaries and predictions, 2 f each (f where not gated).
+outputs, 4 d numbers a token, and inside the alternation its auxiliaries and predictions, 2 f each (f where not gated).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +31,12 @@ class Sizes:
         inputs: the block's inputs and outputs, and those of its feed-forward part.
         auxiliaries: z and s of the alternation; 0 without one.
         predictions: what the weights predict for z and s.
-        hidden: the hidden activation that the down projection sees.
     """
 
     work: int
     inputs: int
     auxiliaries: int
     predictions: int
-    hidden: int
 
     @classmethod
     def of_block(
@@ -55,7 +55,7 @@ class Sizes:
 
         Args:
             auxiliary_tokens: those of them that carry auxiliaries; 0 without an alternation.
-            streams: token-wise (tokens, dim) tensors held: 5, or 7 with the dense model's own beside them.
+            streams: token-wise (tokens, dim) tensors held.
             itemsize, auxiliary_itemsize: bytes of a number of the model's activations, and of an auxiliary.
         """
         matrices = 3 if gated else 2
@@ -67,7 +67,6 @@ class Sizes:
             inputs=streams * tokens * dim * itemsize,
             auxiliaries=auxiliaries,
             predictions=auxiliaries,
-            hidden=tokens * width * itemsize,
         )
 
     def describe(self) -> str:
@@ -81,13 +80,12 @@ class Placement:
 
     Args:
         inputs, auxiliaries: device of the block's inputs and outputs, and of z and s.
-        predictions, hidden: whether they are kept, on the device.
+        predictions: whether they are kept, on the device.
     """
 
     inputs: torch.device
     auxiliaries: torch.device
     predictions: bool = True
-    hidden: bool = True
 
     @classmethod
     def everything_on(cls, device: torch.device) -> Placement:
@@ -95,8 +93,8 @@ class Placement:
 
 
 def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement:
-    """The fastest placement within a budget: first hidden activation and predictions are given up, then auxiliaries and the
-    inputs move to pinned host memory (on a CPU there is no other memory to move to).
+    """The fastest placement within a budget: first predictions are given up, then auxiliaries and the inputs move to pinned
+    host memory (on a CPU there is no other memory to move to).
 
     Args:
         budget: bytes on the device besides the model, or ``auto``: most of what is free now.
@@ -109,9 +107,8 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
     limit = _available(device) if budget == "auto" else budget
     host = torch.device("cpu")
     on_device = sizes.work + sizes.inputs + sizes.auxiliaries
-    everything = Placement(device, device, on_device + sizes.predictions <= limit, on_device + sizes.hidden <= limit)
     if on_device <= limit:
-        return everything
+        return Placement(device, device, on_device + sizes.predictions <= limit)
     least = sizes.work if device.type != "cpu" else on_device
     if budget != "auto" and least > limit:
         raise UserError(
@@ -119,7 +116,7 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
             f"{format_bytes(limit)}. Raise it, or lower num_calibration_samples."
         )
     keep_inputs = sizes.work + sizes.inputs <= limit
-    return Placement(device if keep_inputs else host, host, predictions=False, hidden=False)
+    return Placement(device if keep_inputs else host, host, predictions=False)
 
 
 class Shelf:
@@ -157,9 +154,14 @@ def return_free_memory() -> None:
     It keeps what lies between blocks in use: after the phases of a block, each with buffers of other sizes, that came to
     half a gigabyte for a model of one.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _malloc_trim() if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def format_bytes(size: float) -> str:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, device_of
-from sparsellm_lightning.calibration import take_windows
+from sparsellm_lightning.calibration import fitted_windows, take_windows
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
@@ -73,6 +73,7 @@ def prune_model(
             device,
             sharded=sharded,
             equal_numbers=adapter.forward_is_collective,
+            batch_tokens=config.batch_tokens(adapter.ranks.size),
         )
         if windows < config.num_calibration_samples:
             _warn(
@@ -97,7 +98,8 @@ def prune_model(
         journal = None
         if journal_dir is not None:
             journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
-        tokens = walker.enter(batches)
+        fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
+        tokens = walker.enter(batches, fitted)
         widest = max(p.shape[1] for p in layout.projections() if p.pruned)
         if tokens < widest:
             _warn(
@@ -125,8 +127,12 @@ def prune_model(
         sparsity={"requested": config.requested_sparsity, "achieved": achieved},
         perplexity={"dense": None, "pruned": None},
         layers=layers,
-        blocks=[{"index": r.index, "errors": r.errors, "seconds": r.seconds} for r in results],
-        calibration={"windows": windows, "tokens": tokens},
+        blocks=[{k: v for k, v in asdict(r).items() if k != "layer_errors"} for r in results],
+        calibration={
+            "windows": windows,
+            "held_out": int(config.held_out_share * windows),
+            "tokens": tokens,
+        },
         phases=walker.stopwatch.seconds,
         work=work,
         gemm_peak=peaks,

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sparsellm_lightning.architectures import DecoderLayout, Projection, device_of
 from sparsellm_lightning.errors import UserError
@@ -84,6 +84,24 @@ class StrategyAdapter:
         with self.forward_context():
             logits: Tensor = model(**inputs, use_cache=False).logits
         return logits
+
+    def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits of the token after ``ids``, (batch, vocabulary).
+
+        Args:
+            model: with a language-model head.
+            ids: (batch, new) tokens that the cache does not hold yet.
+            cache: keys and values of the tokens before, to which those of ``ids`` are added in place.
+        """
+        # The argument's old name goes in transformers 5.40, the new one came after 5.20.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        with self.forward_context():
+            logits: Tensor = self._through_root(lambda: model(input_ids=ids, use_cache=True, **{name: cache})).logits
+        return logits[:, -1]
+
+    def _through_root(self, call: Callable[[], Any]) -> Any:
+        """Make a call as the strategy needs a forward to be made."""
+        return call()
 
     def read_rows(self, projection: Projection) -> Tensor:
         """This rank's rows of a weight as (rows, in features) float32: a copy."""

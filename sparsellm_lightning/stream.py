@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsellm_lightning.architectures import Block, DecoderLayout, device_of
 from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.placement import empty
-from sparsellm_lightning.solvers.sparsellm import CHUNK
+from sparsellm_lightning.solvers.feed_forward import CHUNK
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
 
@@ -28,6 +28,7 @@ class Stream:
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # [block][batch]
     valid: list[Tensor | None]  # (batch, sequence) bool: False where padded
     home: torch.device  # where hidden states are kept between forwards
+    fitted: int  # so many of the windows, the first, are fitted; the others are held out
     windows: list[int] = field(init=False)  # valid tokens of each
     tokens: int = field(init=False)
 
@@ -44,6 +45,17 @@ class Stream:
         self.home = home
         self.hidden = [moved(hidden, home) for hidden in self.hidden]
 
+    def part(self, batches: int) -> Stream:
+        """The first so many batches only."""
+        windows = sum(len(hidden) for hidden in self.hidden[:batches])
+        return Stream(
+            self.hidden[:batches],
+            [arguments[:batches] for arguments in self.arguments],
+            self.valid[:batches],
+            self.home,
+            min(windows, self.fitted),
+        )
+
     def chunks(self) -> list[int]:
         """Tokens per step of the solver: a window, or its parts where it is long."""
         return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
@@ -52,24 +64,17 @@ class Stream:
         """How many of :meth:`chunks` the first so many windows have."""
         return sum(-(-window // CHUNK) for window in self.windows[:windows])
 
-    def valid_tokens(self) -> Tensor:
-        """(tokens, d): the hidden states without padding."""
-        flat = [
-            h.flatten(0, 1) if mask is None else h[mask.to(h.device)]
-            for h, mask in zip(self.hidden, self.valid, strict=True)
-        ]
-        return torch.cat(flat)
+    def valid_tokens(self) -> Iterator[Tensor]:
+        """The hidden states without padding, (tokens, d), batch by batch."""
+        for hidden, mask in zip(self.hidden, self.valid, strict=True):
+            yield hidden.flatten(0, 1) if mask is None else hidden[mask.to(hidden.device)]
 
-    def add_(self, change: Callable[[slice], Tensor]) -> None:
-        """Add to the hidden states of valid tokens, in place.
-
-        Args:
-            change: (tokens first to last) -> what to add to them, (tokens, d), any dtype.
-        """
+    def add_(self, change: Tensor) -> None:
+        """Add to the hidden states of valid tokens, in place: change is (tokens, d), any dtype."""
         start = 0
         for hidden, mask in zip(self.hidden, self.valid, strict=True):
             count = hidden.shape[0] * hidden.shape[1] if mask is None else int(mask.sum())
-            added = change(slice(start, start + count)).to(hidden.dtype)
+            added = change[start : start + count].to(hidden.dtype)
             if mask is None:
                 hidden += added.view_as(hidden)
             else:
@@ -80,6 +85,7 @@ class Stream:
 def enter_model(
     layout: DecoderLayout,
     batches: Sequence[CalibrationBatch],
+    fitted: int,
     adapter: StrategyAdapter,
     stopwatch: Stopwatch,
 ) -> Stream:
@@ -97,7 +103,7 @@ def enter_model(
             with stopwatch.phase("forward"), adapter.forward_context():
                 adapter.run_model(layout.model, batch.inputs)
     arguments = [recorder.arguments for recorder in recorders]
-    return Stream(recorders[0].hidden, arguments, [b.valid for b in batches], device_of(layout.model))
+    return Stream(recorders[0].hidden, arguments, [b.valid for b in batches], device_of(layout.model), fitted)
 
 
 def run_block(
@@ -106,43 +112,65 @@ def run_block(
     adapter: StrategyAdapter,
     stopwatch: Stopwatch,
     *,
-    on_input: Observer | None = None,
+    on_input: Sequence[Observer] = (),
     on_output: Observer | None = None,
-    go_on: bool = True,
+    statistics_only: bool = False,
 ) -> list[Tensor]:
     """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it.
 
-    Without ``go_on`` each forward is broken off where the input was seen: what comes after is not computed, nor returned.
+    With ``statistics_only``, only the fitted windows are observed, and each forward is broken off where an input was seen:
+    what comes after is not computed, nor returned.
     """
     hidden: Tensor
     mask: Tensor | None = None
-    outputs = []
+    outputs: list[Tensor] = []
+    left = stream.fitted if statistics_only else len(stream.windows)
     device = device_of(block.module)
     with ExitStack() as stack:
-        if on_input is not None:
-            module, see_input = on_input
+        for module, see_input in on_input:
 
-            def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-                each_window(see_input, args[0], hidden, mask)
-                if not go_on:
+            def before(_: nn.Module, args: tuple[Any, ...], see_input: Callable[[Tensor], None] = see_input) -> None:
+                each_window(see_input, args[0], hidden, mask, left)
+                if statistics_only:
                     raise _SeenEnough
 
             stack.callback(module.register_forward_pre_hook(before).remove)
-        if not go_on:
+        if statistics_only:
             stack.enter_context(patched_forward(block.module, _until_seen(block.module.forward)))
         if on_output is not None:
             module, see_output = on_output
-            handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask))
+            handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask, left))
             stack.callback(handle.remove)
         stack.enter_context(adapter.holding(block.module))
         for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
             stream.hidden, stream.valid, stream.arguments[block.index], strict=True
         ):
+            if left <= 0 and not adapter.forward_is_collective:
+                break
             hidden = hidden.to(device, non_blocking=True)
             with stopwatch.phase("forward"), adapter.forward_context():
                 output = block.module(hidden, *args, **kwargs)
-            outputs.append(moved(output[0] if isinstance(output, tuple) else output, stream.home))
-    return outputs if go_on else []
+            left -= len(hidden)
+            if not statistics_only:
+                outputs.append(moved(output[0] if isinstance(output, tuple) else output, stream.home))
+    return outputs
+
+
+def tail_logits(layout: DecoderLayout, hidden: Tensor, adapter: StrategyAdapter) -> Tensor:
+    """Logits, (windows, length, vocabulary), of what the model makes of hidden states behind its last block.
+
+    Args:
+        layout: the model's blocks.
+        hidden: (windows, length, d).
+        adapter: of the strategy the model runs under; all ranks call it together.
+    """
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device_of(layout.model))
+    with ExitStack() as stack:
+        for block in layout.blocks:
+            stack.enter_context(_Recorder(block.module, run=False, answer=hidden).in_place_of_block(layout.model))
+        logits = adapter.logits(layout.model, {"input_ids": ids})
+    assert logits is not None
+    return logits
 
 
 class _SeenEnough(Exception):
@@ -188,8 +216,8 @@ class TokenBuffer:
         return torch.empty(0, self.shape[1], device=self.home) if self.data is None else self.data
 
 
-def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
-    """Give an observer the valid tokens, (tokens, features), of one window after the other.
+def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, mask: Tensor | None, count: int) -> None:
+    """Give an observer the valid tokens, (tokens, features), of one window after the other, of the first ``count``.
 
     One at a time, so that sums over tokens are the same however windows are put into batches and on ranks.
 
@@ -198,22 +226,24 @@ def each_window(observer: Callable[[Tensor], None], x: Tensor, hidden: Tensor, m
         x: activations in a block, (batch, sequence, features) or flattened over the first two.
         hidden: the block's input, for the shape.
         mask: (batch, sequence) bool, or None.
+        count: windows to observe; all where it is more than there are.
     """
     windows = x.detach().reshape(*hidden.shape[:2], x.shape[-1])
-    for row, window in enumerate(windows):
+    for row, window in enumerate(windows[: max(count, 0)]):
         observer(window if mask is None else window[mask[row]])
 
 
 class _Recorder:
     """Records a block's arguments and passes the hidden states through, in place of the block.
 
-    Only the first block really runs (``run``), once, to show whether blocks return a tensor or a tuple.
+    Only the first block really runs (``run``), once, to show whether blocks return a tensor or a tuple. With an ``answer``,
+    that is what it passes on, and it records nothing.
     """
 
     returns_tuple: bool | None = None
 
-    def __init__(self, block: nn.Module, run: bool) -> None:
-        self.block, self.run = block, run
+    def __init__(self, block: nn.Module, run: bool, answer: Tensor | None = None) -> None:
+        self.block, self.run, self.answer = block, run, answer
         self.hidden: list[Tensor] = []
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -222,6 +252,8 @@ class _Recorder:
             hidden, rest = args[0], args[1:]
         else:
             hidden, rest = kwargs.pop("hidden_states"), ()
+        if self.answer is not None:
+            return (self.answer,) if _Recorder.returns_tuple else self.answer
         # Batches mostly share masks and rotary embeddings: keep one copy.
         previous = self.arguments[-1] if self.arguments else None
         self.arguments.append(_share((rest, kwargs), previous))

@@ -156,6 +156,23 @@ def _windows(job: Job, count: int) -> Any:
     return data.calibration_dataloader(num_samples=count)
 
 
+class Generates(pl.Callback):
+    """Saves the calibration windows of each rank, more than once: the first draws must not depend on the length of the last."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        draws = [
+            torch.cat([batch["input_ids"] for batch in trainer.datamodule.calibration_dataloader(count, seed=1)])
+            for count in (1, 7)
+        ]
+        torch.save(draws, Path(trainer.default_root_dir) / f"windows_{trainer.global_rank}.pt")
+        trainer.should_stop = True
+
+
+def generate(job: Job) -> None:
+    data = TextDataModule("self", sequence_length=32, batch_size=3)
+    job.trainer(Generates()).fit(job.module(), data)
+
+
 class ZerosHeld(pl.Callback):
     """On every rank: the local zeros are the same after every step, and the local kept weights move."""
 

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sparsellm_lightning.data import C4_MAX_DRAWS, TextDataModule, Windows
+from sparsellm_lightning.data import TextDataModule, Windows
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.texts import C4_MAX_DRAWS
 
 LETTERS = "abcdefghij"
 
@@ -322,7 +323,7 @@ def test_tables(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text_file: s
 def test_text_file_is_read_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "crlf.txt").write_bytes("a\r\n é\r".encode())
     module = _module(tokenizer, source="files", train_files=str(tmp_path / "crlf.txt"))
-    assert module._text("train") == "a\r\n é\r"
+    assert module.texts.text("train") == "a\r\n é\r"
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="must be UTF-8"):
         _module(tokenizer, source="files", train_files=str(tmp_path / "latin.txt")).train_dataloader()
@@ -339,8 +340,8 @@ def test_broken_table(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, conten
 def test_python_docs() -> None:
     module = _module(None)
     test_names = sorted(topics)[::5]
-    assert module._text("test") == "\n\n".join(topics[name] for name in test_names)
-    assert module._text("train") == "\n\n".join(topics[name] for name in sorted(topics) if name not in test_names)
+    assert module.texts.text("test") == "\n\n".join(topics[name] for name in test_names)
+    assert module.texts.text("train") == "\n\n".join(topics[name] for name in sorted(topics) if name not in test_names)
 
 
 # --- the tokenizer ---
@@ -451,7 +452,9 @@ def test_numbers_out_of_range(name: str, value: int) -> None:
 
 @pytest.mark.parametrize("source", ["", "a/b/c", "two words", "../texts"])
 def test_impossible_source(source: str) -> None:
-    with pytest.raises(UserError, match="source must be wikitext2, ptb, c4, python-docs, files or a hub dataset id"):
+    with pytest.raises(
+        UserError, match="source must be wikitext2, ptb, c4, python-docs, files, self or a hub dataset id"
+    ):
         TextDataModule(source)
 
 
@@ -466,6 +469,17 @@ def test_files_and_source_must_agree(text_file: str) -> None:
     for source in ("python-docs", "wikitext2", "some/set"):
         with pytest.raises(UserError, match=f"got source {source}. Write source: files"):
             TextDataModule(source, train_files=text_file)
+
+
+def test_files_of_source_self(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
+    with pytest.raises(UserError, match="train_files have no meaning with source self"):
+        TextDataModule("self", train_files=text_file)
+    windows = _rows(_module(tokenizer, source="self", test_files=text_file).val_dataloader())
+    assert torch.equal(windows, _rows(_module(tokenizer, source="files", test_files=text_file).test_dataloader()))
+    module = _module(None, source="self")
+    assert module.val_dataloader() == []
+    with pytest.raises(UserError, match="with source self, evaluation needs test_files"):
+        _module(tokenizer, source="self").test_dataloader()
 
 
 def test_files_are_checked(tmp_path: Path) -> None:

@@ -137,6 +137,19 @@ def test_calibration_from_a_sharded_train_loader(tmp_path: Path, folder_of: Call
     assert float((mask(one[0]) == mask(two[0])).double().mean()) >= 0.999
 
 
+def test_the_same_generated_windows_on_every_rank(tmp_path: Path, folder_of: Callable[[str], str]) -> None:
+    """Seven windows, three at a time: two ranks share them unevenly, and make unlike batches of them."""
+    for strategy, processes in ((None, 1), ("ddp", 2), ("fsdp2", 2)):
+        folder = tmp_path / (strategy or "one")
+        run = launch(folder, job="generate", model=folder_of("llama"), strategy=strategy, processes=processes)
+        assert run.returncode == 0, run.stderr[-4000:]
+        expected = torch.load(tmp_path / "one" / "windows_0.pt")
+        assert [windows.shape for windows in expected] == [(1, 32), (7, 32)]
+        for rank in range(processes):
+            found = torch.load(folder / f"windows_{rank}.pt")
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"{strategy}, rank {rank}"
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_precisions(tmp_path: Path, folder_of: Callable[[str], str], strategy: str, precision: str) -> None:

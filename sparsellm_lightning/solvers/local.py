@@ -7,10 +7,12 @@ from functools import cached_property
 
 from torch import Tensor
 
+from sparsellm_lightning.config import Refine
 from sparsellm_lightning.patterns import Pattern
 from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.magnitude import magnitude
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
+from sparsellm_lightning.solvers.swaps import swap_refine
 from sparsellm_lightning.solvers.wanda import wanda
 from sparsellm_lightning.statistics import Factor, factorize
 
@@ -54,3 +56,22 @@ LOCAL_SOLVERS: dict[str, LocalSolve] = {
     "admm": lambda weight, inputs, pattern, block_size: admm(weight, inputs.gram, inputs.damping, pattern),
     "sparsegpt": lambda weight, inputs, pattern, block_size: sparsegpt(weight, inputs.factor, pattern, block_size),
 }
+
+
+def refined(
+    weight: Tensor, target: Tensor, inputs: InputStatistics, pattern: Pattern, refine: Refine, keep_zeros: bool = False
+) -> Tensor:
+    """A local solver's result with its kept weights solved for again, and with a better mask where that is asked for.
+
+    Args:
+        weight: the result, (rows, columns) float32.
+        target: Ŵ that it approximates, like ``weight``.
+        inputs: their input's statistics.
+        pattern: that the result is in; it still is afterwards.
+        refine: how far to go, see :class:`~sparsellm_lightning.config.PruningConfig`.
+        keep_zeros: no pruned weight may come back: the mask stays.
+    """
+    if refine == "none":
+        return weight
+    rounds = 3 if refine == "mask" and not keep_zeros else 0
+    return swap_refine(weight, target, inputs.gram, inputs.damping, weight != 0, pattern.group, rounds=rounds)[0]

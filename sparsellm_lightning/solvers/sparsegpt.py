@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,30 +52,52 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
             pruned = ~pattern.select(cost, first_column=start).T
             torch.div(pruned, diagonal[start:end, None], out=ratio[start - low : end - low, :rows])
 
-        def sweep(
-            start: int, end: int, low: int = low, errors: Tensor = errors, ratio: Tensor = ratio, choose: Any = choose
-        ) -> None:
-            """Correct for columns [start, end); halves are chained by one product instead of column by column."""
-            if end - start > leaf:
-                middle = start + _whole_groups((end - start) // 2, pattern.group)
-                sweep(start, middle)
-                w[middle:end].addmm_(upper[start:middle, middle:end].T, errors[start - low : middle - low], alpha=-1)
-                sweep(middle, end)
-                return
-            for i in range(start, end):
-                if pattern.group > 1 and i % pattern.group == 0:
-                    choose(i, i + pattern.group)
-                torch.mul(w[i], ratio[i - low], out=errors[i - low])
-                if i + 1 < end:
-                    w[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - low], alpha=-1)
-
         if pattern.group == 1:
             choose(low, high)
-        sweep(low, high)
+        _sweep(w[low:high], upper[low:high, low:high], errors, ratio, pattern.group, leaf, choose, low)
         w[low:high].masked_fill_(ratio != 0, 0)
         if high < columns:
             w[high:].addmm_(upper[low:high, high:].T, errors, alpha=-1)
     return w[:, :rows].T.contiguous()
+
+
+def _sweep(
+    w: Tensor,
+    upper: Tensor,
+    errors: Tensor,
+    ratio: Tensor,
+    group: int,
+    leaf: int,
+    choose: Callable[[int, int], None],
+    first: int,
+) -> None:
+    """Correct some columns for those before them; halves are chained by one product instead of column by column.
+
+    Not a function inside the other: one that calls itself would keep all that it sees until the garbage collector comes.
+
+    Args:
+        w: these columns of W as rows, changed in place.
+        upper: their part of U.
+        errors: like w, written.
+        ratio: like w, error of an entry by its value.
+        group: columns decided together, by ``choose(start, end)`` when the sweep arrives there; 1 where that is done.
+        leaf: so few columns go one by one.
+        first: the number of the first one.
+    """
+    columns = len(w)
+    if columns > leaf:
+        middle = _whole_groups(columns // 2, group)
+        low, high = slice(middle), slice(middle, None)
+        _sweep(w[low], upper[low, low], errors[low], ratio[low], group, leaf, choose, first)
+        w[high].addmm_(upper[low, high].T, errors[low], alpha=-1)
+        _sweep(w[high], upper[high, high], errors[high], ratio[high], group, leaf, choose, first + middle)
+        return
+    for i in range(columns):
+        if group > 1 and i % group == 0:
+            choose(first + i, first + i + group)
+        torch.mul(w[i], ratio[i], out=errors[i])
+        if i + 1 < columns:
+            w[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
 
 
 def _whole_groups(columns: int, group: int) -> int:

@@ -1,0 +1,214 @@
+"""Masked reconstruction: the kept weights of a pruned block, tuned by gradient on the block's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.architectures import Block, device_of
+from sparsellm_lightning.config import Reconstruction
+from sparsellm_lightning.masks import local_tensor
+from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.stream import Stream
+
+LOOKS = 4  # at the held-out error while tuning, besides the one before it
+
+
+class Reconstructor:
+    """Tunes one block.
+
+    Minimises over the kept weights, their mask being fixed, by Adam with a learning rate that falls along a half cosine,
+
+        Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²
+
+    where h are the hidden states in front of block B and g those that should come out of it. Dividing each token's error by
+    its target's size measures it as the norm of the next block will see it: otherwise the few tokens with huge hidden
+    states would be all that counts.
+
+    Gradients are summed over ranks, each of which has its own tokens; parameters below float32 have float32 masters.
+    Sharded parameters are tuned shard by shard.
+
+    Args:
+        block: a pruned one; a weight of its that is zero stays zero.
+        stream: hidden states in front of it.
+        goal: hidden states that should come out, per calibration batch as in the stream.
+        adapter: of the strategy the model runs under.
+        options: how long and how fast.
+        autocast: dtype of the products in forward and backward where parameters are float32; None for float32.
+        seed: of the order of batches.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        stream: Stream,
+        goal: Sequence[Tensor],
+        adapter: StrategyAdapter,
+        options: Reconstruction,
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.block, self.stream, self.goal, self.adapter, self.options = block, stream, goal, adapter, options
+        self.autocast = autocast
+        self.tokens_seen = 0  # by this rank, in all steps
+        self.device = device_of(block.module)
+        self.generator = torch.Generator().manual_seed(seed + block.index)
+        weights = {id(p.parameter) for p in block.projections()}
+        self.parameters = [
+            parameter
+            for name, parameter in block.module.named_parameters()
+            if id(parameter) in weights or (options.others and "lora_" not in name)
+        ]
+        pruned = {id(p.parameter) for p in block.projections() if p.pruned}
+        self.locals = [local_tensor(parameter) for parameter in self.parameters]
+        self.masters = [local.float() for local in self.locals]  # the parameter's own memory where it is float32
+        self.zeros = [
+            local == 0 if id(parameter) in pruned else None
+            for local, parameter in zip(self.locals, self.parameters, strict=True)
+        ]
+        # Windows of each batch that are fitted; the others are held out.
+        left, self.fitted = stream.fitted, []
+        for hidden in stream.hidden:
+            self.fitted.append(max(0, min(left, len(hidden))))
+            left -= len(hidden)
+
+    def tune(self) -> tuple[list[tuple[float, float]], int]:
+        """Tune the block in place and keep the best of what was looked at.
+
+        Returns:
+            the relative errors (fitted, held out) before and after, ``Σ‖B(h) − g‖²w / Σ‖h − g‖²w`` with ``w = 1/‖g‖²``, NaN
+            where nothing is held out; and how many steps were kept. The choice is made on held-out tokens, or on the fitted
+            ones where there are none.
+        """
+        steps = self.options.steps
+        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate)
+        before = best_errors = self.errors()
+        guarded = not math.isnan(before[1])
+        looks = min(LOOKS, steps) if guarded else 1
+        best, best_step = [master.clone() for master in self.masters], 0
+        with self._trainable():
+            schedule = self._batches()
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                for master, gradient in zip(self.masters, self._gradients(next(schedule)), strict=True):
+                    master.grad = gradient
+                optimizer.step()
+                self._store()
+                if (step + 1) * looks // steps > step * looks // steps:
+                    errors = self.errors(held_out_only=guarded and step + 1 < steps)
+                    if errors[int(guarded)] < best_errors[int(guarded)]:  # False for NaN
+                        best_errors, best_step = errors, step + 1
+                        best = [master.clone() for master in self.masters]
+        for master, kept in zip(self.masters, best, strict=True):
+            master.copy_(kept)
+        self._store()
+        return [before, self.errors() if 0 < best_step < steps else best_errors], best_step
+
+    @torch.no_grad()
+    def errors(self, held_out_only: bool = False) -> tuple[float, float]:
+        """Relative errors over all ranks: of the fitted tokens (NaN where not measured), and of the held-out ones."""
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # (fitted, held out) x (error, scale)
+        with self.adapter.holding(self.block.module):
+            for index, fitted in enumerate(self.fitted):
+                if held_out_only and fitted == len(self.goal[index]) and not self.adapter.forward_is_collective:
+                    continue
+                with self.adapter.forward_context():
+                    output = self._forward(index)
+                hidden = self.stream.hidden[index].to(self.device)
+                for part, rows in enumerate((slice(fitted), slice(fitted, None))):
+                    sums[part, 0] += self._distance(output, index, rows).double()
+                    sums[part, 1] += self._distance(hidden, index, rows).double()
+        self.adapter.ranks.sum_(sums)
+        (fitted, fitted_scale), (held_out, held_out_scale) = sums.tolist()
+        return (
+            math.nan if held_out_only else fitted / (fitted_scale or 1.0),
+            held_out / held_out_scale if held_out_scale else math.nan,
+        )
+
+    def _forward(self, index: int) -> Tensor:
+        args, kwargs = self.stream.arguments[self.block.index][index]
+        output = self.block.module(self.stream.hidden[index].to(self.device, non_blocking=True), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _distance(self, output: Tensor, index: int, rows: slice) -> Tensor:
+        """``Σ‖output − g‖² / ‖g‖²`` over the valid tokens of some rows of a batch."""
+        goal = self.goal[index][rows].to(self.device, torch.float32, non_blocking=True)
+        distances = (output[rows].float() - goal).square().sum(-1) / goal.square().sum(-1).clamp(min=1e-12)
+        valid = self.stream.valid[index]
+        return (distances if valid is None else distances * valid[rows].to(self.device)).sum()
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
+        mine = [index for index, fitted in enumerate(self.fitted) if fitted and self._tokens(index)] or [0]
+        # All ranks must make the same number of forwards.
+        largest = torch.tensor([max(self._tokens(index) for index in mine)], device=self.device)
+        sizes = [int(size) for size in self.adapter.ranks.gather(largest)]
+        together = max(1, round(self.options.batch_tokens / max(sum(sizes), 1)))
+        queue: list[int] = []
+        while True:
+            while len(queue) < together:
+                queue += [mine[i] for i in torch.randperm(len(mine), generator=self.generator).tolist()]
+            chosen, queue = queue[:together], queue[together:]
+            yield chosen
+
+    def _tokens(self, index: int) -> int:
+        """Fitted tokens of a batch."""
+        start = sum(len(hidden) for hidden in self.stream.hidden[:index])
+        return sum(self.stream.windows[start : start + self.fitted[index]])
+
+    def _gradients(self, batches: list[int]) -> list[Tensor]:
+        """Of the mean relative error of these batches' fitted tokens over all ranks, float32, this rank's part."""
+        ranks = self.adapter.ranks
+        count = torch.tensor([sum(self._tokens(index) for index in batches)], device=self.device)
+        ranks.sum_(count)
+        # FSDP averages gradients over ranks as it scatters them.
+        scale = (ranks.size if self.adapter.weights_are_split else 1) / max(int(count), 1)
+        for index in batches:
+            self.tokens_seen += self._tokens(index)
+            with torch.enable_grad(), self.adapter.forward_context(), self._autocast():
+                output = self._forward(index)
+            with torch.enable_grad():
+                (self._distance(output, index, slice(self.fitted[index])) * scale).backward()
+        gradients = []
+        for parameter, zeros in zip(self.parameters, self.zeros, strict=True):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = local_tensor(gradient).float()
+            parameter.grad = None
+            gradients.append(gradient if zeros is None else gradient.masked_fill_(zeros, 0))
+        if ranks.size > 1 and not self.adapter.weights_are_split:
+            message = torch.cat([gradient.flatten() for gradient in gradients])
+            ranks.sum_(message)
+            for gradient, summed in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        return gradients
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast is None or any(local.dtype != torch.float32 for local in self.locals):
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def _store(self) -> None:
+        for local, master in zip(self.locals, self.masters, strict=True):
+            if master is not local:
+                local.copy_(master)
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        """Gradients are taken of the tuned parameters only; what the parameters had is put back afterwards."""
+        everything = list(self.block.module.parameters())
+        before = [(parameter.requires_grad, parameter.grad) for parameter in everything]
+        tuned = {id(parameter) for parameter in self.parameters}
+        for parameter in everything:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in tuned)
+        try:
+            yield
+        finally:
+            for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient

@@ -1,0 +1,246 @@
+"""What pruning each part of a model does to its output, measured on the dense model; and the sparsities that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.allocation import (
+    Curve,
+    atp,
+    atp_step,
+    minimise_damage,
+    outlier_ratio,
+    owl,
+    round_counts,
+    score_sum,
+)
+from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.layers import LayerPruner
+from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
+from sparsellm_lightning.solvers.local import InputStatistics
+from sparsellm_lightning.statistics import Gram, check_finite
+from sparsellm_lightning.stopwatch import Stopwatch
+from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.stream import Stream, run_block, tail_logits
+
+STATISTICS_TOKENS = 4096  # over all ranks, from which local errors are taken
+OUTPUT_TOKENS = 1024  # over all ranks, on which the model's output is compared
+
+Groups = list[list[Projection]]  # projections that share an input, in the order of evaluation
+
+
+def allocate(
+    layout: DecoderLayout,
+    stream: Stream,
+    config: PruningConfig,
+    adapter: StrategyAdapter,
+) -> dict[str, float]:
+    """A sparsity for every projection to be pruned; there are as many zeros in all as with the same sparsity everywhere.
+
+    ``atp`` and ``owl`` go by block. For ``error``, the attention and the feed-forward network of every block are parts; part i
+    is pruned alone, by the local solver with statistics of the dense model, and
+
+        d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
+
+    is taken for the damage at sparsity s: KL is the divergence of the model's next-token distribution from the dense one's,
+    e the sum of the local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+
+    Args:
+        layout: the dense model's blocks; weights are changed and put back.
+        stream: in front of the first block.
+        config: settings.
+        adapter: of the strategy the model runs under.
+    """
+    stopwatch = Stopwatch()  # the seconds of all this are one phase of the caller's
+    layers = LayerPruner(config, adapter, stopwatch)
+    sparsity, spread = config.requested_sparsity, _spread(config)
+    parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "error")]
+    sizes = [_size(part) for part in parts]
+    if config.allocation == "atp":
+        chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
+    elif config.allocation == "owl":
+        sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
+        ratios = []
+        for block in layout.blocks:
+            statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
+            ratios += [_outliers(part, statistics, adapter) for part in _parts(block, apart=False)]
+        chosen = owl(ratios, sizes, sparsity, spread)
+    else:
+        curves = list(_damages(layout, stream, layers, config, adapter, stopwatch))
+        low, high = max(sparsity - spread, 0.0), sparsity + spread
+        chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
+    flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for group in part for p in group if p.pruned]
+    entries = [p.shape[0] * p.shape[1] for p, _ in flat]
+    # As many zeros as if every projection had the same sparsity, to the weight.
+    counts = round_counts([s for _, s in flat], entries, sum(round(sparsity * n) for n in entries))
+    return {p.name: count / n for (p, _), count, n in zip(flat, counts, entries, strict=True)}
+
+
+def _parts(block: Block, apart: bool) -> list[Groups]:
+    """The groups of a block's attention, and those of its feed-forward network, apart or together; those to be pruned."""
+    feed_forward = [[p for role, p in block.feed_forward.items() if role != "down"], [block.feed_forward["down"]]]
+    parts = [block.attention, feed_forward] if apart else [[*block.attention, *feed_forward]]
+    return [part for part in parts if _size(part)]
+
+
+def _size(part: Groups) -> int:
+    return sum(p.shape[0] * p.shape[1] for group in part for p in group if p.pruned)
+
+
+def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter) -> Stream:
+    """So many batches, as many on every rank, that they have about so many tokens over all ranks."""
+    first = torch.tensor([sum(stream.windows[: len(stream.hidden[0])])], device=stream.hidden[0].device)
+    adapter.ranks.sum_(first)
+    return stream.part(max(1, round(tokens / max(int(first), 1))))
+
+
+def _statistics(
+    block: Block, sample: Stream, adapter: StrategyAdapter, stopwatch: Stopwatch, damping: float
+) -> dict[str, InputStatistics]:
+    """Statistics of every projection's input in the dense block, by name; moves the sample behind the block."""
+    device = device_of(block.module)
+    groups = [group for part in _parts(block, apart=False) for group in part]
+    grams = [Gram(group[0].shape[1], device) for group in groups]
+    observers = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
+    sample.hidden = run_block(block, sample, adapter, stopwatch, on_input=observers)
+    statistics = {}
+    for group, gram in zip(groups, grams, strict=True):
+        mean = gram.mean(adapter.ranks)
+        check_finite(mean, group[0].name)
+        statistics |= dict.fromkeys((p.name for p in group), InputStatistics(mean, damping, group[0].name))
+    return statistics
+
+
+def _outliers(part: Groups, statistics: dict[str, InputStatistics], adapter: StrategyAdapter) -> float:
+    """OWL's share of outliers of a part, over all ranks: scores far above the mean of the whole part."""
+    weights = [(adapter.read_rows(p), statistics[p.name].gram) for group in part for p in group if p.pruned]
+    device = weights[0][0].device
+    mean = torch.tensor([score_sum(*weight) for weight in weights], dtype=torch.float64, device=device).sum(0)
+    adapter.ranks.sum_(mean)
+    counts = [outlier_ratio(*weight, mean=float(mean[0] / mean[1])) for weight in weights]
+    total = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
+    adapter.ranks.sum_(total)
+    return float(total[0] / total[1])
+
+
+class _Damages:
+    """Damage curves of the parts of a dense model, block by block."""
+
+    def __init__(
+        self,
+        layout: DecoderLayout,
+        stream: Stream,
+        layers: LayerPruner,
+        adapter: StrategyAdapter,
+        stopwatch: Stopwatch,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.layout, self.layers, self.adapter, self.stopwatch = layout, layers, adapter, stopwatch
+        self.autocast = autocast
+        self.probe = _first_batches(stream, OUTPUT_TOKENS, adapter)
+        ends = self._run_to_end(self.probe, 0)
+        # Half the memory of float32; what is rounded is the same in every comparison.
+        self.dense = [log_probabilities.bfloat16() for log_probabilities in self._log_probabilities(ends)]
+
+    def curve(self, block: Block, part: Groups, statistics: dict[str, InputStatistics], at: Sequence[float]) -> Curve:
+        """Damage of pruning one part alone to some sparsities, the middle one of which is tried on the model."""
+        dense = {p.name: self.adapter.read_rows(p) for group in part for p in group}
+        middle = at[len(at) // 2]
+        errors = []
+        for sparsity in at:
+            total = 0.0
+            for group in part:
+                inputs = statistics[group[0].name]
+                named = {p.name: p for p in group}
+                rows = {name: dense[name] for name in named}
+                pruned = self.layers.prune(named, rows, rows, inputs, sparsity)
+                for name, p in named.items():
+                    if p.pruned:
+                        total += self.layers.error(dense[name], pruned[name], inputs)
+                        if sparsity == middle:
+                            self.adapter.write_rows(p, pruned[name])
+            errors.append(total)
+        divergence = self._divergence(self._run_to_end(self.probe, block.index))
+        for group in part:
+            for p in group:
+                if p.pruned:
+                    self.adapter.write_rows(p, dense[p.name])
+        reference = errors[len(at) // 2] or 1.0
+        return at, [divergence * error / reference for error in errors]
+
+    def advance(self, block: Block) -> None:
+        """Move the probe behind a block."""
+        with self._products():
+            self.probe.hidden = run_block(block, self.probe, self.adapter, self.stopwatch)
+
+    def _run_to_end(self, probe: Stream, first: int) -> list[Tensor]:
+        """Hidden states behind the last block, from those in front of the block ``first``."""
+        moving = replace(probe, hidden=list(probe.hidden))
+        with self._products():
+            for block in self.layout.blocks[first:]:
+                moving.hidden = run_block(block, moving, self.adapter, self.stopwatch)
+        return moving.hidden
+
+    def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
+        """(length, vocabulary) float32 of one window after the other."""
+        for hidden in ends:
+            for window in hidden.split(1):
+                with self._products():
+                    logits = tail_logits(self.layout, window, self.adapter)
+                yield torch.log_softmax(logits[0].float(), -1)
+
+    def _divergence(self, ends: list[Tensor]) -> float:
+        """Mean over all ranks' valid tokens of the Kullback-Leibler divergence from the dense model's distribution."""
+        device = device_of(self.layout.model)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        masks = [
+            row
+            for hidden, mask in zip(ends, self.probe.valid, strict=True)
+            for row in (torch.ones(hidden.shape[:2], dtype=torch.bool, device=device) if mask is None else mask)
+        ]
+        for now, before, valid in zip(self._log_probabilities(ends), self.dense, masks, strict=True):
+            dense = before.float()
+            divergence = (dense.exp() * (dense - now)).sum(-1)[valid.to(device)]
+            total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
+        self.adapter.ranks.sum_(total)
+        return max(float(total[0] / total[1]), 0.0)
+
+    def _products(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_of(self.layout.model).type, self.autocast)
+
+
+def _damages(
+    layout: DecoderLayout,
+    stream: Stream,
+    layers: LayerPruner,
+    config: PruningConfig,
+    adapter: StrategyAdapter,
+    stopwatch: Stopwatch,
+) -> Iterator[Curve]:
+    """Damage curves of the parts, in order."""
+    sparsity, spread = config.requested_sparsity, _spread(config)
+    at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
+    device = device_of(layout.model)
+    dtype = torch.float32 if config.solver_precision == "float32" else coarse_dtype(device)
+    # Only comparisons follow from it, so the products may be coarse.
+    coarse = dtype if dtype != torch.float32 and stream.hidden[0].dtype == torch.float32 else None
+    sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
+    damages = _Damages(layout, stream, layers, adapter, stopwatch, coarse)
+    for block in layout.blocks:
+        statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
+        for part in _parts(block, apart=True):
+            yield damages.curve(block, part, statistics, at)
+        damages.advance(block)
+
+
+def _spread(config: PruningConfig) -> float:
+    """Such that no part is pruned whole."""
+    return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
