@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
@@ -17,7 +17,18 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
-from sparsellm_lightning.config import AutoOrNumber, LocalSolver, Method, Precision, PruningConfig, Target
+from sparsellm_lightning.config import (
+    Allocation,
+    AutoOrNumber,
+    LocalSolver,
+    Method,
+    Precision,
+    PruningConfig,
+    Quality,
+    Reconstruction,
+    Refine,
+    Target,
+)
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.evaluate import perplexity
 from sparsellm_lightning.export import check_export_dir, export_model
@@ -44,10 +55,16 @@ class SparseLLMCallback(SparseFinetuning):
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). None is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``.
+        quality: ``fast``, ``balanced`` or ``best``: presets of the settings from ``method`` to ``reconstruct``, any of which may be
+            given all the same. None is the paper's method.
         method: ``sparsellm``, ``admm``, ``sparsegpt``, ``wanda`` or ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside its alternation.
-        global_blocks: blocks whose feed-forward the alternation solves: ``all``, ``none``, ``first_half`` or indices.
         num_iterations: iterations of the alternation; the first is the local solver.
+        target: ``block`` or ``model``: what alternation and reconstruction fit.
+        allocation: ``uniform``, ``owl``, ``atp`` or ``error``: how the sparsity is spread over the model.
+        refine: ``none``, ``weights`` or ``mask``: what follows the local solver.
+        reconstruct: tune each block's kept weights by gradient: steps, learning rate, tokens; ``false`` does not.
+        global_blocks: blocks whose feed-forward the alternation solves: ``all``, ``none``, ``first_half`` or indices.
         alpha: weight of the pre-activation terms.
         beta: weight of the output term.
         gamma: weight of the activation term.
@@ -55,7 +72,8 @@ class SparseLLMCallback(SparseFinetuning):
         damping: added to Gram diagonals, as a fraction of their mean.
         block_size: columns per step of the SparseGPT sweep.
         num_calibration_samples: calibration windows, over all ranks.
-        target: ``block`` or ``model``: what the alternation fits.
+        held_out: share of calibration windows that nothing is fitted to, on which choices are made.
+        allocation_spread: by how much a block's sparsity may differ from the mean.
         solver_precision: ``auto`` or ``float32``: products that update the auxiliaries may be bfloat16, or not.
         alternation_tokens: ``auto``, or calibration tokens that carry the alternation's auxiliaries.
         memory: ``auto``, or bytes that pruning may hold on each device besides the model.
@@ -80,10 +98,15 @@ class SparseLLMCallback(SparseFinetuning):
         self,
         sparsity: float | None = None,
         pattern: str = "unstructured",
-        method: Method = "sparsellm",
-        local_solver: LocalSolver = "sparsegpt",
+        quality: Quality | None = None,
+        method: Method | None = None,
+        local_solver: LocalSolver | None = None,
+        num_iterations: int | None = None,
+        target: Target | None = None,
+        allocation: Allocation | None = None,
+        refine: Refine | None = None,
+        reconstruct: Reconstruction | Literal[False] | None = None,
         global_blocks: str | list[int] = "all",
-        num_iterations: int = 4,
         alpha: float = 1.0,
         beta: float = 10.0,
         gamma: float = 1.0,
@@ -91,7 +114,8 @@ class SparseLLMCallback(SparseFinetuning):
         damping: float = 0.01,
         block_size: int = 128,
         num_calibration_samples: int = 128,
-        target: Target = "block",
+        held_out: float = 1 / 8,
+        allocation_spread: float = 0.1,
         solver_precision: Precision = "auto",
         alternation_tokens: AutoOrNumber = "auto",
         memory: AutoOrNumber = "auto",
@@ -110,10 +134,16 @@ class SparseLLMCallback(SparseFinetuning):
         self.config = PruningConfig(
             sparsity=sparsity if self.schedule is None else list(self.schedule.values())[-1],
             pattern=pattern,
-            method=method,
-            local_solver=local_solver,
+            quality=quality,
+            # None is what quality says, or the default.
+            method=method,  # type: ignore[arg-type]
+            local_solver=local_solver,  # type: ignore[arg-type]
+            num_iterations=num_iterations,  # type: ignore[arg-type]
+            target=target,  # type: ignore[arg-type]
+            allocation=allocation,  # type: ignore[arg-type]
+            refine=refine,  # type: ignore[arg-type]
+            reconstruct=reconstruct,  # type: ignore[arg-type]
             global_blocks=global_blocks,
-            num_iterations=num_iterations,
             alpha=alpha,
             beta=beta,
             gamma=gamma,
@@ -121,7 +151,8 @@ class SparseLLMCallback(SparseFinetuning):
             damping=damping,
             block_size=block_size,
             num_calibration_samples=num_calibration_samples,
-            target=target,
+            held_out=held_out,
+            allocation_spread=allocation_spread,
             solver_precision=solver_precision,
             alternation_tokens=alternation_tokens,
             memory=memory,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.patterns import NofM, Pattern, Unstructured, parse_nofm
 from sparsellm_lightning.ranks import SINGLE, Ranks
 
+Quality = Literal["fast", "balanced", "best"]
 Method = Literal["sparsellm", "admm", "sparsegpt", "wanda", "magnitude"]
 LocalSolver = Literal["admm", "sparsegpt", "wanda", "magnitude"]
 Allocation = Literal["uniform", "owl", "atp", "error"]
@@ -47,6 +48,34 @@ class Reconstruction:
             )
 
 
+DEFAULTS: dict[str, Any] = {
+    "method": "sparsellm",
+    "local_solver": "sparsegpt",
+    "num_iterations": 4,
+    "target": "block",
+    "allocation": "uniform",
+    "refine": "none",
+    "reconstruct": False,
+}
+# What each quality changes of them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "sparsegpt", "refine": "weights"},
+    "balanced": {
+        "method": "sparsegpt",
+        "refine": "weights",
+        "target": "model",
+        "reconstruct": Reconstruction(steps=32),
+    },
+    "best": {
+        "method": "sparsellm",
+        "refine": "mask",
+        "target": "model",
+        "allocation": "error",
+        "reconstruct": Reconstruction(steps=128),
+    },
+}
+
+
 @dataclass(frozen=True)
 class PruningConfig:
     """Settings of the pruner.
@@ -54,12 +83,23 @@ class PruningConfig:
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). ``None`` is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``, ...
+        quality: a set of the settings from ``method`` to ``reconstruct``, each of which can be given all the same: see
+            ``PRESETS``. ``fast``: little more than one-shot pruning; ``balanced``; ``best``. None is the paper's method.
         method: ``sparsellm`` (feed-forward blocks by the alternation, the rest by ``local_solver``), or one local solver
             for everything: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside the alternation.
+        num_iterations: iterations of the alternation; the first is the local solver.
+        target: what alternation and reconstruction fit. ``block``: the dense block's output on the pruned model's input.
+            ``model``: the output the dense model had at this point, so that each block also corrects the error before it.
+        allocation: how the sparsity, whose mean over all pruned weights is kept, is spread over the model. ``uniform``: every
+            projection has it; ``owl`` and ``atp``: published rules by block (arXiv 2310.05175, 2502.14770); ``error``: by what
+            pruning each block's attention and each block's feed-forward network was measured to do to the model's output on
+            calibration text. Unstructured patterns only.
+        refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
+            ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
+        reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; ``False`` does not.
         global_blocks: which blocks' feed-forward networks the alternation solves (the paper's Ω): ``all``, ``none``,
             ``first_half``, or block indices (negative ones count from the end). The other blocks use ``local_solver``.
-        num_iterations: iterations of the alternation; the first is the local solver.
         alpha: weight of the pre-activation terms ``|z - W_u x|² + |s - W_g x|²``.
         beta: weight of the output term ``|y - W_d p|²``.
         gamma: weight of the activation term ``|p - φ(s) z|²``.
@@ -67,8 +107,6 @@ class PruningConfig:
             ``False`` is the paper's raw objective, for reproduction.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         block_size: columns per step of the SparseGPT sweep; the unstructured mask is chosen per step.
-        target: what alternation and reconstruction fit. ``block``: the dense block's output on the pruned model's input.
-            ``model``: the output the dense model had at this point, so that each block also corrects the error before it.
         skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
         solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
@@ -78,14 +116,7 @@ class PruningConfig:
             all.
         memory: bytes that pruning may hold on each rank's device besides the model; ``auto`` is most of what is free. With
             less, activations are computed again instead of kept, then kept in pinned host memory: slower, the same result.
-        allocation: how the sparsity, whose mean over all pruned weights is kept, is spread over the model. ``uniform``: every
-            projection has it; ``owl`` and ``atp``: published rules by block (arXiv 2310.05175, 2502.14770); ``error``: by what
-            pruning each block's attention and each block's feed-forward network was measured to do to the model's output on
-            calibration text. Unstructured patterns only.
         allocation_spread: by how much a block's sparsity may differ from the mean.
-        refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
-            ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
-        reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; None does not.
         held_out: share of the calibration windows that no weight is fitted to: what pruning chooses between (iterates of the
             alternation, steps of the reconstruction), it chooses on them. Rounded down to whole windows; methods that choose
             nothing fit all windows.
@@ -100,25 +131,27 @@ class PruningConfig:
 
     sparsity: float | None = None
     pattern: str = "unstructured"
-    method: Method = "sparsellm"
-    local_solver: LocalSolver = "sparsegpt"
+    quality: Quality | None = None
+    # None, until construction puts the preset's or the default in its place.
+    method: Method = None  # type: ignore[assignment]
+    local_solver: LocalSolver = None  # type: ignore[assignment]
+    num_iterations: int = None  # type: ignore[assignment]
+    target: Target = None  # type: ignore[assignment]
+    allocation: Allocation = None  # type: ignore[assignment]
+    refine: Refine = None  # type: ignore[assignment]
+    reconstruct: Reconstruction | Literal[False] = None  # type: ignore[assignment]
     global_blocks: str | list[int] = "all"
-    num_iterations: int = 4
     alpha: float = 1.0
     beta: float = 10.0
     gamma: float = 1.0
     scale_free: bool = True
     damping: float = 0.01
     block_size: int = 128
-    target: Target = "block"
     skip: Sequence[str] = ()
     solver_precision: Precision = "auto"
     alternation_tokens: AutoOrNumber = "auto"
     memory: AutoOrNumber = "auto"
-    allocation: Allocation = "uniform"
     allocation_spread: float = 0.1
-    refine: Refine = "none"
-    reconstruct: Reconstruction | None = None
     held_out: float = 1 / 8
     keep_zeros: bool = False
     num_calibration_samples: int = 128
@@ -126,6 +159,17 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         nofm = parse_nofm(self.pattern)
+        if self.quality is not None:
+            _one_of("quality", self.quality, tuple(PRESETS))
+        preset = PRESETS.get(self.quality or "", {})
+        if nofm:  # fixes every block's sparsity
+            preset = {name: value for name, value in preset.items() if name != "allocation"}
+        target_given = self.target is not None
+        for name, value in {**DEFAULTS, **preset}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if not target_given and self.method != "sparsellm" and not self.reconstruct:
+            object.__setattr__(self, "target", "block")  # nothing fits the preset's one
         if self.sparsity is not None:
             if not 0 <= self.sparsity < 1:
                 raise UserError(f"sparsity must be in [0, 1), got {self.sparsity}. Write 0.7 for 70 %.")
@@ -147,7 +191,7 @@ class PruningConfig:
             )
         if not 0 <= self.allocation_spread < 1:
             raise UserError(f"allocation_spread must be in [0, 1), got {self.allocation_spread}. The default is 0.1.")
-        if self.target == "model" and self.method != "sparsellm" and self.reconstruct is None:
+        if self.target == "model" and self.method != "sparsellm" and not self.reconstruct:
             raise UserError(
                 f"target='model' is fitted by the alternation and by reconstruct, but method is {self.method!r}. "
                 "Use method='sparsellm', reconstruct, or target='block'."
@@ -184,7 +228,7 @@ class PruningConfig:
 
     def batch_tokens(self, ranks: int) -> int | None:
         """The most tokens a calibration batch of one of so many ranks may have; None is any number."""
-        limits = [] if self.reconstruct is None else [self.reconstruct.batch_tokens // ranks]
+        limits = [] if not self.reconstruct else [self.reconstruct.batch_tokens // ranks]
         # What the model's output is compared on is some whole batches.
         return min([*limits, 1024], default=None) if self.allocation == "error" else min(limits, default=None)
 

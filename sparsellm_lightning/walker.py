@@ -135,7 +135,7 @@ class Walker:
     ) -> None:
         """Prune a block and move the stream behind it; with an entry of the journal, without solving anything."""
         dense_y = None if dense is None else self._advance(block, dense)
-        if self.config.reconstruct is None or not any(p.pruned for p in block.projections()):
+        if not self.config.reconstruct or not any(p.pruned for p in block.projections()):
             self._solve_block(block, stream, dense, dense_y, entry, result)
             return
         before = stream.hidden
@@ -173,12 +173,12 @@ class Walker:
                 self._prune_attention(block, index, stream, result)
         if any(projection.pruned for projection in block.feed_forward.values()):
             self._prune_feed_forward(block, stream, dense, dense_y, entry, result)
-        elif self.config.reconstruct is None:
+        elif not self.config.reconstruct:
             stream.hidden = self._run(block, stream)
 
     def _reconstruct(self, block: Block, stream: Stream, goal: list[Tensor], result: BlockResult) -> None:
         """Tune the kept weights of a pruned block towards a goal, hidden states behind it."""
-        assert self.config.reconstruct is not None
+        assert self.config.reconstruct
         device = device_of(block.module)
         exact = self.config.solver_precision == "float32"
         dtype = torch.float32 if exact else coarse_dtype(device)
@@ -266,7 +266,7 @@ class Walker:
             after = self._as_feed_forward(block, whole)
             tokens = Tokens(x, y, after.down_bias, stream.chunks(), after.up.device)
             change, _ = change_of_output(after, tokens, 0, SINGLE, Counter(), y)
-        if self.config.reconstruct is not None:
+        if self.config.reconstruct:
             return  # the block will be another
         if self.layout.additive:
             # The residual stream is additive: the block ends where y would have brought it, and the change of y.
