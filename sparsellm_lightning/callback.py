@@ -55,8 +55,8 @@ class SparseLLMCallback(SparseFinetuning):
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). None is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``.
-        quality: ``fast``, ``balanced`` or ``best``: presets of the settings from ``method`` to ``reconstruct``, any of which may be
-            given all the same. None is the paper's method.
+        quality: ``fast``, ``balanced`` or ``best``: presets of the settings from ``method`` to ``reconstruct``, any of which
+            may be given all the same. None is the paper's method.
         method: ``sparsellm``, ``admm``, ``sparsegpt``, ``wanda`` or ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside its alternation.
         num_iterations: iterations of the alternation; the first is the local solver.

@@ -2,57 +2,123 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from sparsellm_lightning.report import PruningReport
 
+Series = dict[tuple[str, str], list[tuple[int, float]]]  # by stage and tokens: block, error
+
 
 def save_plots(report: PruningReport, folder: Path) -> list[Path]:
-    """Write ``layers.png``, and ``error_per_iteration.png`` where there are iterations: returns their paths."""
-    title = f"{report.model}, {report.method}, {100 * report.sparsity['achieved']:.1f} % zeros"
+    """Write ``layers.png``, and ``stages.png`` where there are errors of blocks: returns their paths."""
+    paths = []
+    for name, figure in (("stages.png", stages_figure(report)), ("layers.png", layers_figure(report))):
+        if figure is not None:
+            figure.savefig(folder / name, dpi=120)
+            paths.append(folder / name)
+    return paths
 
-    paths = [_plot_iterations(report, title, folder)] if any(block["errors"] for block in report.blocks) else []
 
+def stages_figure(report: PruningReport) -> Figure | None:
+    """What each stage left of every block's error, on fitted and on held-out tokens; None where nothing was measured.
+
+    One panel for the feed-forward output, one for the whole block's, as far as the report has them.
+    """
+    panels = {
+        "the feed-forward output": _feed_forward_errors(report.blocks),
+        "the block's output": _reconstruction_errors(report.blocks),
+    }
+    panels = {output: series for output, series in panels.items() if series}
+    if not panels:
+        return None
+    figure = Figure(figsize=(10, 1 + 3.5 * len(panels)), layout="constrained")
+    figure.suptitle(_title(report))
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (output, series) in zip(all_axes, panels.items(), strict=True):
+        colors = {stage: f"C{index}" for index, stage in enumerate(dict.fromkeys(stage for stage, _ in series))}
+        for (stage, tokens), points in series.items():
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=3,
+                color=colors[stage],
+                linestyle="-" if tokens == "fitted" else "--",
+                label=f"{stage}, {tokens} tokens",
+            )
+        axes.set(ylabel=f"relative error of {output}")
+        _log_scale(axes)
+        axes.legend(fontsize="small")
+    all_axes[-1].set(xlabel="block")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def layers_figure(report: PruningReport) -> Figure:
+    """Sparsity and error of every projection, by block. Sparsities that differ fill their panel, equal ones do not."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    kinds: dict[str, list[tuple[int, float, float | None]]] = {}
+    kinds: dict[str, list[tuple[int, float, float | None]]] = defaultdict(list)
     for layer in report.layers:
         kind = layer["name"].rsplit(".", 1)[-1]
         block = int(next(part for part in layer["name"].split(".") if part.isdigit()))
-        kinds.setdefault(kind, []).append((block, layer["sparsity"], layer["error"]))
-    for kind, points in kinds.items():
-        top.plot([p[0] for p in points], [100 * p[1] for p in points], marker=".", label=kind)
-        with_error = [(p[0], p[2]) for p in points if p[2] is not None]
-        bottom.plot([p[0] for p in with_error], [p[1] for p in with_error], marker=".", label=kind)
-    top.set(ylabel="zeros (%)", title=title, ylim=(-2, 102))
+        kinds[kind].append((block, 100 * layer["sparsity"], layer["error"]))
+    for kind, marker in zip(kinds, "osv^D<>" * len(kinds), strict=False):
+        blocks, zeros, errors = zip(*kinds[kind], strict=True)
+        # Projections of one budget lie upon each other: small markers of their own tell them apart.
+        style = {"marker": marker, "markersize": 4, "markerfacecolor": "none", "linewidth": 1, "label": kind}
+        top.plot(blocks, zeros, **style)
+        bottom.plot(blocks, [float("nan") if error is None else error for error in errors], **style)
+    sparsities = [100 * layer["sparsity"] for layer in report.layers]
+    if max(sparsities, default=0) - min(sparsities, default=0) < 1:
+        top.set_ylim(-2, 102)
+    else:
+        top.axhline(100 * report.sparsity["achieved"], color="gray", linestyle=":")
+    top.set(ylabel="zeros (%)", title=_title(report))
     bottom.set(xlabel="block", ylabel="relative output error")
-    if any(layer["error"] for layer in report.layers):
-        bottom.set_yscale("log")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _log_scale(bottom)
     if kinds:
         bottom.legend(ncols=len(kinds), fontsize="small")
-    layers_path = folder / "layers.png"
-    figure.savefig(layers_path, dpi=120)
-    return [*paths, layers_path]
+    return figure
 
 
-def _plot_iterations(report: PruningReport, title: str, folder: Path) -> Path:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for iteration in range(max(len(block["errors"]) for block in report.blocks)):
-        blocks = [block for block in report.blocks if len(block["errors"]) > iteration]
-        axes.plot(
-            [block["index"] for block in blocks],
-            [block["errors"][iteration] for block in blocks],
-            marker="o",
-            markersize=3,
-            label="local solver" if iteration == 0 else f"iteration {iteration + 1}",
-        )
-    axes.set(xlabel="block", ylabel="relative error of the feed-forward output", title=title, yscale="log")
-    axes.legend()
-    path = folder / "error_per_iteration.png"
-    figure.savefig(path, dpi=120)
-    return path
+def _title(report: PruningReport) -> str:
+    return f"{report.model}, {report.method}, {100 * report.sparsity['achieved']:.1f} % zeros"
+
+
+def _feed_forward_errors(blocks: list[dict[str, Any]]) -> Series:
+    """After the local solver, and after the alternation: its best iterate's, on held-out tokens if there are any."""
+    series: Series = defaultdict(list)
+    for block in blocks:
+        measured = {"fitted": block["errors"], "held-out": block["held_out_errors"]}
+        choosing = measured["held-out"] or measured["fitted"]
+        for tokens, errors in measured.items():
+            if errors:
+                series["local solver", tokens].append((block["index"], errors[0]))
+            if len(errors) > 1:
+                series["alternation", tokens].append((block["index"], errors[choosing.index(min(choosing))]))
+    return series
+
+
+def _reconstruction_errors(blocks: list[dict[str, Any]]) -> Series:
+    """Before and after reconstruction."""
+    series: Series = defaultdict(list)
+    for block in blocks:
+        for key, tokens in (("fitted", "fitted"), ("held_out", "held-out")):
+            errors = (block["reconstruction"] or {}).get(key, (None, None))
+            for stage, error in zip(("before reconstruction", "after reconstruction"), errors, strict=True):
+                if error is not None:
+                    series[stage, tokens].append((block["index"], error))
+    return series
+
+
+def _log_scale(axes: Any) -> None:
+    """Where there is something to show on it."""
+    if any((line.get_ydata(orig=False) > 0).any() for line in axes.lines):
+        axes.set_yscale("log")

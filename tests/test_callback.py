@@ -185,7 +185,7 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     assert report["perplexity"]["pruned"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
     assert report["perplexity"]["dense"] < report["perplexity"]["pruned"]
     assert AutoTokenizer.from_pretrained(target)("for x in y")["input_ids"]
-    for name in ("error_per_iteration.png", "layers.png"):
+    for name in ("stages.png", "layers.png"):
         assert (target / name).stat().st_size > 5000
 
 

@@ -1,18 +1,48 @@
-"""What the benchmarks share: the model and windows on disk, and jobs that run as processes of their own.
+"""What the benchmarks share: options, the model and windows on disk, and jobs that run as processes of their own.
 
-A job is a process, so that its peak memory is its own. It is given by a JSON line, and answers with one.
+A job is a process, so that its peak memory is its own. It is given by a JSON line, and answers with one. As a script, this
+module does one job: ``python common.py --job JSON``. Then it may run where this package is not installed, so it imports that,
+and torch, only inside functions.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import venv
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
+
+LLM_COMPRESSOR = "llmcompressor==0.14.*"
+TEST_TEXT, PYTHON_DOCS = "test text", "python-docs"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--layers": {"type": int, "help": "only the first so many blocks, all 30 by default"},
+    "--windows": {"type": int, "default": 32, "help": "calibration windows of 512 tokens"},
+    "--train-files": {"nargs": "*", "help": "text, instead of python-docs"},
+    "--test-files": {"nargs": "*", "help": "text to evaluate on, with --train-files"},
+    "--venv": {
+        "type": Path,
+        "default": Path.home() / ".cache" / "sparsellm_lightning" / "llmcompressor",
+        "help": "where llm-compressor is installed, once",
+    },
+    "--json": {"type": Path, "help": "write the figures here too"},
+}
+
+
+def parser(description: str | None, *options: str) -> argparse.ArgumentParser:
+    """A parser of some of the options that benchmarks have in common."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in options:
+        made.add_argument(option, **OPTIONS[option])
+    return made
 
 
 def model_folder(folder: Path, layers: int | None = None) -> str:
@@ -37,13 +67,32 @@ def text(model: str, train_files: Sequence[str] | None, test_files: Sequence[str
     return TextDataModule(source, sequence_length=512, batch_size=8, max_eval_windows=24, tokenizer=model, **files)
 
 
-def save_windows(path: Path, data: Any, count: int) -> str:
-    """Calibration windows as (count, 512) token ids."""
+def save_windows(path: Path, loader: Iterable[Any]) -> str:
+    """The windows of a loader as (windows, 512) token ids."""
     import torch
 
-    batches = [batch["input_ids"] for batch in data.calibration_dataloader(num_samples=count, seed=0)]
-    torch.save(torch.cat(batches)[:count], path)
+    torch.save(torch.cat([batch["input_ids"] for batch in loader]), path)
     return str(path)
+
+
+@contextmanager
+def prepared(options: argparse.Namespace, texts: Sequence[str] = ()) -> Iterator[Job]:
+    """What jobs need, in a temporary folder: the ``model``, its calibration ``windows``, and ``texts`` to evaluate on.
+
+    Args:
+        options: those in :data:`OPTIONS` that choose model and text.
+        texts: of :data:`TEST_TEXT`, which belongs to the calibration text, and :data:`PYTHON_DOCS`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        base = Path(directory)
+        model = model_folder(base / "model", options.layers)
+        data = text(model, options.train_files, getattr(options, "test_files", None))
+        calibration = data.calibration_dataloader(num_samples=options.windows, seed=0)
+        job: Job = {"model": model, "windows": save_windows(base / "windows.pt", calibration), "texts": {}}
+        for name in texts:
+            source = data if name == TEST_TEXT else text(model, None)
+            job["texts"][name] = save_windows(base / f"{name}.pt", source.test_dataloader())
+        yield job
 
 
 def peak_bytes() -> int:
@@ -59,8 +108,30 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
     return answer
 
 
+def measure(job: Job, their_python: str = sys.executable) -> Job:
+    """Do a job of :func:`answer` in a process of its own, or in two: what llm-compressor wrote is evaluated by this package.
+
+    Args:
+        job: what :func:`prepared` gives, and ``config``.
+        their_python: of the environment that has llm-compressor, see :func:`other_python`.
+    """
+    if "modifier" not in job.get("config", {}):
+        return run_job(__file__, job)
+    with tempfile.TemporaryDirectory() as directory:
+        weights = str(Path(directory) / "weights.pt")
+        result = run_job(__file__, {**job, "out": weights}, their_python)
+        return result | run_job(__file__, {"model": job["model"], "texts": job["texts"], "weights": weights})
+
+
+def answer(job: Job) -> Job:
+    """Prune with llm-compressor where ``config`` names a ``modifier``, else by it; without one, only evaluate."""
+    if "config" not in job:
+        return score_job(job)
+    return their_job(job) if "modifier" in job["config"] else prune_job(job)
+
+
 def prune_job(job: Job) -> Job:
-    """Prune the model in ``model`` on the windows in ``windows`` by ``config``; write it to ``out`` where that is given."""
+    """Prune the model in ``model`` on the windows in ``windows`` by ``config``, and evaluate it on ``texts``."""
     import torch
 
     from sparsellm_lightning import PruningConfig, load_model, prune_model
@@ -71,8 +142,6 @@ def prune_job(job: Job) -> Job:
     before = peak_bytes()
     report = prune_model(model, windows.split(8), config)
     after = peak_bytes()
-    if job.get("out"):
-        model.save_pretrained(job["out"])
     return {
         "seconds": report.wall_seconds,
         "peak_bytes": after,
@@ -83,7 +152,78 @@ def prune_job(job: Job) -> Job:
         "share": report.peak_share(),
         "table": report.phase_table(),
         "errors": [block["errors"] for block in report.blocks],
+        **scores(model, job["texts"]),
     }
+
+
+def their_job(job: Job) -> Job:
+    """The same by llm-compressor, in its environment: ``config`` holds its ``modifier``'s name and settings.
+
+    The weights go to ``out``, for :func:`score_job`.
+    """
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers import pruning
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    windows = torch.load(job["windows"])
+    before = peak_bytes()
+    data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    settings = {"pattern": "0:0", **job["config"]}
+    modifier = getattr(pruning, settings.pop("modifier"))
+    recipe = modifier(mask_structure=settings.pop("pattern"), targets=["Linear"], ignore=["re:.*lm_head"], **settings)
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        num_calibration_samples=len(windows),
+        max_seq_length=windows.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    seconds = time.perf_counter() - start
+    after = peak_bytes()
+    # As plain weights: whatever their wrapper would add to the format is not measured.
+    torch.save({name: value.detach().clone() for name, value in model.state_dict().items()}, job["out"])
+    return {"seconds": seconds, "peak_bytes": after, "before_bytes": before}
+
+
+def score_job(job: Job) -> Job:
+    """Evaluate the model in ``model``, with the weights in ``weights`` where given, on ``texts``."""
+    import torch
+
+    from sparsellm_lightning import load_model
+
+    model = load_model(job["model"])
+    if "weights" in job:
+        model.load_state_dict(torch.load(job["weights"]))
+    return scores(model, job["texts"])
+
+
+def scores(model: Any, texts: dict[str, str]) -> Job:
+    """Share of zeros in the projections, and perplexity on the windows of each text."""
+    import torch
+
+    from sparsellm_lightning import PruningConfig, perplexity
+    from sparsellm_lightning.architectures import describe
+    from sparsellm_lightning.report import layer_rows
+    from sparsellm_lightning.strategies import StrategyAdapter
+
+    _, sparsity = layer_rows(describe(model, PruningConfig()), StrategyAdapter(), {})
+    perplexities = {name: perplexity(model, torch.load(path).split(8)) for name, path in texts.items()}
+    return {"sparsity": sparsity, "perplexity": perplexities}
+
+
+def other_python(folder: Path) -> str:
+    """The Python of a virtual environment with llm-compressor, made on first use."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", LLM_COMPRESSOR], check=True, stdout=sys.stderr)
+        (folder / "ready").touch()
+    return str(python)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -91,3 +231,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     import numpy as np
 
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.loads(sys.argv[sys.argv.index("--job") + 1]))))

@@ -5,39 +5,22 @@ python tests/benchmarks/phases.py [--layers 6] [--windows 32] [--train-files tra
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
-from pathlib import Path
 
-from common import model_folder, prune_job, run_job, save_windows, text
+from common import measure, parser, prepared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "sparsellm"])
-    parser.add_argument("--layers", type=int, help="only the first so many blocks, all 30 by default")
-    parser.add_argument("--windows", type=int, default=32, help="calibration windows of 512 tokens")
-    parser.add_argument("--train-files", nargs="*", default=None, help="text, instead of python-docs")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    if options.job:
-        print(json.dumps(prune_job(json.loads(options.job))))
-        return
+    arguments = parser(__doc__, "--layers", "--windows", "--train-files", "--json")
+    arguments.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "sparsellm"])
+    options = arguments.parse_args()
 
     figures = {}
-    with tempfile.TemporaryDirectory() as directory:
-        base = Path(directory)
-        model = model_folder(base / "model", options.layers)
-        windows = save_windows(base / "windows.pt", text(model, options.train_files), options.windows)
+    with prepared(options) as job:
         for method in options.methods:
-            job = {"model": model, "windows": windows, "config": {"sparsity": 0.7, "method": method}}
-            figures[method] = run_job(__file__, job)
-            print(
-                f"{method}: {figures[method]['seconds']:.1f} s, {100 * figures[method]['share']:.0f} % of the GEMM peak"
-            )
-            print(figures[method].pop("table"), flush=True)
+            figure = figures[method] = measure({**job, "config": {"sparsity": 0.7, "method": method}})
+            print(f"{method}: {figure['seconds']:.1f} s, {100 * figure['share']:.0f} % of the GEMM peak")
+            print(figure.pop("table"), flush=True)
             print()
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))

@@ -1,0 +1,281 @@
+"""Perplexity after pruning SmolLM2-135M, by every method and quality and by llm-compressor, from the same windows.
+
+    python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt
+        [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--layers 6] [--windows 32]
+
+Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``. A cell is a process of its own, and
+is kept in ``accuracy.json`` once it is done, by its row, its column and a hash of what decides it: its whole configuration,
+the windows and the number of blocks, but not the code. So a run that was killed, or is asked for more, goes on; ``--again``
+does the chosen cells anew. The tables show all cells that are known, chosen or not.
+
+The gap of a cell is ``ln(perplexity / dense perplexity)``. Tables show it in brackets, divided by the gap of this package's
+``sparsegpt`` at the same sparsity: 0 is the dense model, 1 SparseGPT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from common import LLM_COMPRESSOR, PYTHON_DOCS, TEST_TEXT, Job, measure, other_python, parser, prepared
+from matplotlib.figure import Figure
+
+from sparsellm_lightning import PruningConfig
+from sparsellm_lightning.config import DEFAULTS, PRESETS, Allocation
+
+Cell = tuple[str, str]  # its row and its column
+Settings = dict[str, Any]
+
+DENSE: Cell = ("dense", "0")
+ROWS: dict[str, Settings] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "admm": {"method": "admm"},
+    "sparsellm": {"method": "sparsellm"},
+    "fast": {"quality": "fast"},
+    "balanced": {"quality": "balanced"},
+    "best": {"quality": "best"},
+    "llm-compressor SparseGPT": {"modifier": "SparseGPTModifier", "block_size": 128, "dampening_frac": 0.01},
+    "llm-compressor Wanda": {"modifier": "WandaPruningModifier"},
+}
+COLUMNS: dict[str, Settings] = {
+    **{str(percent): {"sparsity": percent / 100} for percent in (50, 60, 70, 80, 90)},
+    "2:4": {"sparsity": 0.5, "pattern": "2:4"},
+}
+# Only these rows have all columns.
+WHOLE_ROWS = ("sparsegpt", "sparsellm", "balanced", "best")
+SELDOM = ("60", "90")
+SECONDS, MEMORY = "seconds", "peak MiB"
+
+
+def parts_of_best() -> dict[str, Settings]:
+    """Quality ``best`` with one part of it at a time taken away, whatever its parts are."""
+    best = PruningConfig(quality="best")
+    # The default method has more parts than others, not fewer.
+    changed = {name for name, value in PRESETS["best"].items() if value != DEFAULTS[name]} - {"method"}
+    without: Settings = {name: default for name, default in DEFAULTS.items() if name in changed}
+    if best.method == "sparsellm":
+        without["method"] = best.local_solver
+    if best.held_out_share:
+        without["held_out"] = 0
+    return {f"best, {name}={value}": {"quality": "best", name: value} for name, value in without.items()}
+
+
+def allocations() -> dict[str, Settings]:
+    """Quality ``best`` with every allocation; its own is the row ``best``."""
+    own = PRESETS["best"].get("allocation", DEFAULTS["allocation"])
+    return {
+        "best" if value == own else f"best, allocation={value}": {"quality": "best", "allocation": value}
+        for value in get_args(Allocation)
+    }
+
+
+ALL_ROWS = {**allocations(), **parts_of_best(), **ROWS}
+
+
+def config_of(cell: Cell) -> Settings:
+    row, column = cell
+    return {**ALL_ROWS[row], **COLUMNS[column]}
+
+
+class Results:
+    """Figures of finished cells, on disk.
+
+    Args:
+        path: of a JSON file, created by the first :meth:`add`. It may hold cells of other runs.
+        job: what all cells of this run have in common, as :func:`common.prepared` gives it.
+        layers: of the model; None for all.
+    """
+
+    def __init__(self, path: Path, job: Job, layers: int | None) -> None:
+        self.path = path
+        self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
+        files = [job["windows"], *job["texts"].values()]
+        self.common = {"layers": layers, "texts": list(job["texts"]), "windows": [_hash_of_windows(f) for f in files]}
+
+    def key(self, cell: Cell) -> str:
+        settings = dict(self.common)
+        if cell != DENSE:
+            config = config_of(cell)
+            theirs = "modifier" in config
+            settings["config"] = {**config, "package": LLM_COMPRESSOR} if theirs else asdict(PruningConfig(**config))
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return " | ".join((*cell, digest[:16]))
+
+    def find(self, cell: Cell) -> Job | None:
+        return self.known.get(self.key(cell))
+
+    def add(self, cell: Cell, figures: Job) -> None:
+        self.known[self.key(cell)] = figures
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.known, indent=1))
+        os.replace(beside, self.path)  # a kill leaves the old file or the new one
+
+    def gap(self, cell: Cell, text: str) -> float | None:
+        dense, pruned = self.find(DENSE), self.find(cell)
+        if dense is None or pruned is None:
+            return None
+        return math.log(pruned["perplexity"][text] / dense["perplexity"][text])
+
+    def show(self, cell: Cell, figure: str) -> str:
+        """A figure of a cell, ``seconds``, ``peak MiB`` or the name of a text, as a table shows it."""
+        result = self.find(cell)
+        if result is None:
+            return ""
+        if figure == SECONDS:
+            return f"{result['seconds']:.0f}"
+        if figure == MEMORY:
+            return f"{result['peak_bytes'] / 2**20:.0f}"
+        own, reference = self.gap(cell, figure), self.gap(("sparsegpt", cell[1]), figure)
+        return _perplexity(result["perplexity"][figure]) + (f" ({own / reference:.2f})" if own and reference else "")
+
+
+def _hash_of_windows(file: str) -> str:
+    import torch
+
+    return hashlib.sha256(torch.load(file).numpy().tobytes()).hexdigest()
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _sparsity(column: str) -> str:
+    return column if ":" in column else f"{column} %"
+
+
+def main_cells() -> list[Cell]:
+    return [(row, column) for column in COLUMNS for row in ROWS if column not in SELDOM or row in WHOLE_ROWS]
+
+
+def table(results: Results, rows: Iterable[str], columns: Sequence[str], figures: Sequence[str]) -> str:
+    """One Markdown table: a column for every sparsity and figure. Rows of which nothing is known are left out."""
+    pairs = [(column, figure) for column in columns for figure in figures]
+    heads = [_sparsity(c) + (f": {figure}" if len(figures) > 1 else "") for c, figure in pairs]
+    lines = [["", *heads]]
+    for row in rows:
+        shown = [results.show((row, column), figure) for column, figure in pairs]
+        if any(shown):
+            lines.append([row, *shown])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads) + 1)]
+    lines.insert(1, ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
+        "| " + " | ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)) + " |"
+        for line in lines
+    )
+
+
+def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
+    """All that is known under these settings."""
+    dense = results.find(DENSE)
+    found = {cell: results.find(cell) for cell in main_cells()}
+    off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found.items() if result is not None]
+    parts = [f"# {title}"]
+    if dense is not None:
+        perplexities = [f"{_perplexity(dense['perplexity'][name])} on {name}" for name in texts]
+        parts.append(f"Perplexity of the dense model: {', '.join(perplexities)}.")
+    parts.append(
+        f"In brackets: ln(perplexity / dense), as a share of sparsegpt's. Zeros are at most {100 * max(off, default=0):.3f} "
+        "points off what the column says."
+    )
+    for name in texts:
+        parts += [f"## Perplexity on {name}", table(results, ROWS, list(COLUMNS), [name])]
+    parts += ["## Seconds of pruning", table(results, ROWS, list(COLUMNS), [SECONDS])]
+    parts += ["## Peak memory of the process, MiB", table(results, ROWS, list(COLUMNS), [MEMORY])]
+    figures = [*texts, SECONDS, MEMORY]
+    own = PRESETS["best"].get("allocation", DEFAULTS["allocation"])
+    for heading, rows, columns in (
+        ("Quality best, one part at a time taken away", ["best", *parts_of_best()], ["70"]),
+        (f"Quality best with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
+    ):
+        if any(results.find((row, column)) for row in rows if row != "best" for column in columns):
+            parts += [f"## {heading}", table(results, rows, columns, figures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: Results, title: str, text: str) -> Figure:
+    """Perplexity against sparsity, and what its gap at 70 % costs in seconds."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    percents = [column for column in COLUMNS if ":" not in column]
+    for index, row in enumerate(ROWS):
+        style = {"color": f"C{index}", "linestyle": ":" if "modifier" in ROWS[row] else "-"}
+        known = [(int(c), result["perplexity"][text]) for c in percents if (result := results.find((row, c)))]
+        if known:
+            left.plot([k[0] for k in known], [k[1] for k in known], marker=".", label=row, **style)
+        if result := results.find((row, "2:4")):
+            left.plot(50, result["perplexity"][text], marker="x", color=f"C{index}")
+        result, gap = results.find((row, "70")), results.gap((row, "70"), text)
+        if result is not None and gap is not None:
+            right.plot(result["seconds"], gap, marker="o", color=f"C{index}")
+            right.annotate(row, (result["seconds"], gap), xytext=(5, 4), textcoords="offset points", fontsize="small")
+    if dense := results.find(DENSE):
+        left.axhline(dense["perplexity"][text], color="gray", linewidth=1, label="dense")
+    left.set(xlabel="zeros (%); crosses: 2:4", ylabel=f"perplexity on {text}", yscale="log")
+    if left.lines:
+        left.legend(fontsize="small")
+    right.set(xlabel="seconds of pruning to 70 %", ylabel="ln(perplexity / dense perplexity) at 70 %")
+    right.set(xscale="log", yscale="log")
+    right.margins(0.15)
+    figure.suptitle(title)
+    return figure
+
+
+def main() -> None:
+    arguments = parser(__doc__, "--layers", "--windows", "--train-files", "--test-files", "--venv")
+    arguments.add_argument("--out", type=Path, required=True, help="folder of accuracy.json, accuracy.md, accuracy.png")
+    arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
+    arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")
+    arguments.add_argument("--ablation", action="store_true", help="best without each of its parts, at 70 %%")
+    arguments.add_argument("--allocations", action="store_true", help="best with every allocation, at 70 and 80 %%")
+    arguments.add_argument("--again", action="store_true", help="also what is known already")
+    options = arguments.parse_args()
+
+    wanted = [DENSE, *(cell for cell in main_cells() if cell[0] in options.rows and cell[1] in options.columns)]
+    if options.ablation:
+        wanted += [(row, "70") for row in ("best", *parts_of_best())]
+    if options.allocations:
+        wanted += [(row, column) for column in ("70", "80") for row in allocations()]
+    texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
+    title = f"SmolLM2-135M, {options.windows} windows of 512 tokens"
+    title += f", the first {options.layers} blocks" if options.layers else ""
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with prepared(options, texts) as job:
+        results = Results(options.out / "accuracy.json", job, options.layers)
+        cells = [cell for cell in dict.fromkeys(wanted) if options.again or results.find(cell) is None]
+        theirs = any("modifier" in config_of(cell) for cell in cells if cell != DENSE)
+        python = other_python(options.venv) if theirs else sys.executable
+        for number, cell in enumerate(cells, 1):
+            print(f"{number} of {len(cells)}: {cell[0]}, {_sparsity(cell[1])}", file=sys.stderr, flush=True)
+            work = (
+                {name: job[name] for name in ("model", "texts")}
+                if cell == DENSE
+                else {**job, "config": config_of(cell)}
+            )
+            try:
+                figures = measure(work, python)
+            except subprocess.CalledProcessError:  # it has said why; the others may still be done
+                failed.append(cell)
+                continue
+            results.add(cell, {name: value for name, value in figures.items() if name != "table"})
+            print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
+    (options.out / "accuracy.md").write_text(markdown(results, title, texts))
+    plot(results, title, texts[0]).savefig(options.out / "accuracy.png", dpi=120)
+    print((options.out / "accuracy.md").read_text())
+    if failed:
+        sys.exit(f"failed: {'; '.join(f'{row}, {_sparsity(column)}' for row, column in failed)}")
+
+
+if __name__ == "__main__":
+    main()
