@@ -20,6 +20,11 @@ Precision = Literal["auto", "float32"]
 AutoOrNumber = Literal["auto"] | int
 
 
+def _integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """How the kept weights of a solved block are tuned by gradient on the block's output, the mask being fixed.
@@ -263,11 +268,6 @@ class PruningConfig:
                 f"global_blocks must name blocks of the model, which has {num_blocks} (0 to {num_blocks - 1}), got {outside}."
             )
         return {int(index) % num_blocks for index in self.global_blocks}
-
-
-def _integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be an integer of at least {low}, got {value!r}.")
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:

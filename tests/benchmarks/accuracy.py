@@ -100,7 +100,11 @@ class Results:
         self.path = path
         self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
         files = [job["windows"], *job["texts"].values()]
-        self.common = {"layers": layers, "texts": list(job["texts"]), "windows": [_hash_of_windows(f) for f in files]}
+        self.common: Settings = {
+            "layers": layers,
+            "texts": list(job["texts"]),
+            "windows": [_hash_of_windows(f) for f in files],
+        }
 
     def key(self, cell: Cell) -> str:
         settings = dict(self.common)

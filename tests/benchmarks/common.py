@@ -63,7 +63,9 @@ def text(model: str, train_files: Sequence[str] | None, test_files: Sequence[str
     from sparsellm_lightning import TextDataModule
 
     source = "files" if train_files else "python-docs"
-    files = {"train_files": list(train_files), "test_files": list(test_files or [])} if train_files else {}
+    files: dict[str, Any] = (
+        {"train_files": list(train_files), "test_files": list(test_files or [])} if train_files else {}
+    )
     return TextDataModule(source, sequence_length=512, batch_size=8, max_eval_windows=24, tokenizer=model, **files)
 
 
