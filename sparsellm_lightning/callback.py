@@ -294,6 +294,7 @@ class SparseLLMCallback(SparseFinetuning):
             progress=trainer.progress_bar_callback is not None,
             on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
         )
+        report.calibration["source"] = _calibration_source(trainer)
         after = self._perplexity(trainer, model, adapter)
         dense = self.report.perplexity["dense"] if self.report is not None else before
         report.perplexity = {"dense": dense, "pruned": after}
@@ -389,6 +390,14 @@ def _check_schedule(
             f"{pattern}. Leave both out."
         )
     return stages
+
+
+def _calibration_source(trainer: pl.Trainer) -> str:
+    """Where calibration windows come from: the datamodule's ``source`` (``self``: the model wrote them), or what it is."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None or not hasattr(data, "calibration_dataloader"):
+        return "training dataloader"
+    return str(getattr(data, "source", type(data).__name__))
 
 
 def _is_sharded(loader: Any) -> bool:

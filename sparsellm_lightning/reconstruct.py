@@ -85,7 +85,7 @@ class Reconstructor:
             ones where there are none.
         """
         steps = self.options.steps
-        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate)
+        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, fused=True)
         before = best_errors = self.errors()
         guarded = not math.isnan(before[1])
         looks = min(LOOKS, steps) if guarded else 1

@@ -32,14 +32,16 @@ class PruningReport:
         sparsity: ``{"requested", "achieved"}``; achieved is over all projections of the decoder blocks, skipped ones too.
         perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``; None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection, error as in
-            :class:`~sparsellm_lightning.walker.BlockResult`, None for one left dense.
-        blocks: ``{"index", "errors", "seconds"}``, feed-forward error per iteration.
-        calibration: ``{"windows", "tokens"}`` over all ranks.
+            :class:`~sparsellm_lightning.results.BlockResult`, None for one left dense.
+        blocks: by block, what :class:`~sparsellm_lightning.results.BlockResult` holds, but for the layers' errors.
+        calibration: ``{"windows", "held_out", "tokens"}`` over all ranks, and in a Trainer the ``"source"`` of the text:
+            ``self`` is the model's own.
         phases: seconds of block forwards (``forward``), Gram matrices (``statistics``; with a local method also those inside
-            the feed-forward block), local solver (``local_solve``), alternation (``alternation``), and in a Trainer those
-            of measuring perplexity (``evaluation``) and writing the model (``export``).
+            the feed-forward block), local solver (``local_solve``), alternation (``alternation``), measuring the parts for an
+            uneven budget (``allocation``), reconstruction (``reconstruction``), and in a Trainer those of measuring perplexity
+            (``evaluation``) and writing the model (``export``).
         work: floating-point operations of this rank by phase and dtype of the operands, counted from the shapes of the
-            products; elementwise work and what ADMM does are left out.
+            products; elementwise work, and what ADMM, refining and allocation do, are left out.
         gemm_peak: FLOP/s of a large product on this device, by dtype, measured when pruning ended.
         wall_seconds: of pruning: calibration and solve.
         peak_memory_bytes: of this process (resident set), or of its accelerator.
@@ -57,7 +59,7 @@ class PruningReport:
     perplexity: dict[str, float | None]
     layers: list[dict[str, Any]]
     blocks: list[dict[str, Any]]
-    calibration: dict[str, int]
+    calibration: dict[str, Any]
     phases: dict[str, float]
     wall_seconds: float
     peak_memory_bytes: int

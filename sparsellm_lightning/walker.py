@@ -390,7 +390,8 @@ class Walker:
             width,
             gated="gate" in self.layout.blocks[0].feed_forward,
             auxiliary_tokens=alternation_tokens if alternates else 0,
-            streams=6 if self.config.target == "model" else 4,
+            # Input and output of the block and of its feed-forward network; the goal, and the dense model's own stream.
+            streams=4 + 2 * bool(self.config.reconstruct) + 2 * (self.config.target == "model"),
             itemsize=max((h.element_size() for h in stream.hidden), default=4),
             auxiliary_itemsize=self.auxiliary_dtype.itemsize,
         )
@@ -400,8 +401,8 @@ class Walker:
         return (
             f"{block.name}: out of memory ({str(error).splitlines()[0][:200]}). Besides the model, pruning it takes "
             f"{self.sizes.describe()} for this rank's {self.stream.tokens} calibration tokens; memory is "
-            f"{self.config.memory!r}. Lower memory, to give up what can be computed again, or num_calibration_samples, or "
-            "use more ranks."
+            f"{self.config.memory!r}. Lower memory, to give up what can be computed again, num_calibration_samples"
+            f"{', reconstruct.batch_tokens' if self.config.reconstruct else ''}, or use more ranks."
         )
 
 

@@ -29,6 +29,7 @@ from sparsellm_lightning import (
     TextDataModule,
 )
 from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.config import Reconstruction
 from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.ranks import ProcessGroupRanks
 from sparsellm_lightning.sharding import FSDP2Strategy
@@ -82,7 +83,10 @@ class Job:
         return TextDataModule("python-docs", sequence_length=64, batch_size=4, max_eval_windows=16)
 
     def pruner(self, **kwargs: Any) -> SparseLLMCallback:
-        return Observed(**{**self.options.get("pruner", {}), **kwargs})
+        settings = {**self.options.get("pruner", {}), **kwargs}
+        if settings.get("reconstruct"):
+            settings["reconstruct"] = Reconstruction(**settings["reconstruct"])
+        return Observed(**settings)
 
 
 class Mixing(torch.optim.SGD):
@@ -130,6 +134,7 @@ class Observed(SparseLLMCallback):
         layout = describe(self._model(pl_module), PruningConfig())
         if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
             weights = {p.name: p.parameter.detach() for p in layout.projections()}
+            weights |= {name: p.detach() for name, p in self._model(pl_module).named_parameters() if "norm" in name}
             torch.save(weights, folder / f"weights_{trainer.global_rank}.pt")
 
 

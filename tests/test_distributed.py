@@ -103,6 +103,37 @@ def test_same_answer_on_any_number_of_ranks(
                 assert all(torch.equal(first[key], other[key]) for key in first), "all ranks end bit-equal"
 
 
+def test_reconstruction_and_measured_budgets(tmp_path: Path, folder_of: Callable[[str], str]) -> None:
+    """Steps of half the windows: which they are differs with the number of ranks, and so do the weights a little."""
+    tuned = {"steps": 16, "batch_tokens": 2048, "learning_rate": 1e-3}
+    pruner = {"sparsity": 0.7, "method": "sparsegpt", "target": "model", "allocation": "error", "reconstruct": tuned}
+    options = {"job": "prune", "model": folder_of("llama"), "pruner": {**pruner, "num_calibration_samples": WINDOWS}}
+    one = succeed(tmp_path / "one", **options)
+    for strategy in ("ddp", "fsdp2"):
+        model, report = succeed(tmp_path / strategy, strategy=strategy, processes=2, **options)
+        assert report["calibration"] == one[1]["calibration"]
+        assert report["perplexity"]["pruned"] == pytest.approx(one[1]["perplexity"]["pruned"], rel=0.03)
+        for layer, expected in zip(report["layers"], one[1]["layers"], strict=True):
+            assert layer["sparsity"] == pytest.approx(expected["sparsity"], abs=1e-3), layer["name"]
+        projections = list(describe(model, PruningConfig()).projections())
+        zeros = [int((p.parameter == 0).sum()) for p in projections]
+        assert sum(zeros) == sum(round(0.7 * p.parameter.numel()) for p in projections), "all of them exact"
+        for block, expected in zip(report["blocks"], one[1]["blocks"], strict=True):
+            found, wanted = block["reconstruction"], expected["reconstruction"]
+            assert found["steps"] > 0
+            assert found["held_out"][1] < found["held_out"][0]
+            assert found["held_out"][1] == pytest.approx(wanted["held_out"][1], rel=0.05)
+        # After the first block's step of the dense model, only rounding is between them.
+        assert report["blocks"][0]["reconstruction"]["fitted"][0] == pytest.approx(
+            one[1]["blocks"][0]["reconstruction"]["fitted"][0], rel=0.02
+        )
+    first, second = (torch.load(tmp_path / "ddp" / f"weights_{rank}.pt") for rank in range(2))
+    assert any("norm" in key for key in first)
+    assert all(torch.equal(first[key], second[key]) for key in first), "all ranks end bit-equal"
+    dense = AutoModelForCausalLM.from_pretrained(options["model"]).state_dict()
+    assert any(not torch.equal(tensor, dense[key]) for key, tensor in first.items() if "norm" in key)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_traffic_does_not_grow_with_tokens(tmp_path: Path, folder_of: Callable[[str], str], strategy: str) -> None:
     sent = []

@@ -16,9 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
+from sparsellm_lightning.config import Reconstruction
 from sparsellm_lightning.report import PruningReport
 
 CONFIG = PruningConfig(sparsity=0.7, num_iterations=2, num_calibration_samples=16)
+TUNED = Reconstruction(steps=4, batch_tokens=512)
 
 
 class Killed(Exception):
@@ -53,12 +55,20 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
         ("opt", {"pattern": "2:4", "sparsity": None}),
         ("opt-350m", {}),
         ("gpt2", {"global_blocks": [1]}),
+        ("llama", {"reconstruct": TUNED, "target": "model", "skip": ("*.1.*",)}),
+        ("opt-350m", {"reconstruct": TUNED}),
+        ("gpt2", {"reconstruct": TUNED, "method": "sparsegpt", "allocation": "error"}),
     ],
 )
 def test_stopped_anywhere(tmp_path: Path, trained, calibration, name: str, settings: dict[str, Any]) -> None:
     config = PruningConfig(**{**vars(CONFIG), **settings})
     whole = trained(name)
     report, iterations = prune(whole, calibration, None, config)
+    if config.reconstruct:
+        changed = [
+            n for (n, w), d in zip(whole.named_parameters(), trained(name).parameters(), strict=True) if (w != d).any()
+        ]
+        assert any("norm" in n or "ln_" in n for n in changed), "what the journal must hold besides projections"
     for stop in range(0, iterations, 2):
         folder = tmp_path / str(stop)
         with pytest.raises(Killed):
@@ -67,7 +77,8 @@ def test_stopped_anywhere(tmp_path: Path, trained, calibration, name: str, setti
         resumed, after = prune(again, calibration, folder, config)
         assert_same(again, whole)
         assert after <= iterations - 2 * (stop // 2) or name == "gpt2", "finished blocks are not solved again"
-        assert [b["errors"] for b in resumed.blocks] == [b["errors"] for b in report.blocks]
+        for key in ("errors", "held_out_errors", "reconstruction"):
+            assert [b[key] for b in resumed.blocks] == [b[key] for b in report.blocks]
         assert [layer["error"] for layer in resumed.layers] == [layer["error"] for layer in report.layers]
     finished = trained(name)
     assert prune(finished, calibration, tmp_path / "0", config)[1] == 0
@@ -78,6 +89,10 @@ def test_another_run_is_refused(tmp_path: Path, trained, calibration) -> None:
     prune(trained("llama"), calibration, tmp_path)
     with pytest.raises(UserError, match=r"config.sparsity: 0.7 there, 0.6 here. Choose"):
         prune(trained("llama"), calibration, tmp_path, PruningConfig(**{**vars(CONFIG), "sparsity": 0.6}))
+    with pytest.raises(
+        UserError, match=r"config.reconstruct: False there.*config.reconstruct.steps: None there, 4 here"
+    ):
+        prune(trained("llama"), calibration, tmp_path, PruningConfig(**{**vars(CONFIG), "reconstruct": TUNED}))
     with pytest.raises(UserError, match="windows:"):
         prune(trained("llama"), calibration[1:], tmp_path)
     other = trained("llama")

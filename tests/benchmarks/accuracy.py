@@ -223,8 +223,9 @@ def plot(results: Results, title: str, text: str) -> Figure:
             right.plot(result["seconds"], gap, marker="o", color=f"C{index}")
             right.annotate(row, (result["seconds"], gap), xytext=(5, 4), textcoords="offset points", fontsize="small")
     if dense := results.find(DENSE):
-        left.axhline(dense["perplexity"][text], color="gray", linewidth=1, label="dense")
+        left.axhline(dense["perplexity"][text], color="black", linewidth=1, linestyle="--", label="dense")
     left.set(xlabel="zeros (%); crosses: 2:4", ylabel=f"perplexity on {text}", yscale="log")
+    left.set_xticks([int(column) for column in percents])
     if left.lines:
         left.legend(fontsize="small")
     right.set(xlabel="seconds of pruning to 70 %", ylabel="ln(perplexity / dense perplexity) at 70 %")
