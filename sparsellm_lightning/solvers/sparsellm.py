@@ -161,18 +161,8 @@ def solve_feed_forward(
         whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
-        hidden_gram.restart()
-        cross.restart()
-        for index, (x_c, y_c, _) in enumerate(seen):
-            z, s = iterate.preactivations(x_c)
-            h = iterate.combine(z, s)
-            hidden_gram.add(h)
-            if iterations > 1:
-                cross.add(y_c, h)
-            if predictions is not None and not last and index < len(leading.sizes):
-                predictions.put(index, z, s)
-        work[torch.float32] += hidden_gram.work + cross.work
-        work[torch.float32] += 2 * len(first) * seen.count * dense.up.numel()
+        predicted = 0 if last else len(leading.sizes)
+        _sum_hidden(iterate, seen, hidden_gram, cross if iterations > 1 else None, predictions, predicted, work)
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
@@ -190,11 +180,9 @@ def solve_feed_forward(
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
-        # ‖Y − h Wᵀ‖² = ‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩, by rows of W: no further pass over the tokens.
-        target_energy, y_energy, count = (energies if seen is fitted else leading_energies).tolist()
-        explained = ((2 * _rows(mean_cross, ranks) - down @ hidden.gram) * down).sum(dtype=torch.float64)
-        ranks.sum_(explained)
-        error = max(target_energy - count * float(explained), 0.0) / (y_energy or 1.0)
+        error = _error(
+            down, _rows(mean_cross, ranks), hidden.gram, energies if seen is fitted else leading_energies, ranks
+        )
         errors.append(error)
         if on_iteration is not None:
             on_iteration(iteration, error)
@@ -223,6 +211,39 @@ def solve_feed_forward(
         if on_iteration is not None:
             on_iteration(0, errors[0])
     return Solution(best[0], errors, held_out_errors, inputs, InputStatistics(best[1], damping, f"{name}down"), change)
+
+
+def _sum_hidden(
+    iterate: FeedForward,
+    tokens: Tokens,
+    gram: Gram,
+    cross: Cross | None,
+    predictions: Pair | None,
+    predicted: int,
+    work: Work,
+) -> None:
+    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep what is predicted for z and s of the first so many chunks."""
+    gram.restart()
+    if cross is not None:
+        cross.restart()
+    for index, (x_c, y_c, _) in enumerate(tokens):
+        z, s = iterate.preactivations(x_c)
+        h = iterate.combine(z, s)
+        gram.add(h)
+        if cross is not None:
+            cross.add(y_c, h)
+        if predictions is not None and index < predicted:
+            predictions.put(index, z, s)
+    work[torch.float32] += gram.work + (0 if cross is None else cross.work)
+    work[torch.float32] += 2 * (iterate.matrices - 1) * tokens.count * iterate.up.numel()
+
+
+def _error(down: Tensor, cross: Tensor, gram: Tensor, energies: Tensor, ranks: Ranks) -> float:
+    """``‖Y − h Wᵀ‖² / ‖Y‖²`` by ``‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩``, over rows of W: no further pass over the tokens."""
+    target_energy, y_energy, count = energies.tolist()
+    explained = ((2 * cross - down @ gram) * down).sum(dtype=torch.float64)
+    ranks.sum_(explained)
+    return max(target_energy - count * float(explained), 0.0) / (y_energy or 1.0)
 
 
 def _ridge(damping: float, columns: int, tokens: int) -> float:
