@@ -21,6 +21,7 @@ from sparsellm_lightning.allocation import (
 )
 from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.layers import LayerPruner
 from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.solvers.local import InputStatistics
@@ -56,7 +57,15 @@ def allocate(
         stream: in front of the first block.
         config: settings.
         adapter: of the strategy the model runs under.
+
+    Raises:
+        UserError: allocation ``error`` for a model without a language-model head.
     """
+    if config.allocation == "error" and layout.model.get_output_embeddings() is None:
+        raise UserError(
+            f"allocation error compares next-token distributions, but {type(layout.model).__name__} has no language-model "
+            "head. Use allocation owl, atp or uniform."
+        )
     stopwatch = Stopwatch()  # the seconds of all this are one phase of the caller's
     layers = LayerPruner(config, adapter, stopwatch)
     sparsity, spread = config.requested_sparsity, _spread(config)
