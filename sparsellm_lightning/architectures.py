@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from posixpath import commonpath, dirname
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class Block:
     module: nn.Module
     attention: list[list[Projection]]
     feed_forward: dict[str, Projection]  # "gate" (when gated), "up", "down"
+    attention_module: nn.Module | None = None  # the module that holds the attention's projections, and nothing else
 
     def projections(self) -> Iterator[Projection]:
         for group in self.attention:
@@ -205,7 +207,17 @@ def describe(model: PreTrainedModel, config: PruningConfig) -> DecoderLayout:
         attention = [[projection(module, path) for path in group] for group in row.attention]
         paths = {"gate": row.gate, "up": row.up, "down": row.down}
         feed_forward = {role: projection(module, path) for role, path in paths.items() if path is not None}
-        blocks.append(Block(index, names[module], module, attention, feed_forward))
+        holder = commonpath([dirname("/" + path.replace(".", "/")) for group in row.attention for path in group])[1:]
+        blocks.append(
+            Block(
+                index,
+                names[module],
+                module,
+                attention,
+                feed_forward,
+                module.get_submodule(holder.replace("/", ".")) if holder else None,
+            )
+        )
     layout = DecoderLayout(
         model, blocks, find_activation(getattr(model.config, row.activation)), row.additive(model.config)
     )

@@ -52,7 +52,7 @@ class TextDataModule(LightningDataModule):
     Args:
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.
         sequence_length: tokens per window, T.
-        batch_size: windows per batch, also of generation.
+        batch_size: windows per batch; also of generation, where larger batches are faster.
         train_files: for source ``files``: ``.txt`` (one text, exactly as it is), ``.jsonl``, ``.json`` or ``.parquet``.
         test_files: likewise, for evaluation; for source ``self`` too.
         text_field: column with the text, in ``.jsonl``, ``.json``, ``.parquet`` and other hub datasets.

@@ -31,12 +31,14 @@ class Sizes:
         inputs: the block's inputs and outputs, and those of its feed-forward part.
         auxiliaries: z and s of the alternation; 0 without one.
         predictions: what the weights predict for z and s.
+        hidden: the hidden activation that the down projection sees, of use to the local solver alone.
     """
 
     work: int
     inputs: int
     auxiliaries: int
     predictions: int
+    hidden: int
 
     @classmethod
     def of_block(
@@ -67,6 +69,7 @@ class Sizes:
             inputs=streams * tokens * dim * itemsize,
             auxiliaries=auxiliaries,
             predictions=auxiliaries,
+            hidden=0 if auxiliary_tokens else tokens * width * itemsize,
         )
 
     def describe(self) -> str:
@@ -80,12 +83,13 @@ class Placement:
 
     Args:
         inputs, auxiliaries: device of the block's inputs and outputs, and of z and s.
-        predictions: whether they are kept, on the device.
+        predictions, hidden: whether they are kept, on the device.
     """
 
     inputs: torch.device
     auxiliaries: torch.device
     predictions: bool = True
+    hidden: bool = True
 
     @classmethod
     def everything_on(cls, device: torch.device) -> Placement:
@@ -93,8 +97,8 @@ class Placement:
 
 
 def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement:
-    """The fastest placement within a budget: first predictions are given up, then auxiliaries and the inputs move to pinned
-    host memory (on a CPU there is no other memory to move to).
+    """The fastest placement within a budget: first predictions or the hidden activation are given up, then auxiliaries and the
+    inputs move to pinned host memory (on a CPU there is no other memory to move to).
 
     Args:
         budget: bytes on the device besides the model, or ``auto``: most of what is free now.
@@ -108,7 +112,9 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
     host = torch.device("cpu")
     on_device = sizes.work + sizes.inputs + sizes.auxiliaries
     if on_device <= limit:
-        return Placement(device, device, on_device + sizes.predictions <= limit)
+        # Where one of them is not zero the other is.
+        kept = on_device + sizes.predictions + sizes.hidden <= limit
+        return Placement(device, device, kept, kept)
     least = sizes.work if device.type != "cpu" else on_device
     if budget != "auto" and least > limit:
         raise UserError(
@@ -116,7 +122,7 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
             f"{format_bytes(limit)}. Raise it, or lower num_calibration_samples."
         )
     keep_inputs = sizes.work + sizes.inputs <= limit
-    return Placement(device if keep_inputs else host, host, predictions=False)
+    return Placement(device if keep_inputs else host, host, predictions=False, hidden=False)
 
 
 class Shelf:
@@ -146,6 +152,13 @@ class Shelf:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, home: torch.device, device: torch.device) -> Tensor:
     """An uninitialised tensor on ``home``, pinned where ``device`` is an accelerator that reads it over the bus."""
     return torch.empty(shape, dtype=dtype, device=home, pin_memory=home.type == "cpu" and device.type == "cuda")
+
+
+def moved(tensor: Tensor, home: torch.device) -> Tensor:
+    """A tensor on its home device; itself where it is there already."""
+    if tensor.device == home:
+        return tensor
+    return empty(tensor.shape, tensor.dtype, home, tensor.device).copy_(tensor)
 
 
 def return_free_memory() -> None:

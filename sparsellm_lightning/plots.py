@@ -60,7 +60,10 @@ def stages_figure(report: PruningReport) -> Figure | None:
 
 
 def layers_figure(report: PruningReport) -> Figure:
-    """Sparsity and error of every projection, by block. Sparsities that differ fill their panel, equal ones do not."""
+    """Sparsity and error of every projection, by block.
+
+    Sparsities that differ fill their panel, beside their mean; projections left dense are then below it.
+    """
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     kinds: dict[str, list[tuple[int, float, float | None]]] = defaultdict(list)
@@ -74,11 +77,13 @@ def layers_figure(report: PruningReport) -> Figure:
         style = {"marker": marker, "markersize": 4, "markerfacecolor": "none", "linewidth": 1, "label": kind}
         top.plot(blocks, zeros, **style)
         bottom.plot(blocks, [float("nan") if error is None else error for error in errors], **style)
-    sparsities = [100 * layer["sparsity"] for layer in report.layers]
-    if max(sparsities, default=0) - min(sparsities, default=0) < 1:
+    pruned = [100 * layer["sparsity"] for layer in report.layers if layer["sparsity"] > 0.01]
+    low, high = min(pruned, default=0), max(pruned, default=0)
+    if high - low < 1:
         top.set_ylim(-2, 102)
     else:
         top.axhline(100 * report.sparsity["achieved"], color="gray", linestyle=":")
+        top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     top.set(ylabel="zeros (%)", title=_title(report))
     bottom.set(xlabel="block", ylabel="relative output error")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparsellm_lightning.architectures import Block, DecoderLayout, device_of
 from sparsellm_lightning.calibration import CalibrationBatch
-from sparsellm_lightning.placement import empty
+from sparsellm_lightning.placement import empty, moved
+from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.solvers.feed_forward import CHUNK
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
@@ -115,11 +116,13 @@ def run_block(
     on_input: Sequence[Observer] = (),
     on_output: Observer | None = None,
     statistics_only: bool = False,
+    replay: AttentionReplay | None = None,
 ) -> list[Tensor]:
     """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it.
 
     With ``statistics_only``, only the fitted windows are observed, and each forward is broken off where an input was seen:
-    what comes after is not computed, nor returned.
+    what comes after is not computed, nor returned. With a ``replay``, the raw inputs are kept in it, or, in a whole forward,
+    attention is replayed from it.
     """
     hidden: Tensor
     mask: Tensor | None = None
@@ -132,6 +135,8 @@ def run_block(
             def before(_: nn.Module, args: tuple[Any, ...], see_input: Callable[[Tensor], None] = see_input) -> None:
                 each_window(see_input, args[0], hidden, mask, left)
                 if statistics_only:
+                    if replay is not None:
+                        replay.keep(args[0])
                     raise _SeenEnough
 
             stack.callback(module.register_forward_pre_hook(before).remove)
@@ -142,14 +147,16 @@ def run_block(
             handle = module.register_forward_hook(lambda _, args, out: each_window(see_output, out, hidden, mask, left))
             stack.callback(handle.remove)
         stack.enter_context(adapter.holding(block.module))
-        for hidden, mask, (args, kwargs) in zip(  # noqa: B007 (the observers read mask)
-            stream.hidden, stream.valid, stream.arguments[block.index], strict=True
+        for index, (hidden, mask, (args, kwargs)) in enumerate(  # noqa: B007 (the observers read mask)
+            zip(stream.hidden, stream.valid, stream.arguments[block.index], strict=True)
         ):
             if left <= 0 and not adapter.forward_is_collective:
                 break
             hidden = hidden.to(device, non_blocking=True)
             with stopwatch.phase("forward"), adapter.forward_context():
-                output = block.module(hidden, *args, **kwargs)
+                replaying = nullcontext() if replay is None or statistics_only else replay.batch(block, index)
+                with replaying:
+                    output = block.module(hidden, *args, **kwargs)
             left -= len(hidden)
             if not statistics_only:
                 outputs.append(moved(output[0] if isinstance(output, tuple) else output, stream.home))
@@ -187,13 +194,6 @@ def _until_seen(forward: Callable[..., Any]) -> Callable[..., Any]:
             return hidden
 
     return broken_off
-
-
-def moved(tensor: Tensor, home: torch.device) -> Tensor:
-    """A tensor on its home device; itself where it is there already."""
-    if tensor.device == home:
-        return tensor
-    return empty(tensor.shape, tensor.dtype, home, tensor.device).copy_(tensor)
 
 
 class TokenBuffer:

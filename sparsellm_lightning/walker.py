@@ -25,6 +25,7 @@ from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.placement import Placement, Sizes, place, return_free_memory
 from sparsellm_lightning.ranks import SINGLE
 from sparsellm_lightning.reconstruct import Reconstructor
+from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.results import BlockResult
 from sparsellm_lightning.sensitivity import allocate
 from sparsellm_lightning.solvers.activations import Entrywise, Fused, preactivation_step
@@ -89,6 +90,7 @@ class Walker:
         self.leading_chunks = None if windows is None else self.stream.chunks_of(windows)
         self.placement, self.sizes = self._place(self.stream, sum(self.stream.windows[:windows]))
         self.stream.move_to(self.placement.inputs)
+        self.replay = AttentionReplay(self.placement.inputs)
         first = self.layout.blocks[0].feed_forward
         updates = len(self.global_blocks) * (self.config.num_iterations - 1)
         # Decided by the work of all ranks, so that none of them does otherwise.
@@ -205,7 +207,10 @@ class Walker:
         """Prune a group of attention projections, which share their input."""
         group = block.attention[index]
         gram = Gram(group[0].shape[1], device_of(block.module))
-        self._run(block, stream, on_input=[(group[0].module, self._timed("statistics", gram.add))], until=index)
+        observer = (group[0].module, self._timed("statistics", gram.add))
+        # The one projection behind the attention is the last that changes it.
+        ends = 0 < index == len(block.attention) - 1 and len(group) == 1
+        self._run(block, stream, on_input=[observer], until=index, replay=self.replay if ends else None)
         self.stopwatch.count("statistics", gram.work)
         with self.stopwatch.phase("statistics"):
             statistics = gram.mean(self.adapter.ranks)
@@ -313,12 +318,24 @@ class Walker:
         if self.on_iteration is not None:
             self.on_iteration(block.index, iteration, error)
 
-    def _run(self, block: Block, stream: Stream, until: int | None = None, **observers: Any) -> list[Tensor]:
+    def _run(
+        self,
+        block: Block,
+        stream: Stream,
+        until: int | None = None,
+        replay: AttentionReplay | None = None,
+        **observers: Any,
+    ) -> list[Tensor]:
         """Run a block over all batches; ``until``: only up to the observed input of this group of attention projections."""
         window = max(stream.windows, default=0)
         tokens = stream.tokens if until is None else sum(stream.windows[: stream.fitted])
         self.stopwatch.count("forward", tokens * block.forward_work(window, until))
-        return run_block(block, stream, self.adapter, self.stopwatch, statistics_only=until is not None, **observers)
+        if until is None and replay is not None and replay.replays(0):
+            replayed = sum(hidden.shape[:2].numel() for hidden in stream.hidden[: len(replay.inputs)])
+            self.stopwatch.count("forward", -replayed * block.forward_work(window, len(block.attention) - 1))
+        return run_block(
+            block, stream, self.adapter, self.stopwatch, statistics_only=until is not None, replay=replay, **observers
+        )
 
     def _timed(self, phase: str, function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def timed(x: Tensor) -> None:
@@ -332,7 +349,10 @@ class Walker:
         first = block.feed_forward.get("gate") or block.feed_forward["up"]
         down = block.feed_forward["down"]
         x, y = (TokenBuffer(stream.tokens, size, stream.home) for size in (first.shape[1], down.shape[0]))
-        outputs = self._run(block, stream, on_input=[(first.module, x.add)], on_output=(down.module, y.add))
+        outputs = self._run(
+            block, stream, on_input=[(first.module, x.add)], on_output=(down.module, y.add), replay=self.replay
+        )
+        self.replay.inputs.clear()
         return x.filled(), y.filled(), replace(stream, hidden=outputs)
 
     def _advance(self, block: Block, dense: Stream) -> Tensor | None:

@@ -231,15 +231,15 @@ def test_ranks_give_the_result_of_one_process(iterations: int) -> None:
     shares, fitted = [200, 100, 0], [2, 0, 0]
 
     def solve(ranks: Ranks) -> Any:
-        mine = (x, y) if ranks is SINGLE else (x.split(shares)[ranks.rank], y.split(shares)[ranks.rank])
-        chunks = [100] * (len(mine[0]) // 100)
+        x_r, y_r = (x, y) if ranks is SINGLE else (x.split(shares)[ranks.rank], y.split(shares)[ranks.rank])
         return solve_feed_forward(
             block,
-            *mine,
+            x_r,
+            y_r,
             prune_with(Unstructured(0.5, ranks)),
             ranks=ranks,
             iterations=iterations,
-            chunks=chunks,
+            chunks=[100] * (len(x_r) // 100),
             fitted_chunks=2 if ranks is SINGLE else fitted[ranks.rank],
         )
 

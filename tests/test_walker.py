@@ -17,6 +17,7 @@ from sparsellm_lightning.architectures import describe
 from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.strategies import StrategyAdapter
+from sparsellm_lightning.stream import Stream
 from sparsellm_lightning.walker import Walker
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "sparsellm"]
@@ -110,7 +111,8 @@ def test_accuracy_on_trained_models(name: str, trained, text, calibration) -> No
     results["dense"] = perplexity(trained(name), text.test_dataloader())
     for method in ("magnitude", "sparsegpt", "sparsellm"):
         model = trained(name)
-        report = prune_model(model, calibration, PruningConfig(sparsity=0.7, method=method, num_calibration_samples=64))
+        config = PruningConfig(sparsity=0.7, method=method, num_calibration_samples=64, held_out=0.0)
+        report = prune_model(model, calibration, config)
         results[method] = perplexity(model, text.test_dataloader())
         errors[method] = report.blocks
     assert results["dense"] < results["sparsellm"] < results["sparsegpt"] < results["magnitude"], results
@@ -166,7 +168,7 @@ def test_padding_is_left_out(trained, calibration) -> None:
             [{"input_ids": padded, "attention_mask": mask}],
             PruningConfig(sparsity=0.6, num_calibration_samples=16),
         )
-        assert report.calibration == {"windows": 16, "tokens": ids.numel()}
+        assert report.calibration == {"windows": 16, "held_out": 2 * (method == "sparsellm"), "tokens": ids.numel()}
         masks.append(torch.cat([p.parameter.flatten() != 0 for p in describe(model, PruningConfig()).projections()]))
     assert (masks[0] == masks[1]).float().mean() > 0.999
 
@@ -270,14 +272,14 @@ def test_unknown_architecture_and_new_row(monkeypatch: pytest.MonkeyPatch, train
 
 
 class _RankOf(Ranks):
-    """A rank of several whose sums are known."""
+    """A rank of several whose sum is known."""
 
-    def __init__(self, rank: int, size: int, windows: int) -> None:
-        self.rank, self.size, self.windows = rank, size, windows
+    def __init__(self, rank: int, size: int, total: list[int]) -> None:
+        self.rank, self.size, self.total = rank, size, total
 
     def sum_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
-            tensor.fill_(self.windows)
+            tensor.copy_(torch.tensor(self.total))
 
 
 @pytest.mark.parametrize(
@@ -290,9 +292,12 @@ def test_which_windows_carry_auxiliaries(wanted: int | str, expected: int | None
     chosen: list[int] = []
     for rank in range(size):
         adapter = StrategyAdapter()
-        adapter.ranks = _RankOf(rank, size, 100)
+        adapter.ranks = _RankOf(rank, size, [6400, 100])
         walker = Walker(describe(build_model("llama"), config), config, adapter)
-        count = walker._alternation_windows(6400, len(range(rank, 100, size)))
+        mine = len(range(rank, 100, size))
+        # Some more are held out, or only fill up the number of batches.
+        walker.stream = Stream([torch.zeros(mine + 2, 64, 1)], [], [None], torch.device("cpu"), fitted=mine)
+        count = walker._alternation_windows()
         chosen += [] if count is None else range(rank, 100, size)[:count]
         assert (count is None) == (expected is None)
     assert sorted(chosen) == list(range(expected or 0))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.placement import empty
+from sparsellm_lightning.placement import Shelf, empty
 from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.solvers.activations import Activation
 
@@ -101,7 +101,13 @@ class Tokens:
 
 
 def change_of_output(
-    feed_forward: FeedForward, tokens: Tokens, fitted: int, ranks: Ranks, work: Work, out: Tensor | None = None
+    feed_forward: FeedForward,
+    tokens: Tokens,
+    fitted: int,
+    ranks: Ranks,
+    work: Work,
+    out: Tensor | None = None,
+    hidden: Shelf | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``FFN(X) − Y`` of this rank's tokens, (n, d) in Y's dtype, and its squares over all ranks.
 
@@ -112,6 +118,7 @@ def change_of_output(
         ranks: the data-parallel ranks.
         work: counts floating-point operations.
         out: where to write the change, such as Y itself.
+        hidden: the hidden activation of the first ``fitted`` chunks, where it was kept.
 
     Returns:
         the change; and (2,) float64: ``‖FFN(X) − Y‖²`` over the fitted chunks, and over the others.
@@ -119,14 +126,18 @@ def change_of_output(
     if out is None:
         out = empty(tokens.y.shape, tokens.y.dtype, tokens.y.device, tokens.device)
     squares = torch.zeros(2, dtype=torch.float64, device=tokens.device)
-    start = 0
+    start = matrices = 0
     for index, (x_c, _, y_c) in enumerate(tokens):
-        change = feed_forward(x_c).sub_(y_c)
+        # Rounded as the model rounds it, whether it was kept or not.
+        kept = hidden is not None and index < fitted
+        h = hidden.get(index, tokens.device) if kept else feed_forward.hidden(x_c).to(tokens.x.dtype)  # type: ignore[union-attr]
+        change = torch.nn.functional.linear(h.float(), feed_forward.down, feed_forward.down_bias).sub_(y_c)
+        matrices += len(x_c) * (1 if kept else feed_forward.matrices)
         squares[int(index >= fitted)] += change.square().sum(dtype=torch.float64)
         out[start : start + len(change)] = change
         start += len(change)
     ranks.sum_(squares)
-    work[torch.float32] += 2 * feed_forward.matrices * start * feed_forward.down.numel()
+    work[torch.float32] += 2 * matrices * feed_forward.down.numel()
     return out, squares
 
 

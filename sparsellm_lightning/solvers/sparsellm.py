@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.placement import Placement
+from sparsellm_lightning.placement import Placement, Shelf
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.auxiliaries import Auxiliaries, Pair, Penalties
@@ -143,7 +143,9 @@ def solve_feed_forward(
     _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
 
     hidden_gram = Gram(width, device)
-    cross = Cross(outputs, width, device)  # stays empty where there is one iteration
+    # With one iteration the error is a by-product of the last pass over the tokens, which may keep h for that.
+    cross = Cross(outputs, width, device) if iterations > 1 else None
+    kept_hidden = Shelf(x.dtype, device) if placement.hidden and iterations == 1 else None
     auxiliaries: Auxiliaries | None = None
     predictions = Pair.on(device, auxiliary_dtype) if placement.predictions and iterations > 1 else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
@@ -162,11 +164,11 @@ def solve_feed_forward(
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
         predicted = 0 if last else len(leading.sizes)
-        _sum_hidden(iterate, seen, hidden_gram, cross if iterations > 1 else None, predictions, predicted, work)
+        _sum_hidden(iterate, seen, hidden_gram, cross, kept_hidden, predictions, predicted, work)
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
-        if iterations == 1:
+        if cross is None:
             down = prune({"down": target}, hidden)["down"]
             best = replace(iterate, down=ranks.gather_rows(down, outputs)), hidden.gram
             break
@@ -204,7 +206,9 @@ def solve_feed_forward(
             correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
             targets[layer] = _rows(weight + regression.solve(correction), ranks)
     assert best is not None
-    change, squares = change_of_output(best[0], tokens, fitted_chunks, ranks, work, y if reuse_target else None)
+    change, squares = change_of_output(
+        best[0], tokens, fitted_chunks, ranks, work, y if reuse_target else None, kept_hidden
+    )
     if iterations == 1:
         errors = [float(squares[0]) / (float(energies[1]) or 1.0)]
         held_out_errors = [float(squares[1]) / (held_out_energy or 1.0)] if held_out_count else []
@@ -218,11 +222,12 @@ def _sum_hidden(
     tokens: Tokens,
     gram: Gram,
     cross: Cross | None,
+    kept_hidden: Shelf | None,
     predictions: Pair | None,
     predicted: int,
     work: Work,
 ) -> None:
-    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep what is predicted for z and s of the first so many chunks."""
+    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep h, and what is predicted for z and s of the first so many chunks."""
     gram.restart()
     if cross is not None:
         cross.restart()
@@ -232,6 +237,8 @@ def _sum_hidden(
         gram.add(h)
         if cross is not None:
             cross.add(y_c, h)
+        if kept_hidden is not None:
+            kept_hidden.put(index, h)
         if predictions is not None and index < predicted:
             predictions.put(index, z, s)
     work[torch.float32] += gram.work + (0 if cross is None else cross.work)
