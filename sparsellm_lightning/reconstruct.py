@@ -75,6 +75,9 @@ class Reconstructor:
         for hidden in stream.hidden:
             self.fitted.append(max(0, min(left, len(hidden))))
             left -= len(hidden)
+        held_out = torch.tensor([sum(stream.windows[stream.fitted :])], device=self.device)
+        adapter.ranks.sum_(held_out)
+        self.guarded = int(held_out) > 0
 
     def tune(self) -> tuple[list[tuple[float, float]], int]:
         """Tune the block in place and keep the best of what was looked at.
@@ -87,8 +90,7 @@ class Reconstructor:
         steps = self.options.steps
         optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, fused=True)
         before = best_errors = self.errors()
-        guarded = not math.isnan(before[1])
-        looks = min(LOOKS, steps) if guarded else 1
+        looks = min(LOOKS, steps) if self.guarded else 1
         best, best_step = [master.clone() for master in self.masters], 0
         with self._trainable():
             schedule = self._batches()
@@ -100,8 +102,8 @@ class Reconstructor:
                 optimizer.step()
                 self._store()
                 if (step + 1) * looks // steps > step * looks // steps:
-                    errors = self.errors(held_out_only=guarded and step + 1 < steps)
-                    if errors[int(guarded)] < best_errors[int(guarded)]:  # False for NaN
+                    errors = self.errors(held_out_only=self.guarded and step + 1 < steps)
+                    if errors[int(self.guarded)] < best_errors[int(self.guarded)]:  # False for NaN
                         best_errors, best_step = errors, step + 1
                         best = [master.clone() for master in self.masters]
         for master, kept in zip(self.masters, best, strict=True):
@@ -111,11 +113,17 @@ class Reconstructor:
 
     @torch.no_grad()
     def errors(self, held_out_only: bool = False) -> tuple[float, float]:
-        """Relative errors over all ranks: of the fitted tokens (NaN where not measured), and of the held-out ones."""
+        """Relative errors over all ranks: of fitted tokens (NaN where not measured), and of the held-out ones.
+
+        Where some are held out they are what matters, and of the fitted batches only about as many are measured.
+        """
+        with_held_out = sum(fitted < len(goal) for fitted, goal in zip(self.fitted, self.goal, strict=True))
+        fitted_batches = 0 if held_out_only else max(with_held_out, 1) if self.guarded else len(self.fitted)
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # (fitted, held out) x (error, scale)
         with self.adapter.holding(self.block.module):
             for index, fitted in enumerate(self.fitted):
-                if held_out_only and fitted == len(self.goal[index]) and not self.adapter.forward_is_collective:
+                needed = index < fitted_batches or fitted < len(self.goal[index])
+                if not needed and not self.adapter.forward_is_collective:
                     continue
                 with self.adapter.forward_context():
                     output = self._forward(index)

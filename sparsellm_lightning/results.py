@@ -16,8 +16,8 @@ class BlockResult:
         held_out_errors: the same on the held-out tokens; empty where there are none.
         layer_errors: by projection name, ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` of the weights as stored, X being the fitted tokens of the
             input it was calibrated on; before reconstruction.
-        reconstruction: relative errors of the block's output before and after, ``"fitted"`` and ``"held_out"`` (None where
-            nothing is held out), as :class:`~sparsellm_lightning.reconstruct.Reconstructor` measures them, and how many steps
+        reconstruction: relative errors of the block's output before and after, ``"held_out"`` (None where nothing is) and
+            ``"fitted"`` (of about as many windows as are held out), as :class:`~sparsellm_lightning.reconstruct.Reconstructor` measures them, and how many steps
             were kept, ``"steps"``; None where the block was not reconstructed.
         seconds: wall time.
     """
