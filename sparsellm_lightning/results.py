@@ -17,8 +17,9 @@ class BlockResult:
         layer_errors: by projection name, ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` of the weights as stored, X being the fitted tokens of the
             input it was calibrated on; before reconstruction.
         reconstruction: relative errors of the block's output before and after, ``"held_out"`` (None where nothing is) and
-            ``"fitted"`` (of about as many windows as are held out), as :class:`~sparsellm_lightning.reconstruct.Reconstructor` measures them, and how many steps
-            were kept, ``"steps"``; None where the block was not reconstructed.
+            ``"fitted"`` (of about as many windows as are held out), as
+            :class:`~sparsellm_lightning.reconstruct.Reconstructor` measures them, and how many steps were kept, ``"steps"``;
+            None where the block was not reconstructed.
         seconds: wall time.
     """
 
