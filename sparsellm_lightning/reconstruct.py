@@ -132,16 +132,17 @@ class Reconstructor:
                     sums[part, 0] += self._distance(output, index, rows).double()
                     sums[part, 1] += self._distance(hidden, index, rows).double()
         self.adapter.ranks.sum_(sums)
-        (fitted, fitted_scale), (held_out, held_out_scale) = sums.tolist()
+        (error, scale), (held_out_error, held_out_scale) = sums.tolist()
         return (
-            math.nan if held_out_only else fitted / (fitted_scale or 1.0),
-            held_out / held_out_scale if held_out_scale else math.nan,
+            math.nan if held_out_only else error / (scale or 1.0),
+            held_out_error / held_out_scale if held_out_scale else math.nan,
         )
 
     def _forward(self, index: int) -> Tensor:
         args, kwargs = self.stream.arguments[self.block.index][index]
-        output = self.block.module(self.stream.hidden[index].to(self.device, non_blocking=True), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        returned = self.block.module(self.stream.hidden[index].to(self.device, non_blocking=True), *args, **kwargs)
+        output: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return output
 
     def _distance(self, output: Tensor, index: int, rows: slice) -> Tensor:
         """``Σ‖output − g‖² / ‖g‖²`` over the valid tokens of some rows of a batch."""

@@ -28,7 +28,7 @@ from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Gram, check_finite
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
-from sparsellm_lightning.stream import Stream, run_block, tail_logits
+from sparsellm_lightning.stream import Observer, Stream, run_block, tail_logits
 
 STATISTICS_TOKENS = 4096  # over all ranks, from which local errors are taken
 OUTPUT_TOKENS = 1024  # over all ranks, on which the model's output is compared
@@ -116,7 +116,7 @@ def _statistics(
     device = device_of(block.module)
     groups = [group for part in _parts(block, apart=False) for group in part]
     grams = [Gram(group[0].shape[1], device) for group in groups]
-    observers = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
+    observers: list[Observer] = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
     sample.hidden = run_block(block, sample, adapter, stopwatch, on_input=observers)
     statistics = {}
     for group, gram in zip(groups, grams, strict=True):
