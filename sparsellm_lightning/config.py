@@ -40,7 +40,7 @@ class Reconstruction:
     """
 
     steps: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     batch_tokens: int = 4096
     others: bool = True
 
@@ -49,7 +49,7 @@ class Reconstruction:
             _integer(f"reconstruct.{name}", getattr(self, name), 1)
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(
-                f"reconstruct.learning_rate must be positive and finite, got {self.learning_rate}. The default is 0.0005."
+                f"reconstruct.learning_rate must be positive and finite, got {self.learning_rate}. The default is 0.002."
             )
 
 
