@@ -72,11 +72,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct": Reconstruction(steps=32),
     },
     "best": {
-        "method": "sparsellm",
-        "refine": "mask",
+        "method": "admm",
         "target": "model",
         "allocation": "error",
-        "reconstruct": Reconstruction(steps=128),
+        "reconstruct": Reconstruction(steps=64),
     },
 }
 
