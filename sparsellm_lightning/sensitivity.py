@@ -42,7 +42,7 @@ def allocate(
     config: PruningConfig,
     adapter: StrategyAdapter,
 ) -> dict[str, float]:
-    """A sparsity for every projection to be pruned; there are as many zeros in all as with the same sparsity everywhere.
+    """A sparsity for every projection to be pruned; of all their weights the share asked for is zero, to the weight.
 
     ``atp`` and ``owl`` go by block. For ``error``, the attention and the feed-forward network of every block are parts; part i
     is pruned alone, by the local solver with statistics of the dense model, and
@@ -86,8 +86,7 @@ def allocate(
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for group in part for p in group if p.pruned]
     entries = [p.shape[0] * p.shape[1] for p, _ in flat]
-    # As many zeros as if every projection had the same sparsity, to the weight.
-    counts = round_counts([s for _, s in flat], entries, sum(round(sparsity * n) for n in entries))
+    counts = round_counts([s for _, s in flat], entries)
     return {p.name: count / n for (p, _), count, n in zip(flat, counts, entries, strict=True)}
 
 
