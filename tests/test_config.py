@@ -15,9 +15,9 @@ NAN, INF = float("nan"), float("inf")
 REFUSED: list[tuple[str, Any]] = [
     *(("sparsity", value) for value in (-0.1, 1, 1.0, 70, NAN, INF)),
     *(("pattern", value) for value in ("4:2", "2:2", "0:4", "two of four", "2/4", "")),
-    *(("method", value) for value in ("obs", "SparseGPT", "", None)),
-    *(("local_solver", value) for value in ("sparsellm", "alps", None)),
-    *(("target", value) for value in ("layer", "", None)),
+    *(("method", value) for value in ("obs", "SparseGPT", "", 1)),
+    *(("local_solver", value) for value in ("sparsellm", "alps", 1)),
+    *(("target", value) for value in ("layer", "", 1)),
     *(("global_blocks", value) for value in ("half", "0", "")),
     *(
         (name, value)

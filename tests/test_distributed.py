@@ -158,13 +158,14 @@ def test_traffic_does_not_grow_with_tokens(tmp_path: Path, folder_of: Callable[[
 
 def test_calibration_from_a_sharded_train_loader(tmp_path: Path, folder_of: Callable[[str], str]) -> None:
     """Every window of the loader is used, each once: the masks of one process, whatever the order of the windows."""
-    # All tokens carry auxiliaries: which windows come first is up to the sampler, and another with more ranks.
+    # All tokens are fitted and carry auxiliaries: which windows come first is up to the sampler, and another with more ranks.
     pruner = {"sparsity": 0.6, "num_calibration_samples": 24, "num_iterations": 2, "measure": False}
-    pruner["alternation_tokens"] = 10**9
+    pruner |= {"alternation_tokens": 10**9, "held_out": 0.0}
     options = {"job": "prune_from_train_loader", "model": folder_of("llama"), "pruner": pruner}
     one = succeed(tmp_path / "one", **options)
     two = succeed(tmp_path / "two", **options, strategy="ddp", processes=2)
-    assert one[1]["calibration"] == two[1]["calibration"] == {"windows": 24, "tokens": 24 * 64}
+    calibration = {"windows": 24, "held_out": 0, "tokens": 24 * 64, "source": "training dataloader"}
+    assert one[1]["calibration"] == two[1]["calibration"] == calibration
     assert float((mask(one[0]) == mask(two[0])).double().mean()) >= 0.999
 
 
