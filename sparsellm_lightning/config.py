@@ -34,9 +34,6 @@ class Reconstruction:
         learning_rate: its first one; it falls to zero along a half cosine.
         batch_tokens: tokens a step, over all ranks, in whole windows.
         others: tune the block's norms and biases too.
-
-    Raises:
-        UserError: a value out of its range.
     """
 
     steps: int = 64
@@ -44,7 +41,13 @@ class Reconstruction:
     batch_tokens: int = 4096
     others: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values out of their range.
+
+        Raises:
+            UserError: says what to write instead.
+        """
+        # Not at construction: jsonargparse would wrap the message in those of the other types that the setting may have.
         for name in ("steps", "batch_tokens"):
             _integer(f"reconstruct.{name}", getattr(self, name), 1)
         if not 0 < self.learning_rate < float("inf"):
@@ -186,6 +189,13 @@ class PruningConfig:
         _one_of("local_solver", self.local_solver, get_args(LocalSolver))
         _one_of("target", self.target, get_args(Target))
         _one_of("solver_precision", self.solver_precision, get_args(Precision))
+        if isinstance(self.reconstruct, Reconstruction):
+            self.reconstruct.check()
+        elif self.reconstruct is not False:
+            raise UserError(
+                f"reconstruct must be a Reconstruction or False, got {self.reconstruct!r}. Write Reconstruction(steps=64), or "
+                "in YAML 'steps: 64' under reconstruct."
+            )
         _one_of("refine", self.refine, get_args(Refine))
         _one_of("allocation", self.allocation, get_args(Allocation))
         if self.allocation != "uniform" and nofm:
@@ -239,7 +249,7 @@ class PruningConfig:
     @property
     def held_out_share(self) -> float:
         """``held_out``, or 0 where nothing is chosen."""
-        alternates = self.method == "sparsellm" and self.num_iterations > 1 and self.global_blocks != "none"
+        alternates = self.method == "sparsellm" and self.num_iterations > 1 and self.global_blocks not in ("none", [])
         return self.held_out if alternates or self.reconstruct else 0.0
 
     def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE, sparsity: float | None = None) -> Pattern:

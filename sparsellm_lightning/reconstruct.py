@@ -153,14 +153,15 @@ class Reconstructor:
 
     def _batches(self) -> Iterator[list[int]]:
         """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
-        mine = [index for index, fitted in enumerate(self.fitted) if fitted and self._tokens(index)] or [0]
-        # All ranks must make the same number of forwards.
-        largest = torch.tensor([max(self._tokens(index) for index in mine)], device=self.device)
-        sizes = [int(size) for size in self.adapter.ranks.gather(largest)]
-        together = max(1, round(self.options.batch_tokens / max(sum(sizes), 1)))
+        mine = [index for index, fitted in enumerate(self.fitted) if fitted and self._tokens(index)]
+        mine = mine or list(range(len(self.fitted)))[:1]  # of no fitted token: a forward all the same
+        shapes = torch.tensor([max(map(self._tokens, mine), default=0), len(mine)], device=self.device)
+        tokens, batches = torch.stack(self.adapter.ranks.gather(shapes)).T.tolist()
+        # All ranks make the same number of forwards; no batch is seen twice in a step by the rank with most.
+        together = min(max(1, round(self.options.batch_tokens / max(sum(tokens), 1))), max(batches))
         queue: list[int] = []
         while True:
-            while len(queue) < together:
+            while mine and len(queue) < together:
                 queue += [mine[i] for i in torch.randperm(len(mine), generator=self.generator).tolist()]
             chosen, queue = queue[:together], queue[together:]
             yield chosen

@@ -71,7 +71,9 @@ def allocate(
     sparsity, spread = config.requested_sparsity, _spread(config)
     parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "error")]
     sizes = [_size(part) for part in parts]
-    if config.allocation == "atp":
+    if not spread:
+        chosen = [sparsity] * len(parts)
+    elif config.allocation == "atp":
         chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
     elif config.allocation == "owl":
         sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
@@ -103,7 +105,8 @@ def _size(part: Groups) -> int:
 
 def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter) -> Stream:
     """So many batches, as many on every rank, that they have about so many tokens over all ranks."""
-    first = torch.tensor([sum(stream.windows[: len(stream.hidden[0])])], device=stream.hidden[0].device)
+    windows = len(stream.hidden[0]) if stream.hidden else 0
+    first = torch.tensor([sum(stream.windows[:windows])], device=stream.home)
     adapter.ranks.sum_(first)
     return stream.part(max(1, round(tokens / max(int(first), 1))))
 
@@ -239,7 +242,8 @@ def _damages(
     device = device_of(layout.model)
     dtype = torch.float32 if config.solver_precision == "float32" else coarse_dtype(device)
     # Only comparisons follow from it, so the products may be coarse.
-    coarse = dtype if dtype != torch.float32 and stream.hidden[0].dtype == torch.float32 else None
+    stored = next(layout.model.parameters()).dtype
+    coarse = dtype if stored == torch.float32 != dtype else None
     sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
     damages = _Damages(layout, stream, layers, adapter, stopwatch, coarse)
     for block in layout.blocks:

@@ -143,7 +143,7 @@ class Walker:
         before = stream.hidden
         if entry is None:
             goal = self._run(block, stream) if dense is None else dense.hidden
-            self._solve_block(block, stream, dense, dense_y, None, result)
+            self._solve_block(block, stream, dense, dense_y, None, result, is_final=False)
             stream.hidden = before
             self._reconstruct(block, stream, goal, result)
             del goal
@@ -160,8 +160,9 @@ class Walker:
         dense_y: Tensor | None,
         entry: Entry | None,
         result: BlockResult,
+        is_final: bool = True,
     ) -> None:
-        """Prune a block without gradients and move the stream behind it.
+        """Prune a block without gradients and, where that is final, move the stream behind it.
 
         Args:
             dense: the dense model's stream, behind the block already, where that is a target.
@@ -174,8 +175,8 @@ class Walker:
             elif any(projection.pruned for projection in group):
                 self._prune_attention(block, index, stream, result)
         if any(projection.pruned for projection in block.feed_forward.values()):
-            self._prune_feed_forward(block, stream, dense, dense_y, entry, result)
-        elif not self.config.reconstruct:
+            self._prune_feed_forward(block, stream, dense, dense_y, entry, result, is_final)
+        elif is_final:
             stream.hidden = self._run(block, stream)
 
     def _reconstruct(self, block: Block, stream: Stream, goal: list[Tensor], result: BlockResult) -> None:
@@ -230,8 +231,9 @@ class Walker:
         dense_y: Tensor | None,
         entry: Entry | None,
         result: BlockResult,
+        is_final: bool,
     ) -> None:
-        """Prune a feed-forward network, the block's attention being done, and move the stream behind the block.
+        """Prune a feed-forward network, the block's attention being done.
 
         Arguments as of :meth:`_solve_block`.
         """
@@ -271,8 +273,8 @@ class Walker:
             after = self._as_feed_forward(block, whole)
             tokens = Tokens(x, y, after.down_bias, stream.chunks(), after.up.device)
             change, _ = change_of_output(after, tokens, 0, SINGLE, Counter(), y)
-        if self.config.reconstruct:
-            return  # the block will be another
+        if not is_final:
+            return
         if self.layout.additive:
             # The residual stream is additive: the block ends where y would have brought it, and the change of y.
             outputs.add_(change)

@@ -100,7 +100,7 @@ def test_unknown(quality: Any, through: Any) -> None:
 )
 def test_reconstruction_is_checked(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"reconstruct\.{name}.*got"):
-        Reconstruction(**{name: value})
+        PruningConfig(reconstruct=Reconstruction(**{name: value}))
 
 
 @pytest.mark.parametrize("value", [True, {"steps": 8}, 8, "yes"])
