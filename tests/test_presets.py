@@ -69,7 +69,8 @@ def test_no_target_is_left_over(quality: Any, method: Any, target: str) -> None:
     """Without reconstruction or alternation nothing fits the preset's target."""
     config = PruningConfig(quality=quality, method=method, reconstruct=False)
     assert (config.target, config.reconstruct) == (target, False)
-    assert PruningConfig(quality="best", reconstruct=False).target == "model", "the alternation does"
+    kept = PruningConfig(quality=quality, method="sparsellm", reconstruct=False)
+    assert kept.target == "model", "the alternation does"
     with pytest.raises(UserError, match="target='model'"):
         PruningConfig(quality=quality, method=method, reconstruct=False, target="model")
 
@@ -170,7 +171,8 @@ def test_command_line_without_quality(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_configuration_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, expected: Any) -> None:
     (tmp_path / "config.yaml").write_text(f"pruner: {{quality: best, reconstruct: {value}}}\n")
     config = from_command_line(monkeypatch, tmp_path, "--config", "config.yaml")
-    assert settings_of(config) == {**DEFAULTS, **PRESETS["best"], "reconstruct": expected}
+    target = "model" if expected else "block"  # which nothing else of the preset fits
+    assert settings_of(config) == {**DEFAULTS, **PRESETS["best"], "reconstruct": expected, "target": target}
 
 
 @pytest.mark.parametrize(
