@@ -120,7 +120,7 @@ def _statistics(
     grams = [Gram(group[0].shape[1], device) for group in groups]
     observers: list[Observer] = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
     sample.hidden = run_block(block, sample, adapter, stopwatch, on_input=observers)
-    statistics = {}
+    statistics: dict[str, InputStatistics] = {}
     for group, gram in zip(groups, grams, strict=True):
         mean = gram.mean(adapter.ranks)
         check_finite(mean, group[0].name)

@@ -247,7 +247,7 @@ def _sum_hidden(
 
 def _error(down: Tensor, cross: Tensor, gram: Tensor, energies: Tensor, ranks: Ranks) -> float:
     """``‖Y − h Wᵀ‖² / ‖Y‖²`` by ``‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩``, over rows of W: no further pass over the tokens."""
-    target_energy, y_energy, count = energies.tolist()
+    target_energy, y_energy, count = map(float, energies)
     explained = ((2 * cross - down @ gram) * down).sum(dtype=torch.float64)
     ranks.sum_(explained)
     return max(target_energy - count * float(explained), 0.0) / (y_energy or 1.0)
