@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "sparsegpt",
         "refine": "weights",
         "target": "model",
-        "reconstruct": Reconstruction(steps=32),
+        "reconstruct": Reconstruction(steps=32, batch_tokens=2048),
     },
     "best": {
         "method": "admm",
