@@ -94,7 +94,7 @@ def layers_figure(report: PruningReport) -> Figure:
 
 
 def _title(report: PruningReport) -> str:
-    return f"{report.model}, {report.method}, {100 * report.sparsity['achieved']:.1f} % zeros"
+    return f"{report.model}, {report.label}, {100 * report.sparsity['achieved']:.1f} % zeros"
 
 
 def _feed_forward_errors(blocks: list[dict[str, Any]]) -> Series:

@@ -70,6 +70,12 @@ class PruningReport:
     mask_check: dict[str, int] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """What pruned: the method, or the quality with its method in brackets."""
+        quality = self.config.get("quality")
+        return f"{quality} ({self.method})" if quality else self.method
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -112,11 +118,11 @@ class PruningReport:
             (self.model, "dense", "0 %", _number(self.perplexity.get("dense")), ""),
         ]
         rows.append(
-            (self.model, self.method, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}")
+            (self.model, self.label, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}")
         )
         if "finetuned" in self.perplexity:
             rows.append(
-                (self.model, f"{self.method} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), "")
+                (self.model, f"{self.label} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), "")
             )
         return format_table(rows)
 

@@ -80,7 +80,8 @@ class Job:
         return module
 
     def data(self) -> TextDataModule:
-        return TextDataModule("python-docs", sequence_length=64, batch_size=4, max_eval_windows=16)
+        batch_size = self.options.get("batch_size", 4)
+        return TextDataModule("python-docs", sequence_length=64, batch_size=batch_size, max_eval_windows=16)
 
     def pruner(self, **kwargs: Any) -> SparseLLMCallback:
         settings = {**self.options.get("pruner", {}), **kwargs}
