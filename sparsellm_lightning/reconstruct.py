@@ -128,7 +128,8 @@ class Reconstructor:
                 with self.adapter.forward_context():
                     output = self._forward(index)
                 hidden = self.stream.hidden[index].to(self.device)
-                for part, rows in enumerate((slice(fitted), slice(fitted, None))):
+                parts = (slice(fitted if index < fitted_batches else 0), slice(fitted, None))
+                for part, rows in enumerate(parts):
                     sums[part, 0] += self._distance(output, index, rows).double()
                     sums[part, 1] += self._distance(hidden, index, rows).double()
         self.adapter.ranks.sum_(sums)

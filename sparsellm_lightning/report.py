@@ -121,9 +121,7 @@ class PruningReport:
             (self.model, self.label, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}")
         )
         if "finetuned" in self.perplexity:
-            rows.append(
-                (self.model, f"{self.label} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), "")
-            )
+            rows.append((self.model, f"{self.label} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), ""))
         return format_table(rows)
 
 

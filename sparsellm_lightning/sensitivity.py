@@ -76,7 +76,7 @@ def allocate(
     elif config.allocation == "atp":
         chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
     elif config.allocation == "owl":
-        sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
+        sample = _first_batches(stream, STATISTICS_TOKENS, adapter, device_of(layout.model))
         ratios = []
         for block in layout.blocks:
             statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
@@ -103,10 +103,10 @@ def _size(part: Groups) -> int:
     return sum(p.shape[0] * p.shape[1] for group in part for p in group if p.pruned)
 
 
-def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter) -> Stream:
+def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter, device: torch.device) -> Stream:
     """So many batches, as many on every rank, that they have about so many tokens over all ranks."""
     windows = len(stream.hidden[0]) if stream.hidden else 0
-    first = torch.tensor([sum(stream.windows[:windows])], device=stream.home)
+    first = torch.tensor([sum(stream.windows[:windows])], device=device)
     adapter.ranks.sum_(first)
     return stream.part(max(1, round(tokens / max(int(first), 1))))
 
@@ -154,7 +154,7 @@ class _Damages:
     ) -> None:
         self.layout, self.layers, self.adapter, self.stopwatch = layout, layers, adapter, stopwatch
         self.autocast = autocast
-        self.probe = _first_batches(stream, OUTPUT_TOKENS, adapter)
+        self.probe = _first_batches(stream, OUTPUT_TOKENS, adapter, device_of(layout.model))
         ends = self._run_to_end(self.probe, 0)
         # Half the memory of float32; what is rounded is the same in every comparison.
         self.dense = [log_probabilities.bfloat16() for log_probabilities in self._log_probabilities(ends)]
@@ -200,11 +200,11 @@ class _Damages:
 
     def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
         """(length, vocabulary) float32 of one window after the other."""
-        for hidden in ends:
-            for window in hidden.split(1):
-                with self._products():
-                    logits = tail_logits(self.layout, window, self.adapter)
-                yield torch.log_softmax(logits[0].float(), -1)
+        for hidden in ends:  # one call a batch: ranks have as many batches, but not as many windows in them
+            with self._products():
+                logits = tail_logits(self.layout, hidden.to(device_of(self.layout.model)), self.adapter)
+            for window in logits:
+                yield torch.log_softmax(window.float(), -1)
 
     def _divergence(self, ends: list[Tensor]) -> float:
         """Mean over all ranks' valid tokens of the Kullback-Leibler divergence from the dense model's distribution."""
@@ -244,7 +244,7 @@ def _damages(
     # Only comparisons follow from it, so the products may be coarse.
     stored = next(layout.model.parameters()).dtype
     coarse = dtype if stored == torch.float32 != dtype else None
-    sample = _first_batches(stream, STATISTICS_TOKENS, adapter)
+    sample = _first_batches(stream, STATISTICS_TOKENS, adapter, device_of(layout.model))
     damages = _Damages(layout, stream, layers, adapter, stopwatch, coarse)
     for block in layout.blocks:
         statistics = _statistics(block, sample, adapter, stopwatch, config.damping)

@@ -111,7 +111,13 @@ def test_reconstruction_and_measured_budgets(tmp_path: Path, folder_of: Callable
     tuned = {"steps": 16, "batch_tokens": 2048, "learning_rate": 1e-3}
     pruner: dict[str, Any] = {"sparsity": 0.7, "method": "sparsegpt", "target": "model", "allocation": "error"}
     pruner |= {"reconstruct": tuned, "num_calibration_samples": WINDOWS}
-    options = {"job": "prune", "model": folder_of("llama"), "pruner": pruner, "batch_size": 3, "timeout": 120}
+    options: dict[str, Any] = {
+        "job": "prune",
+        "model": folder_of("llama"),
+        "pruner": pruner,
+        "batch_size": 3,
+        "timeout": 120,
+    }
     one = succeed(tmp_path / "one", **options)
     for strategy in ("ddp", "fsdp2"):
         model, report = succeed(tmp_path / strategy, strategy=strategy, processes=2, **options)
