@@ -168,6 +168,7 @@ class Walker:
             dense: the dense model's stream, behind the block already, where that is a target.
             dense_y: its feed-forward output, where it does not end in the residual stream.
         """
+        self.replay.inputs.clear()  # of a block whose feed-forward network was skipped
         for index, group in enumerate(block.attention):
             if entry is not None:
                 for p in group:

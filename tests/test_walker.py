@@ -74,6 +74,15 @@ def test_pruned_stream_is_the_pruned_model(name: str, target: str) -> None:
     assert_stream_is_the_model(walker, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("skip", [["*.0.mlp.*"], ["*.0.mlp.*", "*.1.self_attn.o_proj"]])
+def test_attention_is_not_replayed_from_another_block(skip: list[str]) -> None:
+    """What a block with a skipped feed-forward network left behind is not taken for the next block's."""
+    model = build_model("llama")
+    config = PruningConfig(sparsity=0.6, method="sparsegpt", skip=skip)
+    walker = Walker(describe(model, config), config, StrategyAdapter())
+    assert_stream_is_the_model(walker, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4"])
