@@ -106,15 +106,20 @@ def take_windows(
     return taken, int(total)
 
 
+def held_out_windows(windows: int, share: float) -> int:
+    """How many of so many windows are held out: a share of them, rounded down."""
+    return int(share * windows)
+
+
 def fitted_windows(windows: int, held_out: float, ranks: Ranks) -> int:
     """How many of this rank's windows are fitted: the first ones. The last of all windows are held out, on whichever rank.
 
     Args:
         windows: over all ranks.
-        held_out: share of them to hold out, rounded down.
+        held_out: share of them to hold out.
         ranks: window i is rank ``i mod size``'s.
     """
-    return len(range(ranks.rank, windows - int(held_out * windows), ranks.size))
+    return len(range(ranks.rank, windows - held_out_windows(windows, held_out), ranks.size))
 
 
 def _valid(mask: Tensor | None) -> Tensor | None:

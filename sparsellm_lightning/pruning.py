@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, device_of
-from sparsellm_lightning.calibration import fitted_windows, take_windows
+from sparsellm_lightning.calibration import fitted_windows, held_out_windows, take_windows
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
@@ -130,7 +130,7 @@ def prune_model(
         blocks=[{k: v for k, v in asdict(r).items() if k != "layer_errors"} for r in results],
         calibration={
             "windows": windows,
-            "held_out": int(config.held_out_share * windows),
+            "held_out": held_out_windows(windows, config.held_out_share),
             "tokens": tokens,
         },
         phases=walker.stopwatch.seconds,
