@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
@@ -38,6 +35,7 @@ from sparsellm_lightning.pruning import prune_model
 from sparsellm_lightning.report import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter, adapter_for
+from sparsellm_lightning.trainer_data import calibration_batches, validation_batches
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +276,7 @@ class SparseLLMCallback(SparseFinetuning):
         """Prune, or prune further; measured before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
         before = self._perplexity(trainer, model, adapter)
-        batches, sharded = self._calibration_batches(trainer)
+        batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         stages = [] if self.report is None else self.report.stages
         config = self.config
         if self.schedule is not None:
@@ -294,7 +292,7 @@ class SparseLLMCallback(SparseFinetuning):
             progress=trainer.progress_bar_callback is not None,
             on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
         )
-        report.calibration["source"] = _calibration_source(trainer)
+        report.calibration["source"] = source
         after = self._perplexity(trainer, model, adapter)
         dense = self.report.perplexity["dense"] if self.report is not None else before
         report.perplexity = {"dense": dense, "pruned": after}
@@ -338,21 +336,11 @@ class SparseLLMCallback(SparseFinetuning):
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
 
-    def _calibration_batches(self, trainer: pl.Trainer) -> tuple[Iterable[Any], bool]:
-        """The calibration stream, and whether it is already split over ranks."""
-        source = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-        if source is None:
-            assert trainer.train_dataloader is not None
-            return trainer.train_dataloader, _is_sharded(trainer.train_dataloader)
-        wanted = {"num_samples": self.config.num_calibration_samples, "seed": self.config.seed}
-        accepted = inspect.signature(source).parameters
-        return source(**{name: value for name, value in wanted.items() if name in accepted}), False
-
     def _perplexity(self, trainer: pl.Trainer, model: PreTrainedModel, adapter: StrategyAdapter) -> float | None:
         """On the validation windows; None where there are none or the model has no language-model head."""
         if not self.measure or model.get_output_embeddings() is None:
             return None
-        batches, sharded = _validation_batches(trainer)
+        batches, sharded = validation_batches(trainer)
         if batches is None:
             return None
         with self._stopwatch.phase("evaluation"):
@@ -390,33 +378,3 @@ def _check_schedule(
             f"{pattern}. Leave both out."
         )
     return stages
-
-
-def _calibration_source(trainer: pl.Trainer) -> str:
-    """Where calibration windows come from: the datamodule's ``source`` (``self``: the model wrote them), or what it is."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None or not hasattr(data, "calibration_dataloader"):
-        return "training dataloader"
-    return str(getattr(data, "source", type(data).__name__))
-
-
-def _is_sharded(loader: Any) -> bool:
-    """Whether a dataloader gives each rank its own share, as Lightning's distributed sampler makes it do."""
-    if isinstance(loader, (list, tuple)):
-        return any(_is_sharded(part) for part in loader)
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
-
-
-def _validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
-    """The validation batches, if there are any, and whether each rank's loader holds only its own share."""
-    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        if owner is not None and is_overridden("val_dataloader", owner):
-            loaders, sharded = owner.val_dataloader(), False
-            break
-    else:
-        loaders = trainer.val_dataloaders
-        sharded = _is_sharded(loaders)
-    if isinstance(loaders, (list, tuple)):
-        return (chain.from_iterable(loaders), sharded) if loaders else (None, sharded)
-    return loaders, sharded
