@@ -1,12 +1,13 @@
 """Perplexity after pruning SmolLM2-135M, by every method and quality and by llm-compressor, from the same windows.
 
     python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt
-        [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--layers 6] [--windows 32]
+        [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6] [--windows 32]
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``. A cell is a process of its own, and
 is kept in ``accuracy.json`` once it is done, by its row, its column and a hash of what decides it: its whole configuration,
 the windows and the number of blocks, but not the code. So a run that was killed, or is asked for more, goes on; ``--again``
-does the chosen cells anew. The tables show all cells that are known, chosen or not.
+does the chosen cells anew. The tables show all cells that are known, chosen or not. With ``--together`` several cells run at a
+time, each on its share of the cores: the whole takes less, a cell takes more, and its seconds are marked.
 
 The gap of a cell is ``ln(perplexity / dense perplexity)``. Tables show it in brackets, divided by the gap of this package's
 ``sparsegpt`` at the same sparsity: 0 is the dense model, 1 SparseGPT.
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -136,7 +138,7 @@ class Results:
         if result is None:
             return ""
         if figure == SECONDS:
-            return f"{result['seconds']:.0f}"
+            return f"{result['seconds']:.0f}{'*' * (result['together'] > 1)}"
         if figure == MEMORY:
             return f"{result['peak_bytes'] / 2**20:.0f}"
         own, reference = self.gap(cell, figure), self.gap(("sparsegpt", cell[1]), figure)
@@ -159,6 +161,13 @@ def _sparsity(column: str) -> str:
 
 def main_cells() -> list[Cell]:
     return [(row, column) for column in COLUMNS for row in ROWS if column not in SELDOM or row in WHOLE_ROWS]
+
+
+def work_of(job: Job, cell: Cell) -> Job:
+    """What a process has to do for a cell."""
+    if cell == DENSE:
+        return {name: job[name] for name in ("model", "texts")}
+    return {**job, "config": config_of(cell)}
 
 
 def table(results: Results, rows: Iterable[str], columns: Sequence[str], figures: Sequence[str]) -> str:
@@ -193,7 +202,10 @@ def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
     )
     for name in texts:
         parts += [f"## Perplexity on {name}", table(results, ROWS, list(COLUMNS), [name])]
-    parts += ["## Seconds of pruning", table(results, ROWS, list(COLUMNS), [SECONDS])]
+    parts += [
+        f"## Seconds of pruning\n\nOn {os.cpu_count()} cores; *: on a share of them, with other cells beside it.",
+        table(results, ROWS, list(COLUMNS), [SECONDS]),
+    ]
     parts += ["## Peak memory of the process, MiB", table(results, ROWS, list(COLUMNS), [MEMORY])]
     figures = [*texts, SECONDS, MEMORY]
     own = PRESETS["best"].get("allocation", DEFAULTS["allocation"])
@@ -242,6 +254,9 @@ def main() -> None:
     arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")
     arguments.add_argument("--ablation", action="store_true", help="best without each of its parts, at 70 %%")
     arguments.add_argument("--allocations", action="store_true", help="best with every allocation, at 70 and 80 %%")
+    arguments.add_argument(
+        "--together", type=int, default=1, help="so many cells at a time, each on its share of the cores"
+    )
     arguments.add_argument("--again", action="store_true", help="also what is known already")
     options = arguments.parse_args()
 
@@ -261,20 +276,21 @@ def main() -> None:
         cells = [cell for cell in dict.fromkeys(wanted) if options.again or results.find(cell) is None]
         theirs = any("modifier" in config_of(cell) for cell in cells if cell != DENSE)
         python = other_python(options.venv) if theirs else sys.executable
-        for number, cell in enumerate(cells, 1):
-            print(f"{number} of {len(cells)}: {cell[0]}, {_sparsity(cell[1])}", file=sys.stderr, flush=True)
-            work = (
-                {name: job[name] for name in ("model", "texts")}
-                if cell == DENSE
-                else {**job, "config": config_of(cell)}
-            )
-            try:
-                figures = measure(work, python)
-            except subprocess.CalledProcessError:  # it has said why; the others may still be done
-                failed.append(cell)
-                continue
-            results.add(cell, {name: value for name, value in figures.items() if name != "table"})
-            print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
+        if options.together > 1:  # of the processes to come, not of this one
+            os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // options.together, 1))
+        with ThreadPoolExecutor(options.together) as pool:
+            running = {pool.submit(measure, work_of(job, cell), python): cell for cell in cells}
+            for number, finished in enumerate(as_completed(running), 1):
+                cell = running[finished]
+                print(f"{number} of {len(cells)}: {cell[0]}, {_sparsity(cell[1])}", file=sys.stderr, flush=True)
+                try:
+                    figures = finished.result()
+                except subprocess.CalledProcessError:  # it has said why; the others may still be done
+                    failed.append(cell)
+                    continue
+                kept = {name: value for name, value in figures.items() if name != "table"}
+                results.add(cell, {**kept, "together": options.together})
+                print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
     (options.out / "accuracy.md").write_text(markdown(results, title, texts))
     plot(results, title, texts[0]).savefig(options.out / "accuracy.png", dpi=120)
     print((options.out / "accuracy.md").read_text())
