@@ -32,13 +32,14 @@ class Reconstruction:
     Args:
         steps: of Adam.
         learning_rate: its first one; it falls to zero along a half cosine.
-        batch_tokens: tokens a step, over all ranks, in whole windows.
+        batch_tokens: tokens a step, over all ranks, in whole windows and at least one on each rank. Many small steps fit better
+            than few large ones.
         others: tune the block's norms and biases too.
     """
 
-    steps: int = 64
+    steps: int = 128
     learning_rate: float = 2e-3
-    batch_tokens: int = 4096
+    batch_tokens: int = 512
     others: bool = True
 
     def check(self) -> None:
@@ -72,13 +73,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "sparsegpt",
         "refine": "weights",
         "target": "model",
-        "reconstruct": Reconstruction(steps=32, batch_tokens=2048),
+        "reconstruct": Reconstruction(steps=128),
     },
     "best": {
         "method": "admm",
         "target": "model",
         "allocation": "error",
-        "reconstruct": Reconstruction(steps=64),
+        "reconstruct": Reconstruction(steps=256),
     },
 }
 
