@@ -11,7 +11,7 @@ from sparsellm_lightning.architectures import Projection
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics, refined
-from sparsellm_lightning.statistics import FACTOR_WORK, relative_error
+from sparsellm_lightning.statistics import relative_error
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
 
@@ -22,7 +22,7 @@ class LayerPruner:
     Args:
         config: settings.
         adapter: of the strategy the model runs under.
-        stopwatch: gets the seconds and the work.
+        stopwatch: gets the seconds.
 
     Attributes:
         sparsities: by projection name, where they differ from the settings' one (see
@@ -63,11 +63,6 @@ class LayerPruner:
         pattern: Pattern = Stacked(patterns, sizes)
         if self.config.keep_zeros:
             pattern = Containing(pattern, torch.cat([dense[name] for name in chosen]) == 0)
-        rows, columns = weight.shape
-        if self.name == "sparsegpt":
-            self.stopwatch.count("local_solve", rows * columns**2)
-            if not inputs.is_factored:
-                self.stopwatch.count("local_solve", FACTOR_WORK * columns**3)
         with self.stopwatch.phase("local_solve"):
             solved = self.solve(weight, inputs, pattern, self.config.block_size)
             solved = refined(solved, weight, inputs, pattern, self.config.refine, self.config.keep_zeros)
@@ -79,7 +74,8 @@ class LayerPruner:
 
     def error(self, dense: Tensor, pruned: Tensor, inputs: InputStatistics) -> float:
         """``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` over all ranks, of this rank's rows."""
-        parts = torch.stack(relative_error(dense, pruned, inputs.gram)).double()
+        with self.stopwatch.phase("local_solve"):
+            parts = torch.stack(relative_error(dense, pruned, inputs.gram)).double()
         self.adapter.ranks.sum_(parts)
         return float(parts[0] / parts[1]) if parts[1] > 0 else 0.0
 

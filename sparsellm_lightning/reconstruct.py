@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsellm_lightning.architectures import Block, device_of
 from sparsellm_lightning.config import Reconstruction
 from sparsellm_lightning.masks import local_tensor
+from sparsellm_lightning.stopwatch import count
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.stream import Stream
 
@@ -54,7 +55,6 @@ class Reconstructor:
     ) -> None:
         self.block, self.stream, self.goal, self.adapter, self.options = block, stream, goal, adapter, options
         self.autocast = autocast
-        self.tokens_seen = 0  # by this rank, in all steps
         self.device = device_of(block.module)
         self.generator = torch.Generator().manual_seed(seed + block.index)
         weights = {id(p.parameter) for p in block.projections()}
@@ -66,8 +66,8 @@ class Reconstructor:
         pruned = {id(p.parameter) for p in block.projections() if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.masters = [local.float() for local in self.locals]  # the parameter's own memory where it is float32
-        self.zeros = [
-            local == 0 if id(parameter) in pruned else None
+        self.kept = [
+            local != 0 if id(parameter) in pruned else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
         # Windows of each batch that are fitted; the others are held out.
@@ -127,6 +127,7 @@ class Reconstructor:
                     continue
                 with self.adapter.forward_context():
                     output = self._forward(index)
+                self._count(index, 1)
                 hidden = self.stream.hidden[index].to(self.device)
                 parts = (slice(fitted if index < fitted_batches else 0), slice(fitted, None))
                 for part, rows in enumerate(parts):
@@ -180,23 +181,28 @@ class Reconstructor:
         # FSDP averages gradients over ranks as it scatters them.
         scale = (ranks.size if self.adapter.weights_are_split else 1) / max(int(count), 1)
         for index in batches:
-            self.tokens_seen += self._tokens(index)
             with torch.enable_grad(), self.adapter.forward_context(), self._autocast():
                 output = self._forward(index)
+                self._count(index, 3)  # the backward is two products for each of the forward's
             with torch.enable_grad():
                 (self._distance(output, index, slice(self.fitted[index])) * scale).backward()
         gradients = []
-        for parameter, zeros in zip(self.parameters, self.zeros, strict=True):
+        for parameter, kept in zip(self.parameters, self.kept, strict=True):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = local_tensor(gradient).float()
             parameter.grad = None
-            gradients.append(gradient if zeros is None else gradient.masked_fill_(zeros, 0))
+            gradients.append(gradient if kept is None else gradient.mul_(kept))
         if ranks.size > 1 and not self.adapter.weights_are_split:
             message = torch.cat([gradient.flatten() for gradient in gradients])
             ranks.sum_(message)
             for gradient, summed in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
         return gradients
+
+    def _count(self, index: int, forwards: int) -> None:
+        tokens = self.stream.hidden[index].shape[:2].numel()
+        dtype = self.autocast if self.autocast and forwards > 1 else torch.float32
+        count(forwards * tokens * self.block.forward_work(max(self.stream.windows)), dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast is None or any(local.dtype != torch.float32 for local in self.locals):

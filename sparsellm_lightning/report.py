@@ -41,7 +41,7 @@ class PruningReport:
             uneven budget (``allocation``), reconstruction (``reconstruction``), and in a Trainer those of measuring perplexity
             (``evaluation``) and writing the model (``export``).
         work: floating-point operations of this rank by phase and dtype of the operands, counted from the shapes of the
-            products; elementwise work, and what ADMM, refining and allocation do, are left out.
+            products; elementwise work is left out, and what allocation does.
         gemm_peak: FLOP/s of a large product on this device, by dtype, measured when pruning ended.
         wall_seconds: of pruning: calibration and solve.
         peak_memory_bytes: of this process (resident set), or of its accelerator.

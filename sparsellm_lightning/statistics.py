@@ -14,13 +14,14 @@ from torch import Tensor
 
 from sparsellm_lightning.errors import NumericalError
 from sparsellm_lightning.ranks import Ranks
+from sparsellm_lightning.stopwatch import count
 
 MAX_DAMPING_RAISES = 6
 _SYMMETRIC_BLOCK = 512
 _WELL_CONDITIONED = (
     0.05  # damping from which float32 will do, a Gram matrix's largest eigenvalue being 10^4 times its mean
 )
-FACTOR_WORK = 4 / 3  # floating-point operations of factorising a (d, d) matrix, in units of d³
+_FACTOR_WORK = 4 / 3  # floating-point operations of factorising a (d, d) matrix, in units of d³
 
 
 class Cross:
@@ -36,7 +37,6 @@ class Cross:
     ) -> None:
         self.total = torch.zeros(rows, columns, dtype=_exact(device), device=device)
         self.tokens = 0
-        self.work = 0  # floating-point operations so far
         self._product = torch.empty(self._product_rows(), columns, dtype=dtype, device=device)
 
     def _product_rows(self) -> int:
@@ -46,12 +46,12 @@ class Cross:
         """Add tokens: a (n, d) and b (n, e), of the dtype of the products."""
         self.total.add_(torch.mm(a.T, b, out=self._product))
         self.tokens += a.shape[0]
-        self.work += 2 * len(a) * self.total.numel()
+        count(2 * len(a) * self.total.numel(), self._product.dtype)
 
     def restart(self) -> None:
         """Begin a new sum in the same memory."""
         self.total.zero_()
-        self.tokens = self.work = 0
+        self.tokens = 0
 
     def mean(self, ranks: Ranks) -> Tensor:
         """``AᵀB / n`` over all ranks' tokens, float32, so that its scale does not depend on their number. Ends the summing."""
@@ -82,7 +82,7 @@ class Gram(Cross):
             rows = slice(low, min(low + _SYMMETRIC_BLOCK, features))
             product = self._product.view(-1)[: (rows.stop - low) * (features - low)].view(-1, features - low)
             self.total[rows, low:].add_(torch.mm(a[:, rows].T, a[:, low:], out=product))
-            self.work += 2 * len(a) * product.numel()
+            count(2 * len(a) * product.numel())
         self.tokens += a.shape[0]
 
     def _sum_over(self, ranks: Ranks) -> None:
@@ -119,6 +119,7 @@ class Factor:
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows @ H⁻¹`` for rows (r, d), float32."""
+        count(4 * rows.numel() * len(self.upper))
         return rows @ self.upper.T @ self.upper
 
 
@@ -131,6 +132,7 @@ def spd_inverse(matrix: Tensor) -> Tensor:
     upper = _inverse_factor(matrix.clone())
     if upper is None:
         raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
+    count(2 * len(upper) ** 3)
     return upper.T @ upper
 
 
@@ -143,6 +145,7 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     LAPACK's result for a matrix of more than a hundred columns changes with the number of threads, in the last bits;
     products and small factorisations do not, and the masks of one and of many ranks rest on that.
     """
+    count(_FACTOR_WORK * len(matrix) ** 3)
     return matrix if _factor_in_place(matrix) else None
 
 
@@ -226,4 +229,5 @@ def relative_error(dense: Tensor, pruned: Tensor, gram: Tensor) -> tuple[Tensor,
     Returned apart so that rows spread over ranks can be summed before dividing.
     """
     difference = dense - pruned
+    count(4 * dense.numel() * len(gram))
     return ((difference @ gram) * difference).sum(), ((dense @ gram) * dense).sum()

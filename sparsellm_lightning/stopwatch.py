@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -19,7 +20,7 @@ class Stopwatch:
 
     Attributes:
         seconds: by phase.
-        work: floating-point operations by phase and dtype of the operands, as told by :meth:`count`.
+        work: floating-point operations by phase and dtype of the operands, as told by :func:`count` in the phase.
     """
 
     def __init__(self, device: torch.device | str = "cpu", on_phase: Callable[[str], None] | None = None) -> None:
@@ -39,15 +40,13 @@ class Stopwatch:
         if name != self._latest and self.on_phase is not None:
             self.on_phase(name)
         self._latest = name
+        outer = _counting.set((self, name))
         try:
             yield
         finally:
+            _counting.reset(outer)
             self._switch()
             self._running.pop()
-
-    def count(self, phase: str, operations: float, dtype: torch.dtype = torch.float32) -> None:
-        """Add floating-point operations to a phase; a multiplication and an addition are two."""
-        self.work.setdefault(phase, Counter())[dtype] += operations  # type: ignore[assignment]
 
     def _switch(self) -> None:
         if self._device.type == "cuda":
@@ -57,6 +56,19 @@ class Stopwatch:
             name = self._running[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+_counting: ContextVar[tuple[Stopwatch, str] | None] = ContextVar("counting", default=None)
+
+
+def count(operations: float, dtype: torch.dtype = torch.float32) -> None:
+    """Add floating-point operations to the phase that is running, if any; a multiplication and an addition are two.
+
+    Whoever multiplies matrices says so here, from their shapes. Elementwise work is not counted.
+    """
+    if (running := _counting.get()) is not None:
+        stopwatch, phase = running
+        stopwatch.work.setdefault(phase, Counter())[dtype] += operations  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.placement import empty, moved
 from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.solvers.feed_forward import CHUNK
-from sparsellm_lightning.stopwatch import Stopwatch
+from sparsellm_lightning.stopwatch import Stopwatch, count
 from sparsellm_lightning.strategies import StrategyAdapter, patched_forward
 
 Observer = tuple[nn.Module, Callable[[Tensor], None]]
@@ -115,32 +115,35 @@ def run_block(
     *,
     on_input: Sequence[Observer] = (),
     on_output: Observer | None = None,
-    statistics_only: bool = False,
+    until: int | None = None,
     replay: AttentionReplay | None = None,
 ) -> list[Tensor]:
     """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it.
 
-    With ``statistics_only``, only the fitted windows are observed, and each forward is broken off where an input was seen:
-    what comes after is not computed, nor returned. With a ``replay``, the raw inputs are kept in it, or, in a whole forward,
-    attention is replayed from it.
+    With ``until``, only the fitted windows are observed, and each forward is broken off where the input of this group of
+    attention projections was seen: what comes after is not computed, nor returned. With a ``replay``, the raw inputs are kept
+    in it, or, in a whole forward, attention is replayed from it.
     """
     hidden: Tensor
     mask: Tensor | None = None
     outputs: list[Tensor] = []
-    left = stream.fitted if statistics_only else len(stream.windows)
+    whole = until is None
+    left = len(stream.windows) if whole else stream.fitted
+    window = max(stream.windows, default=0)
+    work, attention_work = block.forward_work(window, until), block.forward_work(window, len(block.attention) - 1)
     device = device_of(block.module)
     with ExitStack() as stack:
         for module, see_input in on_input:
 
             def before(_: nn.Module, args: tuple[Any, ...], see_input: Callable[[Tensor], None] = see_input) -> None:
                 each_window(see_input, args[0], hidden, mask, left)
-                if statistics_only:
+                if not whole:
                     if replay is not None:
                         replay.keep(args[0])
                     raise _SeenEnough
 
             stack.callback(module.register_forward_pre_hook(before).remove)
-        if statistics_only:
+        if not whole:
             stack.enter_context(patched_forward(block.module, _until_seen(block.module.forward)))
         if on_output is not None:
             module, see_output = on_output
@@ -154,11 +157,12 @@ def run_block(
                 break
             hidden = hidden.to(device, non_blocking=True)
             with stopwatch.phase("forward"), adapter.forward_context():
-                replaying = nullcontext() if replay is None or statistics_only else replay.batch(block, index)
-                with replaying:
+                replayed = whole and replay is not None and replay.replays(index)
+                count(hidden.shape[:2].numel() * (work - (attention_work if replayed else 0)))
+                with replay.batch(block, index) if replay is not None and whole else nullcontext():
                     output = block.module(hidden, *args, **kwargs)
             left -= len(hidden)
-            if not statistics_only:
+            if whole:
                 outputs.append(moved(output[0] if isinstance(output, tuple) else output, stream.home))
     return outputs
 

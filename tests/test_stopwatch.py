@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from conftest import SEQUENCE, build_model
@@ -13,6 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsellm_lightning import PruningConfig, prune_model
 from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.patterns import Unstructured
+from sparsellm_lightning.ranks import SINGLE
+from sparsellm_lightning.solvers import LOCAL_SOLVERS, InputStatistics
+from sparsellm_lightning.solvers.local import refined
 from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
 from sparsellm_lightning.statistics import Cross, Gram
 from sparsellm_lightning.stopwatch import Stopwatch, gemm_peak
@@ -61,11 +63,37 @@ def test_work_of_a_forward(name: str) -> None:
 def test_work_of_statistics() -> None:
     x, y = torch.randn(30, 1300), torch.randn(30, 20)
     gram, cross = Gram(1300), Cross(20, 1300)
+    watch = Stopwatch()
     with FlopCounterMode(display=False) as counter:
-        gram.add(x)
-        cross.add(y, x)
-    assert gram.work + cross.work == counter.get_total_flops()
-    assert gram.work < 0.75 * 2 * 30 * 1300**2  # the half below the diagonal is left out, but for blocks
+        with watch.phase("gram"):
+            gram.add(x)
+        with watch.phase("cross"):
+            cross.add(y, x)
+        with watch.phase("nothing"):
+            assert torch.equal(gram.mean(SINGLE), gram.total.float())
+    work = {phase: counts[torch.float32] for phase, counts in watch.work.items()}
+    assert work["gram"] + work["cross"] == counter.get_total_flops()
+    assert work["gram"] < 0.75 * 2 * 30 * 1300**2  # the half below the diagonal is left out, but for blocks
+    assert "nothing" not in watch.work
+
+
+@pytest.mark.parametrize("rows", [64, 200])
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm", "refine"])
+def test_work_of_local_solvers(rows: int, solver: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 256, generator=generator) for n in (rows, 1000))
+    inputs = InputStatistics(x.T @ x / len(x), 0.01)
+    pattern = Unstructured(0.6)
+    watch = Stopwatch()
+    in_place = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which torch leaves out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, watch.phase("solve"):
+        if solver == "refine":
+            magnitude = weight * pattern.select(weight.square())
+            refined(magnitude, weight, inputs, pattern, "mask")
+        else:
+            LOCAL_SOLVERS[solver](weight, inputs, pattern, 128)
+    # torch does not count triangular solves and outer products, we only the leading term of a factorisation and a sweep.
+    assert watch.work["solve"][torch.float32] == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -73,18 +101,17 @@ def test_work_of_statistics() -> None:
 def test_work_of_the_alternation(gated: bool, iterations: int) -> None:
     block = make_block(gated=gated, dim=16, width=32)
     x, y = make_tokens(block, n=20_000)
-    work: Counter[torch.dtype] = Counter()
-    with FlopCounterMode(display=False) as counter:
+    watch = Stopwatch()
+    with FlopCounterMode(display=False) as counter, watch.phase("alternation"):
         solve_feed_forward(
             block,
             x,
             y,
             lambda targets, inputs: {k: 0.9 * w for k, w in targets.items()},
             iterations=iterations,
-            work=work,
         )
-    # What is left out does not grow with the tokens.
-    assert sum(work.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    # What is left out, such as the leaves of a factorisation, does not grow with the tokens.
+    assert watch.work["alternation"].total() == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_report_tells_seconds_work_and_peak(calibration: list[dict[str, Tensor]]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsellm_lightning.patterns import Pattern
 from sparsellm_lightning.statistics import spd_inverse
+from sparsellm_lightning.stopwatch import count
 
 _FIRST_PENALTY = 0.1
 _EVERY = 3  # iterations between looks at the support
@@ -45,6 +46,7 @@ def admm(
     h /= scale[:, None] * scale
     w = (weight * scale).masked_fill_(dead, 0)
     target = w @ h
+    count(2 * w.numel() * len(h))
     rho = _FIRST_PENALTY
     inverse = _damped_inverse(h, rho)
     d, u = w, torch.zeros_like(w)
@@ -54,6 +56,7 @@ def admm(
     if not int(pruned):
         return weight.clone()
     for iteration in range(iterations):
+        count(2 * w.numel() * len(h))
         t = torch.addmm(u, torch.add(target, d - u, alpha=rho), inverse)
         keep = pattern.select(t.square())
         d = t * keep
@@ -82,6 +85,7 @@ def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, st
         keep: the support, bool.
         steps: at most ``columns`` make sense.
     """
+    count(2 * (steps + 1) * weight.numel() * len(h))
     residual = (target - weight @ h) * keep
     direction = residual
     squares = residual.square().sum(1, keepdim=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 from sparsellm_lightning.placement import Placement, Shelf
 from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.solvers.activations import Entrywise
-from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, Work
+from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Cross, Gram, spd_inverse
+from sparsellm_lightning.stopwatch import count
 
 
 def coarse_dtype(device: torch.device) -> torch.dtype:
@@ -79,11 +80,10 @@ class Auxiliaries:
         ranks: Ranks,
         dtype: torch.dtype,
         placement: Placement,
-        work: Work,
         step: Entrywise,
     ) -> None:
         self.step = step
-        self.tokens, self.ranks, self.damping, self.dtype, self.work = tokens, ranks, damping, dtype, work
+        self.tokens, self.ranks, self.damping, self.dtype = tokens, ranks, damping, dtype
         self.keep_p = not penalties.scale_free
         self.values = Pair.on(placement.auxiliaries, dtype)
         squares = torch.zeros(
@@ -97,7 +97,6 @@ class Auxiliaries:
             parts = [t.square().mean(1).sum(dtype=torch.float64) for t in (z, z if s is None else s, y_c, p)]
             squares += torch.stack([*parts, parts[0].new_tensor(len(x_c))])
             self.values.put(index, z, s)
-        work[dtype] += 2 * (1 if dense.gate is None else 2) * len(tokens.x) * dense.up.numel()
         ranks.sum_(squares)
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
         self.gamma_over_beta = penalties.gamma / scales[3] / (penalties.beta / scales[2])
@@ -117,6 +116,7 @@ class Auxiliaries:
         """
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         k = down @ down.T
+        count(2 * down.numel() * len(down))
         k.diagonal().add_(self.gamma_over_beta)
         # What only moves the auxiliaries may be rounded: it is averaged over the tokens before it reaches a weight.
         k = spd_inverse(k).to(self.dtype)
@@ -135,6 +135,7 @@ class Auxiliaries:
             p = iterate.combine(z.float(), None if s is None else s.float())
             residual = y_c - p.to(self.dtype) @ rounded_down.T
             p += residual.to(self.dtype) @ k @ rounded_down
+            count(2 * len(p) * (2 * down.numel() + k.numel()), self.dtype)
             x_rounded = x_c.to(self.dtype)
             if s is None:
                 z, correction = self.step(m_z, p, self.rho_z)
@@ -146,10 +147,6 @@ class Auxiliaries:
             if self.keep_p:
                 self.gram_p.add(p)
                 self.cross_p.add(y_c, p)
-        n, (outputs, width) = len(self.tokens.x), down.shape
-        self.work[self.dtype] += 4 * n * outputs * width + 2 * n * outputs**2 + sum(c.work for c in cross.values())
-        if predictions is None:
-            self.work[torch.float32] += 2 * len(cross) * n * iterate.up.numel()
         return {layer: total.mean(self.ranks) for layer, total in cross.items()}
 
     def down_statistics(self) -> tuple[InputStatistics, Tensor]:

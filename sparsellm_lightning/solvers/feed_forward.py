@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +12,9 @@ from torch import Tensor
 from sparsellm_lightning.placement import Shelf, empty
 from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.solvers.activations import Activation
+from sparsellm_lightning.stopwatch import count
 
 CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
-
-Work = Counter[torch.dtype]  # floating-point operations by the dtype of the operands
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class FeedForward:
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``z`` and ``s`` (None when not gated) for tokens x, (n, d): each (n, f)."""
         linear = torch.nn.functional.linear
+        count(2 * (self.matrices - 1) * len(x) * self.up.numel(), x.dtype)
         return linear(x, self.up, self.up_bias), (None if self.gate is None else linear(x, self.gate, self.gate_bias))
 
     def combine(self, z: Tensor, s: Tensor | None) -> Tensor:
@@ -61,8 +60,13 @@ class FeedForward:
         """(n, f) hidden activation for tokens x, (n, d)."""
         return self.combine(*self.preactivations(x))
 
+    def output(self, hidden: Tensor) -> Tensor:
+        """(n, d) output for hidden activations, (n, f)."""
+        count(2 * len(hidden) * self.down.numel(), hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.down, self.down_bias)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.hidden(x), self.down, self.down_bias)
+        return self.output(self.hidden(x))
 
 
 class Tokens:
@@ -105,7 +109,6 @@ def change_of_output(
     tokens: Tokens,
     fitted: int,
     ranks: Ranks,
-    work: Work,
     out: Tensor | None = None,
     hidden: Shelf | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +119,6 @@ def change_of_output(
         tokens: X and Y.
         fitted: the squares of the first so many chunks are counted apart.
         ranks: the data-parallel ranks.
-        work: counts floating-point operations.
         out: where to write the change, such as Y itself.
         hidden: the hidden activation of the first ``fitted`` chunks, where it was kept.
 
@@ -126,26 +128,23 @@ def change_of_output(
     if out is None:
         out = empty(tokens.y.shape, tokens.y.dtype, tokens.y.device, tokens.device)
     squares = torch.zeros(2, dtype=torch.float64, device=tokens.device)
-    start = matrices = 0
+    start = 0
     for index, (x_c, _, y_c) in enumerate(tokens):
         # Rounded as the model rounds it, whether it was kept or not.
         kept = hidden is not None and index < fitted
         h = hidden.get(index, tokens.device) if kept else feed_forward.hidden(x_c).to(tokens.x.dtype)  # type: ignore[union-attr]
-        change = torch.nn.functional.linear(h.float(), feed_forward.down, feed_forward.down_bias).sub_(y_c)
-        matrices += len(x_c) * (1 if kept else feed_forward.matrices)
+        change = feed_forward.output(h.float()).sub_(y_c)
         squares[int(index >= fitted)] += change.square().sum(dtype=torch.float64)
         out[start : start + len(change)] = change
         start += len(change)
     ranks.sum_(squares)
-    work[torch.float32] += 2 * matrices * feed_forward.down.numel()
     return out, squares
 
 
-def squared_error(feed_forward: FeedForward, tokens: Tokens, ranks: Ranks, work: Work) -> float:
+def squared_error(feed_forward: FeedForward, tokens: Tokens, ranks: Ranks) -> float:
     """``‖FFN(X) − Y‖²`` over all ranks."""
     squares = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for x_c, _, y_c in tokens:
         squares += feed_forward(x_c).sub_(y_c).square().sum(dtype=torch.float64)
     ranks.sum_(squares)
-    work[torch.float32] += 2 * feed_forward.matrices * tokens.count * feed_forward.down.numel()
     return float(squares)

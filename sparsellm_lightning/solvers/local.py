@@ -38,11 +38,6 @@ class InputStatistics:
             return self
         return self._damped.setdefault(damping, InputStatistics(self.gram, damping, self.name))
 
-    @property
-    def is_factored(self) -> bool:
-        """Whether the factorisation has been made."""
-        return "factor" in vars(self)
-
     @cached_property
     def factor(self) -> Factor:
         return factorize(self.gram, self.damping, self.name)

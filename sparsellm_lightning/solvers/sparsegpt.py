@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsellm_lightning.patterns import Pattern
 from sparsellm_lightning.statistics import Factor
+from sparsellm_lightning.stopwatch import count
 
 _LEAF = 32
 _ROW_MULTIPLE = 32
@@ -31,6 +32,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
         the pruned weight, a new tensor.
     """
     rows, columns = weight.shape
+    count(rows * columns**2)
     upper = factor.upper
     # Columns of W are rows here, so that the sweep reads and writes contiguous memory; padded, since the kernels for an odd
     # number of rows round otherwise, and rows spread over ranks must come out as they do on one.

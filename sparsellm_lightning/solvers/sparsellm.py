@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +13,10 @@ from sparsellm_lightning.placement import Placement, Shelf
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.auxiliaries import Auxiliaries, Pair, Penalties
-from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, Work, change_of_output, squared_error
+from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, change_of_output, squared_error
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Cross, Gram, check_finite, factorize
+from sparsellm_lightning.stopwatch import count
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def solve_feed_forward(
     fitted_chunks: int | None = None,
     auxiliary_dtype: torch.dtype = torch.float32,
     placement: Placement | None = None,
-    work: Work | None = None,
     step: Entrywise | None = None,
     reuse_target: bool = False,
     name: str = "",
@@ -109,7 +108,6 @@ def solve_feed_forward(
         auxiliary_dtype: of z, s, their predictions, and the products that update p, z, s and the corrections above; the Gram
             matrices, h and the errors stay float32. See :func:`coarse_dtype`.
         placement: where activations are kept; does not change the result. Everything on the weights' device by default.
-        work: counts floating-point operations, the local solver's left out.
         reuse_target: overwrite y with the change of output.
         step: :func:`~sparsellm_lightning.solvers.activations.preactivation_step` of the block, in a faster form.
         name: prefix of projection names in messages.
@@ -121,7 +119,6 @@ def solve_feed_forward(
     penalties = penalties or Penalties()
     device = dense.up.device
     placement = placement or Placement.everything_on(device)
-    work = Counter() if work is None else work
     if step is None:
         step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None))
     tokens = Tokens(x, y, dense.down_bias, chunks, device)
@@ -134,7 +131,6 @@ def solve_feed_forward(
     gram = Gram(x.shape[1], device)
     for x_c, _, _ in fitted:
         gram.add(x_c)
-    work[torch.float32] += gram.work
     energies = fitted.energies(ranks)
     check_finite(energies, f"{name}down", "target output")
     inputs = InputStatistics(gram.mean(ranks), damping, f"{name}up")
@@ -164,7 +160,7 @@ def solve_feed_forward(
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
         predicted = 0 if last else len(leading.sizes)
-        _sum_hidden(iterate, seen, hidden_gram, cross, kept_hidden, predictions, predicted, work)
+        _sum_hidden(iterate, seen, hidden_gram, cross, kept_hidden, predictions, predicted)
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
@@ -178,6 +174,7 @@ def solve_feed_forward(
             down_inputs, down_cross = (hidden, mean_cross) if penalties.scale_free else auxiliaries.down_statistics()
             ridge = _ridge(damping, width, hidden_gram.tokens)
             correction = down_cross - dense.down @ down_inputs.gram
+            count(2 * dense.down.numel() * width)
             target = _rows(dense.down + factorize(down_inputs.gram, ridge, down_inputs.name).solve(correction), ranks)
         down = prune({"down": target}, down_inputs)["down"]
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
@@ -189,26 +186,25 @@ def solve_feed_forward(
         if on_iteration is not None:
             on_iteration(iteration, error)
         if held_out_count:
-            held_out_errors.append(squared_error(iterate, held_out, ranks, work) / (held_out_energy or 1.0))
+            held_out_errors.append(squared_error(iterate, held_out, ranks) / (held_out_energy or 1.0))
         criterion = held_out_errors[-1] if held_out_count else error if seen is fitted else float("inf")
         if best is None or criterion < best_error:
             best, best_error = (iterate, hidden.gram), criterion  # without the factorisations, which are large
         if last or (error == 0 and seen is fitted):
             break
         if auxiliaries is None:
-            auxiliaries = Auxiliaries(dense, leading, penalties, damping, ranks, auxiliary_dtype, placement, work, step)
+            auxiliaries = Auxiliaries(dense, leading, penalties, damping, ranks, auxiliary_dtype, placement, step)
         corrections = auxiliaries.update(iterate, predictions)
         targets = {}
         regression = inputs.with_damping(_ridge(damping, x.shape[1], gram.tokens)).factor
         for layer in first:
             # Of all rows on every rank: how a product rounds depends on its shape.
             weight = getattr(dense, layer)
+            count(2 * weight.numel() * weight.shape[1])
             correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
             targets[layer] = _rows(weight + regression.solve(correction), ranks)
     assert best is not None
-    change, squares = change_of_output(
-        best[0], tokens, fitted_chunks, ranks, work, y if reuse_target else None, kept_hidden
-    )
+    change, squares = change_of_output(best[0], tokens, fitted_chunks, ranks, y if reuse_target else None, kept_hidden)
     if iterations == 1:
         errors = [float(squares[0]) / (float(energies[1]) or 1.0)]
         held_out_errors = [float(squares[1]) / (held_out_energy or 1.0)] if held_out_count else []
@@ -225,7 +221,6 @@ def _sum_hidden(
     kept_hidden: Shelf | None,
     predictions: Pair | None,
     predicted: int,
-    work: Work,
 ) -> None:
     """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep h, and what is predicted for z and s of the first so many chunks."""
     gram.restart()
@@ -241,16 +236,15 @@ def _sum_hidden(
             kept_hidden.put(index, h)
         if predictions is not None and index < predicted:
             predictions.put(index, z, s)
-    work[torch.float32] += gram.work + (0 if cross is None else cross.work)
-    work[torch.float32] += 2 * (iterate.matrices - 1) * tokens.count * iterate.up.numel()
 
 
 def _error(down: Tensor, cross: Tensor, gram: Tensor, energies: Tensor, ranks: Ranks) -> float:
     """``‖Y − h Wᵀ‖² / ‖Y‖²`` by ``‖Y‖² − 2⟨W, Yᵀh⟩ + ⟨W hᵀh, W⟩``, over rows of W: no further pass over the tokens."""
-    target_energy, y_energy, count = map(float, energies)
+    target_energy, y_energy, tokens = map(float, energies)
+    count(2 * down.numel() * len(gram))
     explained = ((2 * cross - down @ gram) * down).sum(dtype=torch.float64)
     ranks.sum_(explained)
-    return max(target_energy - count * float(explained), 0.0) / (y_energy or 1.0)
+    return max(target_energy - tokens * float(explained), 0.0) / (y_energy or 1.0)
 
 
 def _ridge(damping: float, columns: int, tokens: int) -> float:

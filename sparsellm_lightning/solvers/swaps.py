@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.solvers.admm import solve_on_support
+from sparsellm_lightning.stopwatch import count
 
 _TOLERANCE = 1e-6  # of a row's loss: what a swap must gain at least, lest float32 rounding is taken for a gain
 _TOGETHER = 2**20  # entries or pairs of a block of rows, which bounds the memory; larger ones are slower on a CPU
@@ -67,6 +68,7 @@ def swap_refine(
     w = (weight * scale).masked_fill_(dead | ~keep, 0)
     keep = keep.clone()
     wanted = dense @ h
+    count(2 * w.numel() * len(h))
     if not rounds:
         w = solve_on_support(w, wanted, h, keep, refinements)
     for _ in range(rounds):
@@ -83,6 +85,7 @@ def _swap(
 ) -> None:
     """Swap in place, in ``w`` and ``keep``, under an h of unit diagonal; blocks of rows one after the other."""
     columns = w.shape[1]
+    count(2 * w.numel() * columns)
     best: _BestSwap
     if group > 1 or candidates is None:
         best, size = _best_in_groups, group if group > 1 else columns
