@@ -156,14 +156,13 @@ class Block:
 
         Args:
             window: tokens that attend to each other.
-            until: stop in front of this group of attention projections.
+            until: stop in front of this group of attention projections; their number: in front of the feed-forward network.
         """
         groups = self.attention[:until]
         layers = [p for group in groups for p in group] + (list(self.feed_forward.values()) if until is None else [])
         # Queries times keys, weights times values: half of each, being causal, over the features that leave the heads.
-        attention = (
-            2 * window * self.attention[-1][0].shape[1] if until is None or until == len(self.attention) - 1 > 0 else 0
-        )
+        attends = until is None or until >= max(len(self.attention) - 1, 1)
+        attention = 2 * window * self.attention[-1][0].shape[1] if attends else 0
         return attention + sum(2 * p.shape[0] * p.shape[1] for p in layers)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architectures import Block, DecoderLayout, device_of
+from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.journal import Entry
@@ -18,13 +18,13 @@ from sparsellm_lightning.layers import LayerPruner
 from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.placement import return_free_memory
 from sparsellm_lightning.ranks import SINGLE
-from sparsellm_lightning.reconstruct import Reconstructor
+from sparsellm_lightning.reconstruct import Reconstructor, batches_of_interest
 from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.results import BlockResult
 from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, change_of_output
 from sparsellm_lightning.solvers.local import InputStatistics
-from sparsellm_lightning.solvers.sparsellm import Solution
+from sparsellm_lightning.solvers.sparsellm import Prune, Solution, solve_locally
 from sparsellm_lightning.statistics import Gram, check_finite
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
@@ -97,11 +97,17 @@ class BlockPruner:
             return task.result
         before = stream.hidden
         if task.entry is None:
-            goal = self._run(task) if task.dense is None else task.dense.hidden
+            batches = batches_of_interest(stream, self.config.reconstruct, self.adapter, device_of(block.module))
+            tuned = stream.part(batches)
+            goal = (
+                run_block(block, tuned, self.adapter, self.stopwatch)
+                if task.dense is None
+                else [task.dense.hidden[index] for index in batches]
+            )
             self._solve(task, is_final=False)
             stream.hidden = before
-            self._reconstruct(task, goal)
-            del goal
+            self._reconstruct(task, tuned, goal)
+            del tuned, goal
         else:
             for name, parameter in block.module.named_parameters():
                 local_tensor(parameter).copy_(task.entry.tensors[name])
@@ -161,7 +167,11 @@ class BlockPruner:
     def _prune_feed_forward(self, task: Task, is_final: bool) -> None:
         """Prune a feed-forward network, the block's attention being done."""
         block, stream, dense = task.block, task.stream, task.dense
-        x, y, outputs = self._feed_forward_data(task)
+        if not is_final and block.index not in self.global_blocks:
+            self._prune_feed_forward_alone(task)
+            return
+        x, y, outputs = self._feed_forward_data(block, stream, self.replay)
+        self.replay.inputs.clear()
         if self.layout.additive:
             stream.hidden = []  # the block need not run again
         return_free_memory()
@@ -197,48 +207,90 @@ class BlockPruner:
         else:
             stream.hidden = self._run(task)
 
+    def _prune_feed_forward_alone(self, task: Task) -> None:
+        """By the local solver, where what it makes of the block's output need not be known."""
+        block, stream = task.block, task.stream
+        whole = {role: self.adapter.whole(p) for role, p in block.feed_forward.items()}
+        feed_forward = self._as_feed_forward(block, whole)
+        sample = stream.part(range(min(1, len(stream.hidden))))
+        _check_feed_forward(block, feed_forward, *self._feed_forward_data(block, sample)[:2])
+        first = _first(block)
+        x = TokenBuffer(sum(stream.windows[: stream.fitted]), first.shape[1], stream.home)
+        self._run(task, on_input=[(first.module, x.add)], until=len(block.attention), replay=self.replay)
+        self.replay.inputs.clear()
+        with self.stopwatch.phase("statistics"):
+            solved, inputs, hidden = solve_locally(
+                feed_forward,
+                x.filled(),
+                self._prune_rows(block, whole),
+                damping=self.config.damping,
+                ranks=self.adapter.ranks,
+                chunks=stream.chunks()[: stream.chunks_of(stream.fitted)],
+                name=f"{block.name}: ",
+            )
+        self._write_feed_forward(task, whole, solved, inputs, hidden)
+
     def _solve_feed_forward(
         self, task: Task, feed_forward: FeedForward, whole: dict[str, Tensor], x: Tensor, y: Tensor
     ) -> Tensor:
         """Solve for the weights of a feed-forward network and write them; returns by how much its output then misses y."""
-        block, ranks = task.block, self.adapter.ranks
-        dense_rows = {role: whole[role][ranks.local_rows(p.shape[0])] for role, p in block.feed_forward.items()}
+        block = task.block
         is_global = block.index in self.global_blocks
         with self.stopwatch.phase("alternation" if is_global else "statistics"):
             solution = self.alternate(
                 feed_forward,
                 x,
                 y,
-                lambda rows, inputs: self.layers.prune(block.feed_forward, rows, dense_rows, inputs),
+                self._prune_rows(block, whole),
                 iterations=self.config.num_iterations if is_global and self.config.requested_sparsity > 0 else 1,
                 reuse_target=True,
                 name=f"{block.name}: ",
                 on_iteration=lambda iteration, error: self._after_iteration(block, iteration, error),
             )
-        for role, p in block.feed_forward.items():
-            if p.pruned:
-                weight = getattr(solution.feed_forward, role)
-                self.adapter.write_whole(p, weight)
-                inputs = solution.hidden if role == "down" else solution.inputs
-                mine = weight[ranks.local_rows(p.shape[0])]
-                task.result.layer_errors[p.name] = self.layers.error(dense_rows[role], mine, inputs)
+        self._write_feed_forward(task, whole, solution.feed_forward, solution.inputs, solution.hidden)
         task.result.errors, task.result.held_out_errors = solution.errors, solution.held_out_errors
         return solution.change
+
+    def _prune_rows(self, block: Block, whole: dict[str, Tensor]) -> Prune:
+        """What the solvers of a feed-forward network prune its projections by, given its dense weights."""
+        dense = self._my_rows(block, whole)
+        return lambda rows, inputs: self.layers.prune(block.feed_forward, rows, dense, inputs)
+
+    def _my_rows(self, block: Block, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {role: whole[role][self.adapter.ranks.local_rows(p.shape[0])] for role, p in block.feed_forward.items()}
+
+    def _write_feed_forward(
+        self,
+        task: Task,
+        whole: dict[str, Tensor],
+        solved: FeedForward,
+        inputs: InputStatistics,
+        hidden: InputStatistics,
+    ) -> None:
+        """Write the solved weights and note their errors; ``whole`` are the dense ones."""
+        dense = self._my_rows(task.block, whole)
+        for role, p in task.block.feed_forward.items():
+            if p.pruned:
+                weight = getattr(solved, role)
+                self.adapter.write_whole(p, weight)
+                statistics = hidden if role == "down" else inputs
+                mine = weight[self.adapter.ranks.local_rows(p.shape[0])]
+                task.result.layer_errors[p.name] = self.layers.error(dense[role], mine, statistics)
 
     def _after_iteration(self, block: Block, iteration: int, error: float) -> None:
         return_free_memory()
         if self.on_iteration is not None:
             self.on_iteration(block.index, iteration, error)
 
-    def _reconstruct(self, task: Task, goal: list[Tensor]) -> None:
-        """Tune the kept weights of a pruned block towards a goal, hidden states behind it."""
+    def _reconstruct(self, task: Task, stream: Stream, goal: list[Tensor]) -> None:
+        """Tune the kept weights of a pruned block: of hidden states in front of it, a goal is what should come out."""
         assert self.config.reconstruct
         exact = self.config.solver_precision == "float32"
         dtype = torch.float32 if exact else coarse_dtype(device_of(task.block.module))
         with self.stopwatch.phase("reconstruction"):
             reconstructor = Reconstructor(
                 task.block,
-                task.stream,
+                stream,
                 goal,
                 self.adapter,
                 self.config.reconstruct,
@@ -251,15 +303,23 @@ class BlockPruner:
             "fitted": [before[0], after[0]],
             "held_out": [None if math.isnan(errors[1]) else errors[1] for errors in (before, after)],
         }
+        self._after_iteration(task.block, len(task.result.errors), after[0] if math.isnan(after[1]) else after[1])
 
-    def _feed_forward_data(self, task: Task) -> tuple[Tensor, Tensor, Stream]:
+    def _feed_forward_data(
+        self, block: Block, stream: Stream, replay: AttentionReplay | None = None
+    ) -> tuple[Tensor, Tensor, Stream]:
         """Input and output of the feed-forward network, (tokens, d) each, and the block's outputs."""
-        block, stream = task.block, task.stream
-        first = block.feed_forward.get("gate") or block.feed_forward["up"]
-        down = block.feed_forward["down"]
+        first, down = _first(block), block.feed_forward["down"]
         x, y = (TokenBuffer(stream.tokens, size, stream.home) for size in (first.shape[1], down.shape[0]))
-        outputs = self._run(task, on_input=[(first.module, x.add)], on_output=(down.module, y.add), replay=self.replay)
-        self.replay.inputs.clear()
+        outputs = run_block(
+            block,
+            stream,
+            self.adapter,
+            self.stopwatch,
+            on_input=[(first.module, x.add)],
+            on_output=(down.module, y.add),
+            replay=replay,
+        )
         return x.filled(), y.filled(), replace(stream, hidden=outputs)
 
     def _as_feed_forward(self, block: Block, weights: dict[str, Tensor]) -> FeedForward:
@@ -270,6 +330,11 @@ class BlockPruner:
 
     def _run(self, task: Task, **options: Any) -> list[Tensor]:
         return run_block(task.block, task.stream, self.adapter, self.stopwatch, **options)
+
+
+def _first(block: Block) -> Projection:
+    """A projection that sees the input of the feed-forward network."""
+    return block.feed_forward.get("gate") or block.feed_forward["up"]
 
 
 def _check_feed_forward(block: Block, feed_forward: FeedForward, x: Tensor, y: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from sparsellm_lightning.stopwatch import count
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.stream import Stream
 
-LOOKS = 4  # at the held-out error while tuning, besides the one before it
+LOOKS = 4  # at the held-out error while tuning, at most, besides the one before it
+STEPS_A_LOOK = 16
 
 
 class Reconstructor:
@@ -70,11 +72,8 @@ class Reconstructor:
             local != 0 if id(parameter) in pruned else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
-        # Windows of each batch that are fitted; the others are held out.
-        left, self.fitted = stream.fitted, []
-        for hidden in stream.hidden:
-            self.fitted.append(max(0, min(left, len(hidden))))
-            left -= len(hidden)
+        self.fitted = stream.fitted_by_batch()
+        self.tokens = _fitted_tokens(stream)
         held_out = torch.tensor([sum(stream.windows[stream.fitted :])], device=self.device)
         adapter.ranks.sum_(held_out)
         self.guarded = int(held_out) > 0
@@ -90,7 +89,7 @@ class Reconstructor:
         steps = self.options.steps
         optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, fused=True)
         before = best_errors = self.errors()
-        looks = min(LOOKS, steps) if self.guarded else 1
+        looks = min(LOOKS, max(steps // STEPS_A_LOOK, 1)) if self.guarded else 1
         best, best_step = [master.clone() for master in self.masters], 0
         with self._trainable():
             schedule = self._batches()
@@ -155,12 +154,7 @@ class Reconstructor:
 
     def _batches(self) -> Iterator[list[int]]:
         """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
-        mine = [index for index, fitted in enumerate(self.fitted) if fitted and self._tokens(index)]
-        mine = mine or list(range(len(self.fitted)))[:1]  # of no fitted token: a forward all the same
-        shapes = torch.tensor([max(map(self._tokens, mine), default=0), len(mine)], device=self.device)
-        tokens, batches = torch.stack(self.adapter.ranks.gather(shapes)).T.tolist()
-        # All ranks make the same number of forwards; no batch is seen twice in a step by the rank with most.
-        together = min(max(1, round(self.options.batch_tokens / max(sum(tokens), 1))), max(batches))
+        mine, together = _of_a_step(self.stream, self.options, self.adapter, self.device)
         queue: list[int] = []
         while True:
             while mine and len(queue) < together:
@@ -168,15 +162,10 @@ class Reconstructor:
             chosen, queue = queue[:together], queue[together:]
             yield chosen
 
-    def _tokens(self, index: int) -> int:
-        """Fitted tokens of a batch."""
-        start = sum(len(hidden) for hidden in self.stream.hidden[:index])
-        return sum(self.stream.windows[start : start + self.fitted[index]])
-
     def _gradients(self, batches: list[int]) -> list[Tensor]:
         """Of the mean relative error of these batches' fitted tokens over all ranks, float32, this rank's part."""
         ranks = self.adapter.ranks
-        count = torch.tensor([sum(self._tokens(index) for index in batches)], device=self.device)
+        count = torch.tensor([sum(self.tokens[index] for index in batches)], device=self.device)
         ranks.sum_(count)
         # FSDP averages gradients over ranks as it scatters them.
         scale = (ranks.size if self.adapter.weights_are_split else 1) / max(int(count), 1)
@@ -229,3 +218,40 @@ class Reconstructor:
             for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+def batches_of_interest(
+    stream: Stream, options: Reconstruction, adapter: StrategyAdapter, device: torch.device
+) -> list[int]:
+    """Which of this rank's batches tuning a block will look at: those held out, and as many of the others as its steps take.
+
+    Where forwards are collective, all: ranks must make the same number.
+    """
+    mine, together = _of_a_step(stream, options, adapter, device)
+    if adapter.forward_is_collective:
+        return list(range(len(stream.hidden)))
+    tuned = set(mine[: options.steps * together])
+    fitted = stream.fitted_by_batch()
+    return [i for i, hidden in enumerate(stream.hidden) if i in tuned or fitted[i] < len(hidden)]
+
+
+def _of_a_step(
+    stream: Stream, options: Reconstruction, adapter: StrategyAdapter, device: torch.device
+) -> tuple[list[int], int]:
+    """This rank's batches with fitted tokens, and how many of them a step takes."""
+    tokens = _fitted_tokens(stream)
+    mine = [index for index, count in enumerate(tokens) if count]
+    mine = mine or list(range(len(tokens)))[:1]  # of no fitted token: a forward all the same
+    shapes = torch.tensor([max((tokens[index] for index in mine), default=0), len(mine)], device=device)
+    largest, batches = torch.stack(adapter.ranks.gather(shapes)).T.tolist()
+    # All ranks make the same number of forwards; no batch is seen twice in a step by the rank with most.
+    return mine, min(max(1, round(options.batch_tokens / max(sum(largest), 1))), max(batches))
+
+
+def _fitted_tokens(stream: Stream) -> list[int]:
+    """Of each batch."""
+    starts = accumulate((len(hidden) for hidden in stream.hidden), initial=0)
+    return [
+        sum(stream.windows[start : start + fitted])
+        for start, fitted in zip(starts, stream.fitted_by_batch(), strict=False)
+    ]

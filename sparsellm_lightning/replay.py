@@ -54,7 +54,8 @@ class AttentionReplay:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self._learn(*seen)
+            if len(seen) == 2:  # else the forward was broken off before
+                self._learn(*seen)
         else:
             others = self._others
 

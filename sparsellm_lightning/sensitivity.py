@@ -113,7 +113,8 @@ def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter, device
     windows = len(stream.hidden[0]) if stream.hidden else 0
     first = torch.tensor([sum(stream.windows[:windows])], device=device)
     adapter.ranks.sum_(first)
-    return stream.part(max(1, round(tokens / max(int(first), 1))))
+    batches = max(1, round(tokens / max(int(first), 1)))
+    return stream.part(range(min(batches, len(stream.hidden))))
 
 
 def _statistics(

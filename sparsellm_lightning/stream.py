@@ -46,15 +46,23 @@ class Stream:
         self.home = home
         self.hidden = [moved(hidden, home) for hidden in self.hidden]
 
-    def part(self, batches: int) -> Stream:
-        """The first so many batches only."""
-        windows = sum(len(hidden) for hidden in self.hidden[:batches])
+    def fitted_by_batch(self) -> list[int]:
+        """How many of each batch's windows are fitted; the others are held out."""
+        left, counts = self.fitted, []
+        for hidden in self.hidden:
+            counts.append(max(0, min(left, len(hidden))))
+            left -= len(hidden)
+        return counts
+
+    def part(self, batches: Sequence[int]) -> Stream:
+        """These batches only, in ascending order."""
+        fitted = self.fitted_by_batch()
         return Stream(
-            self.hidden[:batches],
-            [arguments[:batches] for arguments in self.arguments],
-            self.valid[:batches],
+            [self.hidden[index] for index in batches],
+            [[arguments[index] for index in batches] if arguments else [] for arguments in self.arguments],
+            [self.valid[index] for index in batches],
             self.home,
-            min(windows, self.fitted),
+            sum(fitted[index] for index in batches),
         )
 
     def chunks(self) -> list[int]:
@@ -121,13 +129,15 @@ def run_block(
     """Run a block over all batches; observers get each window's valid tokens in and out of a module inside it.
 
     With ``until``, only the fitted windows are observed, and each forward is broken off where the input of this group of
-    attention projections was seen: what comes after is not computed, nor returned. With a ``replay``, the raw inputs are kept
-    in it, or, in a whole forward, attention is replayed from it.
+    attention projections, or, their number being given, of the feed-forward network was seen: what comes after is not computed,
+    nor returned. With a ``replay``, the raw inputs are kept in it, or, where the forward goes beyond attention, it is replayed
+    from there.
     """
     hidden: Tensor
     mask: Tensor | None = None
     outputs: list[Tensor] = []
     whole = until is None
+    attends = until is None or until == len(block.attention)
     left = len(stream.windows) if whole else stream.fitted
     window = max(stream.windows, default=0)
     work, attention_work = block.forward_work(window, until), block.forward_work(window, len(block.attention) - 1)
@@ -138,7 +148,7 @@ def run_block(
             def before(_: nn.Module, args: tuple[Any, ...], see_input: Callable[[Tensor], None] = see_input) -> None:
                 each_window(see_input, args[0], hidden, mask, left)
                 if not whole:
-                    if replay is not None:
+                    if replay is not None and not attends:
                         replay.keep(args[0])
                     raise _SeenEnough
 
@@ -157,9 +167,9 @@ def run_block(
                 break
             hidden = hidden.to(device, non_blocking=True)
             with stopwatch.phase("forward"), adapter.forward_context():
-                replayed = whole and replay is not None and replay.replays(index)
+                replayed = attends and replay is not None and replay.replays(index)
                 count(hidden.shape[:2].numel() * (work - (attention_work if replayed else 0)))
-                with replay.batch(block, index) if replay is not None and whole else nullcontext():
+                with replay.batch(block, index) if replay is not None and attends else nullcontext():
                     output = block.module(hidden, *args, **kwargs)
             left -= len(hidden)
             if whole:

@@ -58,6 +58,9 @@ def test_work_of_a_forward(name: str) -> None:
     assert block.forward_work(SEQUENCE, until=0) == 0
     first = sum(p.shape[0] * p.shape[1] for p in block.attention[0])
     assert 2 * SEQUENCE * block.forward_work(SEQUENCE, until=1) == 4 * SEQUENCE * first + attention // 2
+    rest = sum(2 * p.shape[0] * p.shape[1] for p in block.feed_forward.values())
+    in_front = block.forward_work(SEQUENCE, until=len(block.attention))
+    assert in_front == block.forward_work(SEQUENCE) - rest
 
 
 def test_work_of_statistics() -> None:

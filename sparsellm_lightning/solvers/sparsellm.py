@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,7 @@ from sparsellm_lightning.placement import Placement, Shelf
 from sparsellm_lightning.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.activations import Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.auxiliaries import Auxiliaries, Pair, Penalties
-from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, change_of_output, squared_error
+from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward, Tokens, change_of_output, squared_error
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Cross, Gram, check_finite, factorize
 from sparsellm_lightning.stopwatch import count
@@ -41,6 +41,63 @@ class Solution:
 
 
 Prune = Callable[[dict[str, Tensor], InputStatistics], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def solve_locally(
+    dense: FeedForward,
+    x: Tensor,
+    prune: Prune,
+    *,
+    damping: float = 0.01,
+    ranks: Ranks = SINGLE,
+    chunks: Sequence[int] | None = None,
+    kept: Shelf | None = None,
+    name: str = "",
+) -> tuple[FeedForward, InputStatistics, InputStatistics]:
+    """Prune up and gate on X, then down on the hidden activation that these, pruned, give.
+
+    Args:
+        dense: the dense block, whole, float32.
+        x: its input, (n, d), this rank's fitted tokens, any dtype and device.
+        prune, damping, ranks, chunks, name: as of :func:`solve_feed_forward`.
+        kept: where to keep the hidden activation, by chunk.
+
+    Returns:
+        the pruned block, whole on every rank; the statistics of X, and of the hidden activation.
+
+    Raises:
+        NumericalError: NaN or infinity in X or the hidden activation.
+    """
+    device, first = dense.up.device, ["up"] if dense.gate is None else ["gate", "up"]
+    width, outputs = dense.up.shape[0], dense.down.shape[0]
+    parts = x.split([len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks))
+    inputs = _statistics(x.shape[1], parts, device, ranks, damping, f"{name}up")
+    check_finite(inputs.gram, f"{name}{first[0]}")
+    pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in first}, inputs)
+    whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
+    iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
+
+    def hidden_activations() -> Iterator[Tensor]:
+        for index, x_c in enumerate(parts):
+            h = iterate.hidden(x_c.to(device, torch.float32))
+            if kept is not None:
+                kept.put(index, h)
+            yield h
+
+    hidden = _statistics(width, hidden_activations(), device, ranks, damping, f"{name}down")
+    check_finite(hidden.gram, f"{name}down")
+    down = prune({"down": _rows(dense.down, ranks)}, hidden)["down"]
+    return replace(iterate, down=ranks.gather_rows(down, outputs)), inputs, hidden
+
+
+def _statistics(
+    columns: int, parts: Iterable[Tensor], device: torch.device, ranks: Ranks, damping: float, name: str
+) -> InputStatistics:
+    gram = Gram(columns, device)
+    for part in parts:
+        gram.add(part.to(device, torch.float32))
+    return InputStatistics(gram.mean(ranks), damping, name)
 
 
 @torch.no_grad()
@@ -78,7 +135,7 @@ def solve_feed_forward(
        to a tolerance (:mod:`~sparsellm_lightning.solvers.activations`).
 
     The first iteration skips the regressions: it is exactly the local solver, each layer calibrated after the one before
-    it is pruned. So the result is never worse than that, on the tokens that choose; ``iterations=1`` is the local solver.
+    it is pruned (:func:`solve_locally`). So the result is never worse than that, on the tokens that choose.
 
     The regressions' λ is ``max(damping, 2 · columns / tokens)`` of the mean diagonal: with few tokens per column an
     unregularised fit follows the noise of the calibration text (measured: held-out error 0.412 → 0.391 in SmolLM2's block 3).
@@ -128,27 +185,32 @@ def solve_feed_forward(
     first = ["up"] if dense.gate is None else ["gate", "up"]
     width, outputs = dense.up.shape[0], dense.down.shape[0]
 
-    gram = Gram(x.shape[1], device)
-    for x_c, _, _ in fitted:
-        gram.add(x_c)
     energies = fitted.energies(ranks)
     check_finite(energies, f"{name}down", "target output")
-    inputs = InputStatistics(gram.mean(ranks), damping, f"{name}up")
+    _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
+    out = y if reuse_target else None
+    if iterations == 1:
+        kept = Shelf(x.dtype, device) if placement.hidden else None
+        local, inputs, hidden = solve_locally(
+            dense, fitted.x, prune, damping=damping, ranks=ranks, chunks=fitted.sizes, kept=kept, name=name
+        )
+        change, squares = change_of_output(local, tokens, fitted_chunks, ranks, out, kept)
+        errors = [float(squares[0]) / (float(energies[1]) or 1.0)]
+        held_out_errors = [float(squares[1]) / (held_out_energy or 1.0)] if held_out_count else []
+        if on_iteration is not None:
+            on_iteration(0, errors[0])
+        return Solution(local, errors, held_out_errors, inputs, hidden, change)
+
+    inputs = _statistics(x.shape[1], (x_c for x_c, _, _ in fitted), device, ranks, damping, f"{name}up")
     check_finite(inputs.gram, f"{name}{first[0]}")
     leading_energies = energies if leading is fitted else leading.energies(ranks)
-    _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
-
-    hidden_gram = Gram(width, device)
-    # With one iteration the error is a by-product of the last pass over the tokens, which may keep h for that.
-    cross = Cross(outputs, width, device) if iterations > 1 else None
-    kept_hidden = Shelf(x.dtype, device) if placement.hidden and iterations == 1 else None
+    hidden_gram, cross = Gram(width, device), Cross(outputs, width, device)
     auxiliaries: Auxiliaries | None = None
-    predictions = Pair.on(device, auxiliary_dtype) if placement.predictions and iterations > 1 else None
+    predictions = Pair.on(device, auxiliary_dtype) if placement.predictions else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
     best: tuple[FeedForward, Tensor] | None = None
     best_error = float("inf")
-    errors: list[float] = []
-    held_out_errors: list[float] = []
+    errors, held_out_errors = [], []
     for iteration in range(iterations):
         last = iteration + 1 == iterations
         if last and auxiliaries is not None:
@@ -160,14 +222,10 @@ def solve_feed_forward(
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
         predicted = 0 if last else len(leading.sizes)
-        _sum_hidden(iterate, seen, hidden_gram, cross, kept_hidden, predictions, predicted)
+        _sum_hidden(iterate, seen, hidden_gram, cross, predictions, predicted)
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
-        if cross is None:
-            down = prune({"down": target}, hidden)["down"]
-            best = replace(iterate, down=ranks.gather_rows(down, outputs)), hidden.gram
-            break
         mean_cross = cross.mean(ranks)
         down_inputs = hidden
         if auxiliaries is not None:
@@ -196,7 +254,7 @@ def solve_feed_forward(
             auxiliaries = Auxiliaries(dense, leading, penalties, damping, ranks, auxiliary_dtype, placement, step)
         corrections = auxiliaries.update(iterate, predictions)
         targets = {}
-        regression = inputs.with_damping(_ridge(damping, x.shape[1], gram.tokens)).factor
+        regression = inputs.with_damping(_ridge(damping, x.shape[1], int(energies[2]))).factor
         for layer in first:
             # Of all rows on every rank: how a product rounds depends on its shape.
             weight = getattr(dense, layer)
@@ -204,12 +262,7 @@ def solve_feed_forward(
             correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
             targets[layer] = _rows(weight + regression.solve(correction), ranks)
     assert best is not None
-    change, squares = change_of_output(best[0], tokens, fitted_chunks, ranks, y if reuse_target else None, kept_hidden)
-    if iterations == 1:
-        errors = [float(squares[0]) / (float(energies[1]) or 1.0)]
-        held_out_errors = [float(squares[1]) / (held_out_energy or 1.0)] if held_out_count else []
-        if on_iteration is not None:
-            on_iteration(0, errors[0])
+    change, _ = change_of_output(best[0], tokens, fitted_chunks, ranks, out)
     return Solution(best[0], errors, held_out_errors, inputs, InputStatistics(best[1], damping, f"{name}down"), change)
 
 
@@ -217,23 +270,18 @@ def _sum_hidden(
     iterate: FeedForward,
     tokens: Tokens,
     gram: Gram,
-    cross: Cross | None,
-    kept_hidden: Shelf | None,
+    cross: Cross,
     predictions: Pair | None,
     predicted: int,
 ) -> None:
-    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep h, and what is predicted for z and s of the first so many chunks."""
+    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep what is predicted for z and s of the first so many chunks."""
     gram.restart()
-    if cross is not None:
-        cross.restart()
+    cross.restart()
     for index, (x_c, y_c, _) in enumerate(tokens):
         z, s = iterate.preactivations(x_c)
         h = iterate.combine(z, s)
         gram.add(h)
-        if cross is not None:
-            cross.add(y_c, h)
-        if kept_hidden is not None:
-            kept_hidden.put(index, h)
+        cross.add(y_c, h)
         if predictions is not None and index < predicted:
             predictions.put(index, z, s)
 
