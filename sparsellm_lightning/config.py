@@ -31,7 +31,7 @@ class Reconstruction:
 
     Args:
         steps: of Adam.
-        learning_rate: its first one; it falls to zero along a half cosine.
+        learning_rate: its largest one, after a tenth of the steps; then it falls to zero along a half cosine.
         batch_tokens: tokens a step, over all ranks, in whole windows and at least one on each rank. Many small steps fit better
             than few large ones.
         others: tune the block's norms and biases too.
@@ -68,13 +68,8 @@ DEFAULTS: dict[str, Any] = {
 }
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "refine": "weights"},
-    "balanced": {
-        "method": "sparsegpt",
-        "refine": "weights",
-        "target": "model",
-        "reconstruct": Reconstruction(steps=128),
-    },
+    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=8, learning_rate=4e-3)},
+    "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128)},
     "best": {
         "method": "admm",
         "target": "model",

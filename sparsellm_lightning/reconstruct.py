@@ -19,12 +19,15 @@ from sparsellm_lightning.stream import Stream
 
 LOOKS = 4  # at the held-out error while tuning, at most, besides the one before it
 STEPS_A_LOOK = 16
+WARM_UP = 0.1  # of the steps; without it the first ones undo much of what the solver found
+BETAS = (0.9, 0.95)  # of Adam: the usual 0.999 remembers more steps than there are
 
 
 class Reconstructor:
     """Tunes one block.
 
-    Minimises over the kept weights, their mask being fixed, by Adam with a learning rate that falls along a half cosine,
+    Minimises over the kept weights, their mask being fixed, by Adam with a learning rate that rises for a tenth of the steps
+    and falls along a half cosine,
 
         Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²
 
@@ -68,8 +71,8 @@ class Reconstructor:
         pruned = {id(p.parameter) for p in block.projections() if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.masters = [local.float() for local in self.locals]  # the parameter's own memory where it is float32
-        self.kept = [
-            local != 0 if id(parameter) in pruned else None
+        self.pruned = [
+            local == 0 if id(parameter) in pruned else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
         self.fitted = stream.fitted_by_batch()
@@ -87,7 +90,7 @@ class Reconstructor:
             ones where there are none.
         """
         steps = self.options.steps
-        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, fused=True)
+        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, betas=BETAS, fused=True)
         before = best_errors = self.errors()
         looks = min(LOOKS, max(steps // STEPS_A_LOOK, 1)) if self.guarded else 1
         best, best_step = [master.clone() for master in self.masters], 0
@@ -95,7 +98,8 @@ class Reconstructor:
             schedule = self._batches()
             for step in range(steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    warmth = min((step + 1) / max(WARM_UP * steps, 1), 1)
+                    group["lr"] = self.options.learning_rate * warmth * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for master, gradient in zip(self.masters, self._gradients(next(schedule)), strict=True):
                     master.grad = gradient
                 optimizer.step()
@@ -176,11 +180,11 @@ class Reconstructor:
             with torch.enable_grad():
                 (self._distance(output, index, slice(self.fitted[index])) * scale).backward()
         gradients = []
-        for parameter, kept in zip(self.parameters, self.kept, strict=True):
+        for parameter, zeros in zip(self.parameters, self.pruned, strict=True):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = local_tensor(gradient).float()
             parameter.grad = None
-            gradients.append(gradient if kept is None else gradient.mul_(kept))
+            gradients.append(gradient if zeros is None else gradient.masked_fill_(zeros, 0))
         if ranks.size > 1 and not self.adapter.weights_are_split:
             message = torch.cat([gradient.flatten() for gradient in gradients])
             ranks.sum_(message)

@@ -19,7 +19,7 @@ EXPLICIT: dict[str, Any] = {
     "num_iterations": 7,
     "target": "model",
     "allocation": "owl",
-    "refine": "none",
+    "refine": "mask",
     "reconstruct": Reconstruction(steps=3, learning_rate=1e-3, batch_tokens=100, others=False),
 }
 
@@ -46,10 +46,6 @@ def test_every_preset_sets_what_it_may() -> None:
 @pytest.mark.parametrize("quality", PRESETS)
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_explicit_arguments_win(quality: Any, name: str) -> None:
-    if name == "target" and quality == "fast":
-        with pytest.raises(UserError, match="target='model'"):  # nothing would fit it
-            PruningConfig(quality=quality, target="model")
-        return
     config = PruningConfig(quality=quality, **{name: EXPLICIT[name]})
     expected = {**DEFAULTS, **PRESETS[quality], name: EXPLICIT[name]}
     assert settings_of(config) == expected
@@ -150,7 +146,7 @@ def from_command_line(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments:
             {"reconstruct": Reconstruction(steps=8, learning_rate=1e-3)},
         ),
         ("--pruner.quality balanced --pruner.reconstruct false", {"reconstruct": False, "target": "block"}),
-        ("--pruner.quality balanced --pruner.refine none --pruner.target block", {"refine": "none", "target": "block"}),
+        ("--pruner.quality balanced --pruner.refine mask --pruner.target block", {"refine": "mask", "target": "block"}),
     ],
 )
 def test_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: str, changed: dict[str, Any]) -> None:

@@ -94,8 +94,11 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, others: bool)
     pruned = {f"{p.name}.weight".removeprefix(f"{case.block.name}.") for p in case.block.projections()}
     parameters = {n: p for n, p in module.named_parameters() if others or n in pruned}
     masks = {name: (parameter != 0) for name, parameter in parameters.items() if name in pruned}
-    optimizer = torch.optim.Adam(parameters.values(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam(parameters.values(), lr=rate, betas=(0.9, 0.95))
+    warm = max(steps // 10, 1)
+    schedules = torch.optim.lr_scheduler
+    cosine = schedules.CosineAnnealingLR(optimizer, steps)
+    schedule = schedules.ChainedScheduler([schedules.LinearLR(optimizer, 1 / warm, total_iters=warm - 1), cosine])
     valid = torch.cat(case.valid)[:fitted]
     for _ in range(steps):
         optimizer.zero_grad()
@@ -146,7 +149,7 @@ def tune(reconstructor: Reconstructor) -> tuple[list[tuple[float, float]], int]:
 def test_against_plain_adam(name: str, fitted: int | None) -> None:
     """All batches in every step, so that their order does not matter; the block's norms and biases too."""
     case, windows = make_case(name, fitted), 8 if fitted is None else fitted
-    steps, rate = 6, 2e-4
+    steps, rate = 20, 2e-4
     before = copy.deepcopy(case.block.module)
     expected = adam_by_hand(case, windows, steps, rate, others=True)
     tokens = int(torch.cat(case.valid).sum()) if fitted is None else 2 * LARGEST
