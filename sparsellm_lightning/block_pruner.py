@@ -69,7 +69,7 @@ class BlockPruner:
         alternate: :func:`~sparsellm_lightning.solvers.sparsellm.solve_feed_forward`, with all arguments that are the same in
             every block.
         replay: of attention, empty.
-        on_iteration: called with (block index, iteration, error) as the alternation goes.
+        on_iteration: see :class:`~sparsellm_lightning.walker.Walker`.
     """
 
     def __init__(

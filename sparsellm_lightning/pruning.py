@@ -48,7 +48,7 @@ def prune_model(
         journal_dir: note every finished block there. A run that was killed and starts again with the same model, windows and
             settings goes on at the first unfinished block, and ends with the same weights.
         progress: show a progress bar over blocks.
-        on_iteration: called with (block, iteration, error) as the alternation goes.
+        on_iteration: see :class:`~sparsellm_lightning.walker.Walker`.
 
     Returns:
         the report; its ``perplexity`` entries are None (see :func:`sparsellm_lightning.perplexity`).

@@ -12,7 +12,8 @@ class BlockResult:
 
     Args:
         index: of the block.
-        errors: relative error of the feed-forward output after each iteration, ``‖Y − FFN(X)‖² / ‖Y‖²``, on fitted tokens.
+        errors: relative error of the feed-forward output after each iteration, ``‖Y − FFN(X)‖² / ‖Y‖²``, on fitted tokens;
+            empty where a local solver was followed by reconstruction, which measures the block's output.
         held_out_errors: the same on the held-out tokens; empty where there are none.
         layer_errors: by projection name, ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` of the weights as stored, X being the fitted tokens of the
             input it was calibrated on; before reconstruction.

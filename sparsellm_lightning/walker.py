@@ -41,7 +41,8 @@ class Walker:
         layout: the model's blocks.
         config: settings.
         adapter: of the strategy the model runs under.
-        on_iteration: called with (block index, iteration, error) as the alternation goes.
+        on_iteration: called with (block index, iteration, error): of the feed-forward output after each iteration of the
+            alternation, or after the local solver; then, as one more iteration, of the block's output after its reconstruction.
         on_phase: called with the name of a phase when it begins.
     """
 

@@ -67,6 +67,8 @@ def parts_of_best() -> dict[str, Settings]:
     without: Settings = {name: default for name, default in DEFAULTS.items() if name in changed}
     if best.method == "sparsellm":
         without["method"] = best.local_solver
+    elif best.method == "admm":
+        without["method"] = "sparsegpt"
     if best.held_out_share:
         without["held_out"] = 0
     return {f"best, {name}={value}": {"quality": "best", name: value} for name, value in without.items()}
