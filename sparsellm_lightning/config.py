@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=8, learning_rate=4e-3)},
+    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6, learning_rate=4e-3)},
     "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128)},
     "best": {
         "method": "admm",
