@@ -18,7 +18,7 @@ from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.stream import Stream
 
 LOOKS = 4  # at the held-out error while tuning, at most, besides the one before it
-STEPS_A_LOOK = 16
+STEPS_A_LOOK = 16  # at least: a look costs several steps
 WARM_UP = 0.1  # of the steps; without it the first ones undo much of what the solver found
 BETAS = (0.9, 0.95)  # of Adam: the usual 0.999 remembers more steps than there are
 

@@ -432,7 +432,7 @@ def test_a_step_sees_no_window_twice() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_tuned_is_what_the_local_solver_gives(name: str) -> None:
-    """With steps too small to change a weight, the weights are the local solver's without reconstruction, bit for bit."""
+    """With steps too small to change a weight, the weights are the local solver's without reconstruction, up to rounding."""
     states = []
     for options in (False, Reconstruction(steps=1, learning_rate=1e-30)):
         model, batches = build_model(name), random_batches()
@@ -487,5 +487,6 @@ def test_windows_of_no_interest_do_not_matter() -> None:
         config = PruningConfig(method="magnitude", reconstruct=options, held_out=0.25, num_calibration_samples=8)
         report = prune_model(model, windows.split(4), config)
         found.append((state_of(model), [block["reconstruction"] for block in report.blocks]))
+    assert any(result["steps"] for result in found[0][1])
     assert found[0][1] == found[1][1]
     assert all(torch.equal(tensor, found[1][0][key]) for key, tensor in found[0][0].items())
