@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,6 @@ def take_windows(
     device: torch.device,
     *,
     sharded: bool = False,
-    equal_numbers: bool = False,
     batch_tokens: int | None = None,
 ) -> tuple[list[CalibrationBatch], int]:
     """This rank's share of the first ``count`` windows (rows of batches), and how many there are over all ranks.
@@ -71,7 +70,6 @@ def take_windows(
         ranks: window i goes to rank ``i mod size``, so shares differ by at most one and none is used twice.
         device: where to put them.
         sharded: the stream already holds this rank's windows only (a distributed sampler): take a share's worth.
-        equal_numbers: give every rank as many batches as the one with most, by batches of which no token counts.
         batch_tokens: batches of more tokens are split, down to single windows.
 
     Raises:
@@ -99,11 +97,82 @@ def take_windows(
             "Pruning needs at least one calibration window, the calibration (or training) dataloader gave none. "
             "Check its dataset and length."
         )
-    if equal_numbers:
-        most = max(int(number) for number in ranks.gather(torch.tensor([len(taken)], device=device)))
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        taken += [CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))] * (most - len(taken))
     return taken, int(total)
+
+
+def equally_many(batches: list[CalibrationBatch], ranks: Ranks, device: torch.device) -> list[CalibrationBatch]:
+    """As many batches as the rank with most has, by batches of which no token counts."""
+    most = max(int(number) for number in ranks.gather(torch.tensor([len(batches)], device=device)))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    nothing = CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))
+    return batches + [nothing] * (most - len(batches))
+
+
+def add_written_windows(
+    batches: list[CalibrationBatch],
+    fitted: int,
+    copies: int,
+    write: Callable[[Tensor, list[str]], Tensor],
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[list[CalibrationBatch], int, int]:
+    """Put windows that the model writes behind those that are fitted, in front of those held out.
+
+    Windows as long as the longest of all are rewritten, if none of their tokens is padding.
+
+    Args:
+        batches: this rank's windows.
+        fitted: how many of them, the first, are fitted.
+        copies: how many windows to write for each of these.
+        write: given windows, (n, length), as many on every rank, and their names, which differ over all ranks and copies,
+            windows of the same shape.
+        ranks: all call this together.
+        device: of the batches.
+
+    Returns:
+        this rank's windows; how many of them are fitted now; and how many were written, over all ranks.
+
+    Raises:
+        UserError: batches without token ids.
+    """
+    if any("input_ids" not in batch.inputs for batch in batches):
+        raise UserError(
+            "continuations are written after token ids, but calibration batches hold inputs_embeds. Set continuations to 0."
+        )
+    ahead, behind = _split(batches, fitted)
+    whole = [
+        ids
+        for batch in ahead
+        for row, ids in enumerate(batch.inputs["input_ids"])
+        if batch.valid is None or bool(batch.valid[row].all())
+    ]
+    longest = max((len(ids) for ids in whole), default=0)
+    longest = max(int(number) for number in ranks.gather(torch.tensor([longest], device=device)))
+    whole = [ids for ids in whole if len(ids) == longest]
+    counts = [int(number) for number in ranks.gather(torch.tensor([len(whole)], device=device))]
+    if not sum(counts):
+        return batches, fitted, 0
+    # Ranks with fewer windows take part with others, and drop what comes of them.
+    filler = [torch.zeros(longest, dtype=torch.long, device=device)] * (max(counts) - len(whole))
+    windows = torch.stack([*whole, *filler]).repeat(copies, 1)
+    names = [f"{ranks.rank + row * ranks.size}/{copy}" for copy in range(copies) for row in range(max(counts))]
+    written = write(windows, names).view(copies, max(counts), longest)[:, : len(whole)].flatten(0, 1)
+    more = [CalibrationBatch({"input_ids": ids}, None) for ids in written.split(ahead[0].windows)] if whole else []
+    return [*ahead, *more, *behind], fitted + len(written), copies * sum(counts)
+
+
+def _split(batches: list[CalibrationBatch], windows: int) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+    """The first so many windows, and the others."""
+    ahead: list[CalibrationBatch] = []
+    behind: list[CalibrationBatch] = []
+    for batch in batches:
+        count = max(0, min(windows, batch.windows))
+        windows -= count
+        for rows, side in ((slice(count), ahead), (slice(count, None), behind)):
+            inputs = {k: v[rows] if len(v) == batch.windows else v for k, v in batch.inputs.items()}
+            if len(range(batch.windows)[rows]):
+                side.append(CalibrationBatch(inputs, None if batch.valid is None else batch.valid[rows]))
+    return ahead, behind
 
 
 def held_out_windows(windows: int, share: float) -> int:

@@ -53,7 +53,7 @@ class SparseLLMCallback(SparseFinetuning):
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). None is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``.
-        quality: ``fast``, ``balanced`` or ``best``: presets of the settings from ``method`` to ``reconstruct``, any of which
+        quality: ``fast``, ``balanced`` or ``best``: presets of the settings from ``method`` to ``damping``, any of which
             may be given all the same. None is the paper's method.
         method: ``sparsellm``, ``admm``, ``sparsegpt``, ``wanda`` or ``magnitude``.
         local_solver: what ``sparsellm`` uses for attention and inside its alternation.
@@ -62,12 +62,13 @@ class SparseLLMCallback(SparseFinetuning):
         allocation: ``uniform``, ``owl``, ``atp`` or ``error``: how the sparsity is spread over the model.
         refine: ``none``, ``weights`` or ``mask``: what follows the local solver.
         reconstruct: tune each block's kept weights by gradient: steps, learning rate, tokens; ``false`` does not.
+        continuations: windows that the dense model writes itself for each fitted calibration window, and that are fitted too.
+        damping: added to Gram diagonals, as a fraction of their mean.
         global_blocks: blocks whose feed-forward the alternation solves: ``all``, ``none``, ``first_half`` or indices.
         alpha: weight of the pre-activation terms.
         beta: weight of the output term.
         gamma: weight of the activation term.
         scale_free: measure each term by the mean square of its target. False is the paper's raw objective.
-        damping: added to Gram diagonals, as a fraction of their mean.
         block_size: columns per step of the SparseGPT sweep.
         num_calibration_samples: calibration windows, over all ranks.
         held_out: share of calibration windows that nothing is fitted to, on which choices are made.
@@ -104,12 +105,13 @@ class SparseLLMCallback(SparseFinetuning):
         allocation: Allocation | None = None,
         refine: Refine | None = None,
         reconstruct: Reconstruction | Literal[False] | None = None,
+        continuations: int | None = None,
+        damping: float | None = None,
         global_blocks: str | list[int] = "all",
         alpha: float = 1.0,
         beta: float = 10.0,
         gamma: float = 1.0,
         scale_free: bool = True,
-        damping: float = 0.01,
         block_size: int = 128,
         num_calibration_samples: int = 128,
         held_out: float = 1 / 8,
@@ -141,12 +143,13 @@ class SparseLLMCallback(SparseFinetuning):
             allocation=allocation,  # type: ignore[arg-type]
             refine=refine,  # type: ignore[arg-type]
             reconstruct=reconstruct,  # type: ignore[arg-type]
+            continuations=continuations,  # type: ignore[arg-type]
+            damping=damping,  # type: ignore[arg-type]
             global_blocks=global_blocks,
             alpha=alpha,
             beta=beta,
             gamma=gamma,
             scale_free=scale_free,
-            damping=damping,
             block_size=block_size,
             num_calibration_samples=num_calibration_samples,
             held_out=held_out,

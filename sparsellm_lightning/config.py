@@ -65,6 +65,8 @@ DEFAULTS: dict[str, Any] = {
     "allocation": "uniform",
     "refine": "none",
     "reconstruct": False,
+    "continuations": 0,
+    "damping": 0.01,
 }
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,6 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "model",
         "allocation": "error",
         "reconstruct": Reconstruction(steps=256),
+        "continuations": 2,
+        "damping": 0.1,
     },
 }
 
@@ -86,7 +90,7 @@ class PruningConfig:
     Args:
         sparsity: fraction of zeros in every pruned matrix, in [0, 1). ``None`` is 0.5, or what an N:M pattern implies.
         pattern: ``unstructured``, or N:M written kept:group: ``2:4``, ``4:8``, ``1:4``, ...
-        quality: a set of the settings from ``method`` to ``reconstruct``, each of which can be given all the same: see
+        quality: a set of the settings from ``method`` to ``damping``, each of which can be given all the same: see
             ``PRESETS``. ``fast``: little more than one-shot pruning; ``balanced``; ``best``. None is the paper's method.
         method: ``sparsellm`` (feed-forward blocks by the alternation, the rest by ``local_solver``), or one local solver
             for everything: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
@@ -101,6 +105,9 @@ class PruningConfig:
         refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
             ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
         reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; ``False`` does not.
+        continuations: windows that the dense model writes itself, for each fitted calibration window, and that are fitted too:
+            what it would write next after each part of the window (:func:`~sparsellm_lightning.generation.rewrite_windows`).
+        damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         global_blocks: which blocks' feed-forward networks the alternation solves (the paper's Ω): ``all``, ``none``,
             ``first_half``, or block indices (negative ones count from the end). The other blocks use ``local_solver``.
         alpha: weight of the pre-activation terms ``|z - W_u x|² + |s - W_g x|²``.
@@ -108,7 +115,6 @@ class PruningConfig:
         gamma: weight of the activation term ``|p - φ(s) z|²``.
         scale_free: divide every term by the mean square of its target, so that α, β and γ mean the same in every block.
             ``False`` is the paper's raw objective, for reproduction.
-        damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         block_size: columns per step of the SparseGPT sweep; the unstructured mask is chosen per step.
         skip: name patterns of projections left dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
@@ -143,12 +149,13 @@ class PruningConfig:
     allocation: Allocation = None  # type: ignore[assignment]
     refine: Refine = None  # type: ignore[assignment]
     reconstruct: Reconstruction | Literal[False] = None  # type: ignore[assignment]
+    continuations: int = None  # type: ignore[assignment]
+    damping: float = None  # type: ignore[assignment]
     global_blocks: str | list[int] = "all"
     alpha: float = 1.0
     beta: float = 10.0
     gamma: float = 1.0
     scale_free: bool = True
-    damping: float = 0.01
     block_size: int = 128
     skip: Sequence[str] = ()
     solver_precision: Precision = "auto"
@@ -216,6 +223,7 @@ class PruningConfig:
             raise UserError(f"skip must be a list of patterns, got the string {self.skip!r}. Write ['{self.skip}'].")
         for name in ("num_iterations", "block_size", "num_calibration_samples"):
             _integer(name, getattr(self, name), 1)
+        _integer("continuations", self.continuations, 0)
         for name in ("alpha", "beta", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(

@@ -1,17 +1,22 @@
-"""Calibration windows that the model writes itself, for those who have no text."""
+"""Windows that the model writes itself: for those who have no text, or to have more of it."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from sparsellm_lightning.architectures import device_of
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.strategies import StrategyAdapter
+
+PROMPT = 128  # tokens in front of a continuation, at most, and in it
+HELD_TOKENS = 16_384  # whose keys and values are in memory at a time, on each rank
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def generate_windows(
             language-model head.
     """
     _check(model, count, length, batch_size, temperature)
-    start = _first_token(model)
+    start = torch.full((1, 1), _first_token(model), device=device_of(model))
     adapter = adapter or StrategyAdapter()
     rank, size = adapter.ranks.rank, adapter.ranks.size
     # Every rank makes as many windows, hence as many forwards, as the one with most; what is beyond count is cut off.
@@ -56,38 +61,99 @@ def generate_windows(
     windows = []
     with adapter.ranks.failing_together(), adapter.calibrating(model):
         for first in range(0, len(mine), batch_size):
-            generators = [_generator(seed, i, device_of(model)) for i in mine[first : first + batch_size]]
-            windows.append(_sample(model, start, length, generators, temperature, adapter))
+            generators = [_generator(f"{seed}/{i}", start.device) for i in mine[first : first + batch_size]]
+            prompts = start.expand(len(generators), 1)
+            windows.append(
+                torch.cat([prompts, _sample(model, prompts, length - 1, generators, temperature, adapter)], 1)
+            )
         together = torch.stack(adapter.ranks.gather(torch.cat(windows)), dim=1)  # (share, ranks, length)
         adapter.finish(model)
     return together.flatten(0, 1)[:count].cpu()
 
 
-def _generator(seed: int, window: int, device: torch.device) -> torch.Generator:
+@torch.no_grad()
+def rewrite_windows(model: PreTrainedModel, windows: Tensor, names: Sequence[str], adapter: StrategyAdapter) -> Tensor:
+    """For each window another one of the same length, made of what the model would write next after parts of it.
+
+    The window is cut into parts of at most :data:`PROMPT` tokens (the last ones may overlap); each part is a prompt, and the
+    continuations, each as long as its prompt and sampled from the model's own distribution, are joined.
+
+    Args:
+        model: with a language-model head, in evaluation mode.
+        windows: (n, length) int64, as many on every rank.
+        names: of the windows; seeds of the draws.
+        adapter: of the strategy the model runs under; all ranks call it together, each with windows of its own.
+
+    Returns:
+        (n, length) int64 on the windows' device.
+
+    Raises:
+        UserError: no language-model head.
+    """
+    _check_head(model)
+    count, length = windows.shape
+    parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
+    size = -(-length // parts)
+    starts = [min(size * part, length - size) for part in range(parts)]
+    prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
+    at_once = max(HELD_TOKENS // (2 * size), 1)
+    written = []
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once].to(device_of(model))
+        rows = range(first, first + len(some))
+        generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
+        written.append(_sample(model, some, size, generators, 1.0, adapter))
+    return torch.cat(written).view(count, parts * size)[:, :length].to(windows.device)
+
+
+def _generator(name: str, device: torch.device) -> torch.Generator:
     # A text as the seed's seed: sums of seed and index would collide.
-    return torch.Generator(device).manual_seed(random.Random(f"{seed}/{window}").getrandbits(63))
+    return torch.Generator(device).manual_seed(random.Random(name).getrandbits(63))
 
 
 def _sample(
     model: PreTrainedModel,
-    start: int,
+    prompts: Tensor,
     length: int,
     generators: list[torch.Generator],
     temperature: float,
     adapter: StrategyAdapter,
 ) -> Tensor:
-    """(batch, length) tokens, one window for each generator."""
-    tokens = [torch.full((len(generators), 1), start, device=generators[0].device)]
+    """The next (batch, length) tokens after prompts, (batch, at least 1); a generator for each."""
     cache = DynamicCache(config=model.config)
-    while len(tokens) < length:
+    room = prompts.shape[1] + length
+    cache.layers = [_InPlace(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    tokens = [prompts]
+    while len(tokens) <= length:
         logits = adapter.next_logits(model, tokens[-1], cache)
         chances = torch.softmax(logits.float() / temperature, -1)
         # A race of exponential clocks. One uniform number and the distribution function would draw from the same distribution,
         # but their rounding moves the edges of all tokens, and parted windows from their twins hundreds of times as often.
         # float64: a rare token wins by a time below the resolution of float32.
-        clocks = [torch.empty_like(chances[0], dtype=torch.float64).exponential_(generator=g) for g in generators]
-        tokens.append((chances / torch.stack(clocks)).argmax(-1, keepdim=True))
-    return torch.cat(tokens, 1)
+        uniform = [torch.empty_like(chances[0], dtype=torch.float64).uniform_(generator=g) for g in generators]
+        tokens.append((chances / torch.stack(uniform).log_().neg_()).argmax(-1, keepdim=True))
+    return torch.cat([prompts[:, :0], *tokens[1:]], 1)
+
+
+class _InPlace(DynamicLayer):
+    """Keys and values of a layer, in memory reserved for all of them: the usual layer copies what it holds for each token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:-2], self.room, x.shape[-1]) for x in (key_states, value_states)]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
 
 
 def _check(model: PreTrainedModel, count: int, length: int, batch_size: int, temperature: float) -> None:
@@ -96,16 +162,26 @@ def _check(model: PreTrainedModel, count: int, length: int, batch_size: int, tem
             "generation needs count, length and batch_size of at least 1 and a temperature above 0, got "
             f"{count}, {length}, {batch_size} and {temperature}. Correct these."
         )
-    if model.get_output_embeddings() is None:
-        raise UserError(
-            f"generation needs a language-model head, which {type(model).__name__} has not. Calibrate it on text."
-        )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length > context:
+    _check_head(model)
+    context = _context(model)
+    if length > context:
         raise UserError(
             f"generated windows must fit into the model's context of {context} tokens, got length {length}. "
             "Give a smaller length (sequence_length)."
         )
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"generation needs a language-model head, which {type(model).__name__} has not. Calibrate it on text alone: with "
+            "another source than self, and continuations 0."
+        )
+
+
+def _context(model: PreTrainedModel) -> float:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if context is None else context
 
 
 def _first_token(model: PreTrainedModel) -> int:

@@ -14,8 +14,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, device_of
-from sparsellm_lightning.calibration import fitted_windows, held_out_windows, take_windows
+from sparsellm_lightning.calibration import (
+    add_written_windows,
+    equally_many,
+    fitted_windows,
+    held_out_windows,
+    take_windows,
+)
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.generation import rewrite_windows
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
@@ -72,7 +79,6 @@ def prune_model(
             adapter.ranks,
             device,
             sharded=sharded,
-            equal_numbers=adapter.forward_is_collective,
             batch_tokens=config.batch_tokens(adapter.ranks.size),
         )
         if windows < config.num_calibration_samples:
@@ -95,10 +101,25 @@ def prune_model(
                 on_iteration(block, iteration, error)
 
         walker = Walker(layout, config, adapter, on_error, lambda phase: show(phase=phase))
+        fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
+        written = 0
+        if config.continuations and config.requested_sparsity > 0:
+            with walker.stopwatch.phase("generation"):
+                batches, fitted, written = add_written_windows(
+                    batches,
+                    fitted,
+                    config.continuations,
+                    lambda ids, names: rewrite_windows(
+                        model, ids, [f"{config.seed}/{name}" for name in names], adapter
+                    ),
+                    adapter.ranks,
+                    device,
+                )
+        if adapter.forward_is_collective:
+            batches = equally_many(batches, adapter.ranks, device)
         journal = None
         if journal_dir is not None:
             journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
-        fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
         tokens = walker.enter(batches, fitted)
         widest = max(p.shape[1] for p in layout.projections() if p.pruned)
         if tokens < widest:
@@ -131,6 +152,7 @@ def prune_model(
         calibration={
             "windows": windows,
             "held_out": held_out_windows(windows, config.held_out_share),
+            "written": written,
             "tokens": tokens,
         },
         phases=walker.stopwatch.seconds,

@@ -34,12 +34,12 @@ class PruningReport:
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection, error as in
             :class:`~sparsellm_lightning.results.BlockResult`, None for one left dense.
         blocks: by block, what :class:`~sparsellm_lightning.results.BlockResult` holds, but for the layers' errors.
-        calibration: ``{"windows", "held_out", "tokens"}`` over all ranks, and in a Trainer the ``"source"`` of the text:
-            ``self`` is the model's own.
-        phases: seconds of block forwards (``forward``), Gram matrices (``statistics``; with a local method also those inside
-            the feed-forward block), local solver (``local_solve``), alternation (``alternation``), measuring the parts for an
-            uneven budget (``allocation``), reconstruction (``reconstruction``), and in a Trainer those of measuring perplexity
-            (``evaluation``) and writing the model (``export``).
+        calibration: ``{"windows", "held_out", "written", "tokens"}`` over all ranks, and in a Trainer the ``"source"`` of the
+            text: ``self`` is the model's own. Written windows are those of ``continuations``; tokens are of both kinds.
+        phases: seconds of writing these (``generation``), of block forwards (``forward``), Gram matrices (``statistics``; with
+            a local method also those inside the feed-forward block), local solver (``local_solve``), alternation
+            (``alternation``), measuring the parts for an uneven budget (``allocation``), reconstruction (``reconstruction``),
+            and in a Trainer those of measuring perplexity (``evaluation``) and writing the model (``export``).
         work: floating-point operations of this rank by phase and dtype of the operands, counted from the shapes of the
             products; elementwise work is left out, and what allocation does.
         gemm_peak: FLOP/s of a large product on this device, by dtype, measured when pruning ended.

@@ -94,9 +94,12 @@ class StrategyAdapter:
             cache: keys and values of the tokens before, to which those of ``ids`` are added in place.
         """
         # The argument's old name goes in transformers 5.40, the new one came after 5.20.
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        known = inspect.signature(model.forward).parameters
+        options: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
+        if "logits_to_keep" in known:
+            options["logits_to_keep"] = 1
         with self.forward_context():
-            logits: Tensor = self._through_root(lambda: model(input_ids=ids, use_cache=True, **{name: cache})).logits
+            logits: Tensor = self._through_root(lambda: model(input_ids=ids, use_cache=True, **options)).logits
         return logits[:, -1]
 
     def _through_root(self, call: Callable[[], Any]) -> Any:

@@ -38,7 +38,7 @@ def _naive(model: PreTrainedModel, index: int, length: int, seed: int, temperatu
     generator = torch.Generator().manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
     ids = [model.config.bos_token_id]
     while len(ids) < length:
-        exponential = torch.empty(VOCABULARY, dtype=torch.float64).exponential_(generator=generator).numpy()
+        exponential = -np.log(torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).numpy())
         gumbel = -np.log(exponential)
         ids.append(int(np.argmax(np.log(_next_distribution(model, ids, temperature)) + gumbel)))
     return ids

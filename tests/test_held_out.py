@@ -105,7 +105,7 @@ def test_no_weight_is_fitted_to_them(
             if forced:
                 always_better(patch)
             state, report = pruned(name, windows_of(seed, held_out_seed), **settings)
-        assert report.calibration == {"windows": 10, "held_out": 2, "tokens": 240}
+        assert report.calibration == {"windows": 10, "held_out": 2, "written": 0, "tokens": 240}
         for block in report.blocks:
             tuned = block["reconstruction"]
             assert tuned is None or (tuned["steps"] > 0) == forced

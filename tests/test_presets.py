@@ -21,6 +21,8 @@ EXPLICIT: dict[str, Any] = {
     "allocation": "owl",
     "refine": "mask",
     "reconstruct": Reconstruction(steps=3, learning_rate=1e-3, batch_tokens=100, others=False),
+    "continuations": 3,
+    "damping": 0.05,
 }
 
 
