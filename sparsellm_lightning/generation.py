@@ -15,8 +15,10 @@ from sparsellm_lightning.architectures import device_of
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.strategies import StrategyAdapter
 
-PROMPT = 128  # tokens in front of a continuation, at most, and in it
-HELD_TOKENS = 16_384  # whose keys and values are in memory at a time, on each rank
+# Tokens in front of a continuation, at most, and in it. Of 128 they serve pruning no better, and take twice the time: what
+# bounds it is reading keys and values.
+PROMPT = 32
+HELD_TOKENS = 32_768  # whose keys and values are in memory at a time, on each rank
 
 
 @torch.no_grad()
@@ -72,7 +74,13 @@ def generate_windows(
 
 
 @torch.no_grad()
-def rewrite_windows(model: PreTrainedModel, windows: Tensor, names: Sequence[str], adapter: StrategyAdapter) -> Tensor:
+def rewrite_windows(
+    model: PreTrainedModel,
+    windows: Tensor,
+    names: Sequence[str],
+    adapter: StrategyAdapter,
+    autocast: torch.dtype = torch.float32,
+) -> Tensor:
     """For each window another one of the same length, made of what the model would write next after parts of it.
 
     The window is cut into parts of at most :data:`PROMPT` tokens (the last ones may overlap); each part is a prompt, and the
@@ -83,6 +91,8 @@ def rewrite_windows(model: PreTrainedModel, windows: Tensor, names: Sequence[str
         windows: (n, length) int64, as many on every rank.
         names: of the windows; seeds of the draws.
         adapter: of the strategy the model runs under; all ranks call it together, each with windows of its own.
+        autocast: dtype of the products, of a model in float32. Below float32 a window and its twin in another batch, or on
+            another number of ranks, part sooner or later.
 
     Returns:
         (n, length) int64 on the windows' device.
@@ -98,11 +108,14 @@ def rewrite_windows(model: PreTrainedModel, windows: Tensor, names: Sequence[str
     prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
     at_once = max(HELD_TOKENS // (2 * size), 1)
     written = []
-    for first in range(0, len(prompts), at_once):
-        some = prompts[first : first + at_once].to(device_of(model))
-        rows = range(first, first + len(some))
-        generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
-        written.append(_sample(model, some, size, generators, 1.0, adapter))
+    lower = model.dtype == torch.float32 != autocast
+    # The cached casts of gathered shards would be the whole model.
+    with torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split):
+        for first in range(0, len(prompts), at_once):
+            some = prompts[first : first + at_once].to(device_of(model))
+            rows = range(first, first + len(some))
+            generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
+            written.append(_sample(model, some, size, generators, 1.0, adapter))
     return torch.cat(written).view(count, parts * size)[:, :length].to(windows.device)
 
 
@@ -130,8 +143,12 @@ def _sample(
         # A race of exponential clocks. One uniform number and the distribution function would draw from the same distribution,
         # but their rounding moves the edges of all tokens, and parted windows from their twins hundreds of times as often.
         # float64: a rare token wins by a time below the resolution of float32.
-        uniform = [torch.empty_like(chances[0], dtype=torch.float64).uniform_(generator=g) for g in generators]
-        tokens.append((chances / torch.stack(uniform).log_().neg_()).argmax(-1, keepdim=True))
+        # Row by row, each of which stays in the processor's cache.
+        winners = []
+        for row, generator in zip(chances, generators, strict=True):
+            clocks = torch.empty_like(row, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
+            winners.append((row / clocks).argmax(-1, keepdim=True))
+        tokens.append(torch.stack(winners))
     return torch.cat([prompts[:, :0], *tokens[1:]], 1)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from sparsellm_lightning.generation import rewrite_windows
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
+from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.stopwatch import gemm_peak
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
@@ -104,16 +106,14 @@ def prune_model(
         fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
         written = 0
         if config.continuations and config.requested_sparsity > 0:
+            dtype = torch.float32 if config.solver_precision == "float32" else coarse_dtype(device)
+
+            def write(ids: Tensor, names: list[str]) -> Tensor:
+                return rewrite_windows(model, ids, [f"{config.seed}/{name}" for name in names], adapter, dtype)
+
             with walker.stopwatch.phase("generation"):
                 batches, fitted, written = add_written_windows(
-                    batches,
-                    fitted,
-                    config.continuations,
-                    lambda ids, names: rewrite_windows(
-                        model, ids, [f"{config.seed}/{name}" for name in names], adapter
-                    ),
-                    adapter.ranks,
-                    device,
+                    batches, fitted, config.continuations, write, adapter.ranks, device
                 )
         if adapter.forward_is_collective:
             batches = equally_many(batches, adapter.ranks, device)

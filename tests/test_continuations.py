@@ -148,6 +148,7 @@ def test_pruning_fits_them_like_any_other(trained: Trained) -> None:
         "target": "model",
         "reconstruct": Reconstruction(steps=8, batch_tokens=64),
         "seed": 4,
+        "solver_precision": "float32",
     }
     names = [f"4/{window}/{copy}" for copy in range(2) for window in range(6)]
     ours, theirs = trained("llama"), trained("llama")

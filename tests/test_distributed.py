@@ -81,7 +81,7 @@ WINDOWS = 65
     [
         ("llama", {"sparsity": 0.7, "method": "sparsellm"}),
         ("llama", {"pattern": "2:4", "method": "sparsellm", "num_iterations": 2}),
-        ("llama", {"sparsity": 0.6, "method": "wanda", "continuations": 1}),
+        ("llama", {"sparsity": 0.6, "method": "wanda", "continuations": 1, "solver_precision": "float32"}),
         ("opt", {"sparsity": 0.7, "method": "sparsellm", "target": "model"}),
         ("opt", {"sparsity": 0.6, "method": "magnitude"}),
         ("gpt2", {"sparsity": 0.6, "method": "sparsegpt"}),
