@@ -105,8 +105,9 @@ class PruningConfig:
         refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
             ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
         reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; ``False`` does not.
-        continuations: windows that the dense model writes itself, for each fitted calibration window, and that are fitted too:
-            what it would write next after each part of the window (:func:`~sparsellm_lightning.generation.rewrite_windows`).
+        continuations: windows that the model, before it is pruned, writes itself for each fitted calibration window, and
+            that are fitted too: what would come next after each part of the window
+            (:func:`~sparsellm_lightning.generation.rewrite_windows`).
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         global_blocks: which blocks' feed-forward networks the alternation solves (the paper's Ω): ``all``, ``none``,
             ``first_half``, or block indices (negative ones count from the end). The other blocks use ``local_solver``.

@@ -13,12 +13,13 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsellm_lightning.architectures import device_of
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.stopwatch import count
 from sparsellm_lightning.strategies import StrategyAdapter
 
 # Tokens in front of a continuation, at most, and in it. Of 128 they serve pruning no better, and take twice the time: what
 # bounds it is reading keys and values.
 PROMPT = 32
-HELD_TOKENS = 32_768  # whose keys and values are in memory at a time, on each rank
+HELD_TOKENS = 16_384  # whose keys and values are in memory at a time, on each rank
 
 
 @torch.no_grad()
@@ -83,8 +84,9 @@ def rewrite_windows(
 ) -> Tensor:
     """For each window another one of the same length, made of what the model would write next after parts of it.
 
-    The window is cut into parts of at most :data:`PROMPT` tokens (the last ones may overlap); each part is a prompt, and the
-    continuations, each as long as its prompt and sampled from the model's own distribution, are joined.
+    The window is cut into parts of at most :data:`PROMPT` tokens (the last two may overlap); each part is a prompt, and the
+    continuations, each as long as its prompt and sampled from the model's own distribution, are joined. Parts are short so that
+    few tokens are generated one after the other, and many at a time.
 
     Args:
         model: with a language-model head, in evaluation mode.
@@ -101,7 +103,7 @@ def rewrite_windows(
         UserError: no language-model head.
     """
     _check_head(model)
-    count, length = windows.shape
+    number, length = windows.shape
     parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
     size = -(-length // parts)
     starts = [min(size * part, length - size) for part in range(parts)]
@@ -109,6 +111,9 @@ def rewrite_windows(
     at_once = max(HELD_TOKENS // (2 * size), 1)
     written = []
     lower = model.dtype == torch.float32 != autocast
+    base: PreTrainedModel = model.base_model  # type: ignore[assignment]
+    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
+    body = base.num_parameters(exclude_embeddings=True)
     # The cached casts of gathered shards would be the whole model.
     with torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split):
         for first in range(0, len(prompts), at_once):
@@ -116,7 +121,8 @@ def rewrite_windows(
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
             written.append(_sample(model, some, size, generators, 1.0, adapter))
-    return torch.cat(written).view(count, parts * size)[:, :length].to(windows.device)
+            count(2 * len(some) * (body * (2 * size - 1) + head * size), autocast if lower else model.dtype)
+    return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
 
 
 def _generator(name: str, device: torch.device) -> torch.Generator:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsellm_lightning import PruningConfig, prune_model
 from sparsellm_lightning.architectures import describe
+from sparsellm_lightning.generation import rewrite_windows
 from sparsellm_lightning.patterns import Unstructured
 from sparsellm_lightning.ranks import SINGLE
 from sparsellm_lightning.solvers import LOCAL_SOLVERS, InputStatistics
@@ -18,6 +19,7 @@ from sparsellm_lightning.solvers.local import refined
 from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
 from sparsellm_lightning.statistics import Cross, Gram
 from sparsellm_lightning.stopwatch import Stopwatch, gemm_peak
+from sparsellm_lightning.strategies import StrategyAdapter
 
 
 @pytest.fixture
@@ -78,6 +80,17 @@ def test_work_of_statistics() -> None:
     assert work["gram"] + work["cross"] == counter.get_total_flops()
     assert work["gram"] < 0.75 * 2 * 30 * 1300**2  # the half below the diagonal is left out, but for blocks
     assert "nothing" not in watch.work
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_work_of_written_windows(name: str) -> None:
+    model = build_model(name)
+    watch = Stopwatch()
+    with FlopCounterMode(display=False) as counter, watch.phase("generation"):
+        rewrite_windows(model, torch.randint(0, 512, (2, SEQUENCE)), ["a", "b"], StrategyAdapter())
+    attention = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    # The products of attention are left out, and vectors (biases, norms) counted in.
+    assert watch.work["generation"][torch.float32] == pytest.approx(counter.get_total_flops() - attention, rel=0.02)
 
 
 @pytest.mark.parametrize("rows", [64, 200])
