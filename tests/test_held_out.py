@@ -134,7 +134,7 @@ def test_how_many(windows: int, settings: dict[str, Any], held_out: int) -> None
     report = prune_model(
         build_model("llama"), windows_of(1, 2, windows, 0), PruningConfig(num_calibration_samples=windows, **settings)
     )
-    assert report.calibration == {"windows": windows, "held_out": held_out, "tokens": 24 * windows}
+    assert report.calibration == {"windows": windows, "held_out": held_out, "written": 0, "tokens": 24 * windows}
     for block in report.blocks:
         assert len(block["held_out_errors"]) == (len(block["errors"]) if held_out else 0)
 
