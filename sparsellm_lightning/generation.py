@@ -16,7 +16,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.stopwatch import count
 from sparsellm_lightning.strategies import StrategyAdapter
 
-# Tokens in front of a continuation, at most, and in it. Of 128 they serve pruning no better, and take twice the time: what
+# Tokens in front of a continuation, at most, and in it. Of 128 they serve pruning hardly better, and take twice the time: what
 # bounds it is reading keys and values.
 PROMPT = 32
 HELD_TOKENS = 16_384  # whose keys and values are in memory at a time, on each rank
