@@ -285,8 +285,7 @@ class BlockPruner:
     def _reconstruct(self, task: Task, stream: Stream, goal: list[Tensor]) -> None:
         """Tune the kept weights of a pruned block: of hidden states in front of it, a goal is what should come out."""
         assert self.config.reconstruct
-        exact = self.config.solver_precision == "float32"
-        dtype = torch.float32 if exact else coarse_dtype(device_of(task.block.module))
+        dtype = coarse_dtype(device_of(task.block.module), self.config.solver_precision == "float32")
         with self.stopwatch.phase("reconstruction"):
             reconstructor = Reconstructor(
                 task.block,

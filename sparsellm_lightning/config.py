@@ -121,6 +121,7 @@ class PruningConfig:
             (``down_proj``, ``layers.0.*``).
         solver_precision: ``auto``: the alternation moves its auxiliaries with bfloat16 products where the hardware is fast at
             them (Gram and cross matrices, and all that decides a weight, stay float32); ``float32``: it never does.
+            Likewise the steps of reconstruction, and ``continuations``, of models in float32.
         alternation_tokens: calibration tokens, over all ranks, that carry the alternation's auxiliaries, in whole windows; the
             first and last iteration, which decide the result, see all. ``auto`` is 5 per hidden feature; more than there are is
             all.

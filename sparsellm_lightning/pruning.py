@@ -106,7 +106,7 @@ def prune_model(
         fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
         written = 0
         if config.continuations and config.requested_sparsity > 0:
-            dtype = torch.float32 if config.solver_precision == "float32" else coarse_dtype(device)
+            dtype = coarse_dtype(device, config.solver_precision == "float32")
 
             def write(ids: Tensor, names: list[str]) -> Tensor:
                 return rewrite_windows(model, ids, [f"{config.seed}/{name}" for name in names], adapter, dtype)

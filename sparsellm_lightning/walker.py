@@ -62,7 +62,7 @@ class Walker:
         self.layers = LayerPruner(config, adapter, self.stopwatch)
         # The paper's raw objective takes p into the weight step: it is then no longer averaged out.
         exact = config.solver_precision == "float32" or not config.scale_free
-        self.auxiliary_dtype = torch.float32 if exact else coarse_dtype(device)
+        self.auxiliary_dtype = coarse_dtype(device, exact)
 
     @torch.no_grad()
     def enter(self, batches: Sequence[CalibrationBatch], fitted: int | None = None) -> int:

@@ -130,7 +130,7 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
         lengths = ranks.gather(torch.tensor([len(level)]))
         assert len({int(length) for length in lengths}) == 1
         assert rows_of(level)[: len(rows_of(found))] == rows_of(found)
-        assert not any(bool(batch.valid.any()) for batch in level[len(found) :] if batch.valid is not None)
+        assert all(batch.valid is not None and not batch.valid.any() for batch in level[len(found) :])
         return rows_of(found), calls[0], written
 
     one, two = write(SINGLE), on_ranks(2, write)

@@ -16,8 +16,10 @@ from sparsellm_lightning.statistics import Cross, Gram, spd_inverse
 from sparsellm_lightning.stopwatch import count
 
 
-def coarse_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, otherwise float32."""
+def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, otherwise, or where it must be ``exact``, float32."""
+    if exact:
+        return torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
