@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ class Entry:
 
 
 class Journal:
-    """One folder per run: a file per finished block and rank, and the fingerprint of the run.
+    """One folder per run: a file per finished block and rank, windows that the model wrote, the fingerprint of the run.
 
     Files are written beside their place and renamed into it, and carry the SHA-256 of their content in their name: what a
-    kill leaves is either a whole block or none. A damaged file counts as an unfinished block, with a warning.
+    kill leaves is either a whole file or none. A damaged file counts as none, with a warning.
 
     Args:
         folder: created if it does not exist.
@@ -64,16 +64,14 @@ class Journal:
         if path.exists():
             _compare(json.loads(path.read_text()), fingerprint, self.folder)
         elif adapter.ranks.rank == 0:
-            _write(path, (json.dumps(fingerprint, indent=2) + "\n").encode())
+            _replace(path, (json.dumps(fingerprint, indent=2) + "\n").encode())
         # Nobody writes before everybody has compared.
         adapter.ranks.gather(torch.zeros(1))
 
     def read(self, block: Block) -> Entry | None:
         """A finished block; None unless every rank finds its part whole."""
-        entry = self._read(block)
-        found = torch.tensor([entry is not None], dtype=torch.int64)
-        self.adapter.ranks.sum_(found)
-        return entry if int(found) == self.adapter.ranks.size else None
+        found = self._read(_of_block(block))
+        return None if found is None else Entry(found[0], BlockResult(**found[1]))
 
     def write(self, block: Block, result: BlockResult) -> None:
         """Note a block as it now is in the model."""
@@ -81,27 +79,53 @@ class Journal:
             tensors = {p.name: self.adapter.read_rows(p).to(p.parameter.dtype) for p in block.projections()}
         else:
             tensors = {name: local_tensor(parameter) for name, parameter in block.module.named_parameters()}
-        noted = {"result": json.dumps(asdict(result))}
-        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, noted)
-        for old in self.folder.glob(f"{self._stem(block)}.*"):
-            old.unlink()
-        _write(self.folder / f"{self._stem(block)}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+        self._write(_of_block(block), tensors, asdict(result))
 
-    def _read(self, block: Block) -> Entry | None:
-        for path in self.folder.glob(f"{self._stem(block)}.*.safetensors"):
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """This rank's tensor of that name: as noted, else made, by all ranks together, and noted.
+
+        For what another machine would not make to the bit, such as sampled text.
+        """
+        found = self._read(name)
+        if found is not None:
+            return found[0][name]
+        made = make()
+        self._write(name, {name: made}, {})
+        return made
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and what was noted beside them; None unless every rank finds its file whole."""
+        found = self._read_mine(name)
+        whole = torch.tensor([found is not None], dtype=torch.int64)
+        self.adapter.ranks.sum_(whole)
+        return found if int(whole) == self.adapter.ranks.size else None
+
+    def _read_mine(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        for path in self.folder.glob(f"{self._stem(name)}.*.safetensors"):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != path.suffixes[-2].removeprefix("."):
-                warnings.warn(f"Journal: {path} is damaged; {block.name} is pruned again.", stacklevel=2)
+                warnings.warn(f"Journal: {path} is damaged; {name} is done again.", stacklevel=2)
                 return None
             try:
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-                return Entry(load(content), BlockResult(**json.loads(header["__metadata__"]["result"])))
+                return load(content), json.loads(header["__metadata__"]["result"])
             except (SafetensorError, KeyError, ValueError, TypeError) as error:
-                warnings.warn(f"Journal: {path} cannot be read ({error}); {block.name} is pruned again.", stacklevel=2)
+                warnings.warn(f"Journal: {path} cannot be read ({error}); {name} is done again.", stacklevel=2)
         return None
 
-    def _stem(self, block: Block) -> str:
-        return f"block-{block.index:05d}-rank-{self.adapter.ranks.rank}"
+    def _write(self, name: str, tensors: dict[str, Tensor], result: dict[str, Any]) -> None:
+        noted = {"result": json.dumps(result)}
+        content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, noted)
+        for old in self.folder.glob(f"{self._stem(name)}.*"):
+            old.unlink()
+        _replace(self.folder / f"{self._stem(name)}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+
+    def _stem(self, name: str) -> str:
+        return f"{name}-rank-{self.adapter.ranks.rank}"
+
+
+def _of_block(block: Block) -> str:
+    return f"block-{block.index:05d}"
 
 
 def fingerprint(
@@ -166,7 +190,7 @@ def _at(nested: Any, key: str) -> Any:
     return nested
 
 
-def _write(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def prune_model(
             if on_iteration is not None:
                 on_iteration(block, iteration, error)
 
+        journal = None
+        if journal_dir is not None:
+            journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
         walker = Walker(layout, config, adapter, on_error, lambda phase: show(phase=phase))
         fitted = fitted_windows(windows, config.held_out_share, adapter.ranks)
         written = 0
@@ -109,7 +113,9 @@ def prune_model(
             dtype = coarse_dtype(device, config.solver_precision == "float32")
 
             def write(ids: Tensor, names: list[str]) -> Tensor:
-                return rewrite_windows(model, ids, [f"{config.seed}/{name}" for name in names], adapter, dtype)
+                seeds = [f"{config.seed}/{name}" for name in names]
+                rewrite = partial(rewrite_windows, model, ids, seeds, adapter, dtype)
+                return rewrite() if journal is None else journal.remember("written-windows", rewrite).to(device)
 
             with walker.stopwatch.phase("generation"):
                 batches, fitted, written = add_written_windows(
@@ -117,9 +123,6 @@ def prune_model(
                 )
         if adapter.forward_is_collective:
             batches = equally_many(batches, adapter.ranks, device)
-        journal = None
-        if journal_dir is not None:
-            journal = Journal(journal_dir, fingerprint(layout, batches, config, adapter.ranks), adapter)
         tokens = walker.enter(batches, fitted)
         widest = max(p.shape[1] for p in layout.projections() if p.pruned)
         if tokens < widest:

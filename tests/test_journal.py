@@ -120,6 +120,26 @@ def test_damaged_and_half_written_files(tmp_path: Path, trained, calibration) ->
     assert first.exists()
 
 
+def test_written_windows_are_noted(tmp_path: Path, trained, calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that would write other windows goes on with those of the one that began."""
+    config = PruningConfig(**{**vars(CONFIG), "continuations": 1})
+    whole = trained("llama")
+    prune(whole, calibration, None, config)
+    with pytest.raises(Killed):
+        prune(trained("llama"), calibration, tmp_path, config, 3)
+    rounding = "sparsellm_lightning.pruning.rewrite_windows"
+    monkeypatch.setattr(rounding, lambda model, ids, *others: ids.flip(1))
+    again = trained("llama")
+    report, _ = prune(again, calibration, tmp_path, config)
+    assert_same(again, whole)
+    assert report.calibration["written"] == 14
+    (file,) = tmp_path.glob("written-windows-*")
+    file.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="damaged; written-windows is done again"):
+        prune(trained("llama"), calibration, tmp_path, config)
+    assert list(tmp_path.glob("written-windows-*")) != [file], "what was done again is noted"
+
+
 def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
     """The command line, killed dead at random moments, and started again each time."""
 
