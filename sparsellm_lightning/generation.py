@@ -19,7 +19,9 @@ from sparsellm_lightning.strategies import StrategyAdapter
 # Tokens in front of a continuation, at most, and in it. Of 128 they serve pruning hardly better, and take twice the time: what
 # bounds it is reading keys and values.
 PROMPT = 32
-HELD_TOKENS = 16_384  # whose keys and values are in memory at a time, on each rank
+# Whose keys and values are in memory at a time, on each rank; and what those may take.
+HELD_TOKENS = 16_384
+HELD_BYTES = 2**31
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def rewrite_windows(
     size = -(-length // parts)
     starts = [min(size * part, length - size) for part in range(parts)]
     prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
-    at_once = max(HELD_TOKENS // (2 * size), 1)
+    at_once = max(min(HELD_TOKENS, HELD_BYTES // _bytes_of_a_token(model)) // (2 * size), 1)
     written = []
     lower = model.dtype == torch.float32 != autocast
     base: PreTrainedModel = model.base_model  # type: ignore[assignment]
@@ -123,6 +125,15 @@ def rewrite_windows(
             written.append(_sample(model, some, size, generators, 1.0, adapter))
             count(2 * len(some) * (body * (2 * size - 1) + head * size), autocast if lower else model.dtype)
     return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
+
+
+def _bytes_of_a_token(model: PreTrainedModel) -> int:
+    """Of its keys and values in all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return int(2 * pairs * model.dtype.itemsize)
 
 
 def _generator(name: str, device: torch.device) -> torch.Generator:

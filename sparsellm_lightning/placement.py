@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.config import AutoOrNumber
-from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.errors import OutOfMemoryError, UserError
 
 _AUTO_FRACTION = 0.8  # of what is free: the rest is for temporaries and fragmentation
 
@@ -123,6 +125,21 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
         )
     keep_inputs = sizes.work + sizes.inputs <= limit
     return Placement(device if keep_inputs else host, host, predictions=False, hidden=False)
+
+
+@contextmanager
+def explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
+    """Put an explanation behind what the allocator says when there is no room.
+
+    Raises:
+        OutOfMemoryError: instead of the accelerator's own, or of torch's RuntimeError on a CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(f"Out of memory ({str(error).splitlines()[0][:200]}). {explain()}") from error
 
 
 class Shelf:

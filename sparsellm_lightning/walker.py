@@ -12,14 +12,13 @@ from functools import partial
 
 import torch
 
-from sparsellm_lightning.architectures import Block, DecoderLayout, device_of
+from sparsellm_lightning.architectures import DecoderLayout, device_of
 from sparsellm_lightning.block_pruner import BlockPruner, Task
 from sparsellm_lightning.calibration import CalibrationBatch
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.errors import OutOfMemoryError
 from sparsellm_lightning.journal import Journal
 from sparsellm_lightning.layers import LayerPruner
-from sparsellm_lightning.placement import Placement, Sizes, place, return_free_memory
+from sparsellm_lightning.placement import Placement, Sizes, explaining_memory, place, return_free_memory
 from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.results import BlockResult
 from sparsellm_lightning.sensitivity import allocate
@@ -117,19 +116,16 @@ class Walker:
         """
         stream = self.stream
         if self.config.allocation != "uniform" and self.config.requested_sparsity > 0:
-            with self.stopwatch.phase("allocation"):
+            explained = explaining_memory(lambda: self._explain_memory("allocation"))
+            with self.stopwatch.phase("allocation"), explained:
                 self.layers.sparsities = allocate(self.layout, stream, self.config, self.adapter)
         # The dense model's own hidden states travel along only if they are a target.
         dense = replace(stream, hidden=list(stream.hidden)) if self.config.target == "model" else None
         for block in self.layout.blocks:
             start = time.perf_counter()
             entry = None if journal is None else journal.read(block)
-            try:
+            with explaining_memory(partial(self._explain_memory, block.name)):
                 result = self.pruner.prune(Task(block, stream, dense, entry))
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise OutOfMemoryError(self._explain_memory(block, error)) from error
             result.seconds = time.perf_counter() - start
             if journal is not None and entry is None:
                 journal.write(block, result)
@@ -178,15 +174,11 @@ class Walker:
         )
         return place(self.config.memory, sizes, device_of(self.layout.model)), sizes
 
-    def _explain_memory(self, block: Block, error: RuntimeError) -> str:
+    def _explain_memory(self, where: str) -> str:
         return (
-            f"{block.name}: out of memory ({str(error).splitlines()[0][:200]}). Besides the model, pruning it takes "
-            f"{self.sizes.describe()} for this rank's {self.stream.tokens} calibration tokens; memory is "
-            f"{self.config.memory!r}. Lower memory, to give up what can be computed again, num_calibration_samples"
-            f"{', reconstruct.batch_tokens' if self.config.reconstruct else ''}, or use more ranks."
+            f"In {where}: besides the model, pruning a block takes {self.sizes.describe()} for this rank's "
+            f"{self.stream.tokens} calibration tokens; memory is {self.config.memory!r}. Lower memory, to give up what can be "
+            "computed again, "
+            f"num_calibration_samples{', reconstruct.batch_tokens' if self.config.reconstruct else ''}"
+            f"{', continuations' if self.config.continuations else ''}, or use more ranks."
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """The accelerator's own type, or what torch's allocator says on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -66,8 +66,10 @@ def test_what_is_written(
     windows, names = random_ids(2, length), ["a", "b"]
     monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", prompt)
     expected = [naive(model, window, cuts, name) for window, name in zip(windows.tolist(), names, strict=True)]
-    for held in (10_000, 60):
-        monkeypatch.setattr("sparsellm_lightning.generation.HELD_TOKENS", held)
+    a_token = 2 * 3 * 64 * 4  # keys and values of three layers, at most as wide as the model, in float32
+    for tokens, held in [(10_000, 2**30), (60, 2**30), (10_000, 60 * a_token), (1, 1)]:
+        monkeypatch.setattr("sparsellm_lightning.generation.HELD_TOKENS", tokens)
+        monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held)
         assert rewrite_windows(model, windows, names, StrategyAdapter()).tolist() == expected
 
 

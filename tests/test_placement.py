@@ -130,6 +130,12 @@ def test_out_of_memory_says_what_to_lower(
     ) as raised:
         prune_model(model, calibration, PruningConfig(num_calibration_samples=4))
     assert str(error) in str(raised.value)
+    monkeypatch.setattr(walker_module, "allocate", fail)
+    with pytest.raises(OutOfMemoryError, match=r"In allocation: .*Lower memory.*num_calibration_samples"):
+        prune_model(model, calibration, PruningConfig(num_calibration_samples=4, allocation="error"))
+    monkeypatch.setattr("sparsellm_lightning.pruning.rewrite_windows", fail)
+    with pytest.raises(OutOfMemoryError, match="set continuations to 0"):
+        prune_model(model, calibration, PruningConfig(num_calibration_samples=4, continuations=1))
     monkeypatch.setattr(walker_module, "solve_feed_forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune_model(model, calibration, PruningConfig(num_calibration_samples=4))
