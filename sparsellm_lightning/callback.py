@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architectures import describe, find_model
@@ -241,6 +242,12 @@ class SparseLLMCallback(SparseFinetuning):
         super().on_train_end(trainer, pl_module)
         if self.report is None:
             return
+        left = list(self.schedule or {})[len(self.report.stages) :]
+        if left and not _is_sparse_already(pl_module):
+            rank_zero_warn(
+                f"The run ended at step {trainer.global_step}, before the schedule's stages at {', '.join(map(str, left))}. "
+                "Train longer, or prune earlier."
+            )
         model, adapter = self._model(pl_module), adapter_for(trainer)
         if self._trains_on(pl_module):
             assert self._masks is not None

@@ -267,8 +267,9 @@ class TextDataModule(LightningDataModule):
         key = seed, self.sequence_length
         if len(self._generated.get(key, ())) < count:
             rank_zero_info(f"Generating {count} windows of {self.sequence_length} tokens with the model itself.")
+            chosen = (getattr(callback, "model_attribute", None) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
             self._generated[key] = generate_windows(
-                find_model(module),
+                find_model(module, next(filter(None, chosen), None)),
                 count,
                 self.sequence_length,
                 seed=seed,

@@ -187,6 +187,15 @@ def test_pruning_needs_no_text(model_dir: Path, trained: Trained, monkeypatch: p
     assert torch.equal(asked[0], generate_windows(trained("llama"), 6, 32, seed=3))
 
 
+def test_of_several_models_the_pruned_one_writes(model_dir: Path, trained: Trained) -> None:
+    module, other, data = CausalLM(str(model_dir)), trained("gpt2"), _data()
+    module.teacher = other
+    trainer(_pruner(model_attribute="model")).fit(module, data)
+    assert torch.equal(
+        data.calibration_dataloader(6, 3).dataset[0]["input_ids"], generate_windows(trained("llama"), 6, 32, seed=3)[0]
+    )
+
+
 def test_perplexity_on_test_files(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The value of an expression is computed when the statement runs. " * 20)
     pruner = _pruner()
