@@ -150,6 +150,8 @@ def test_sizes_are_those_of_what_is_held() -> None:
     local = Sizes.of_block(1000, 64, 128, gated=True, auxiliary_tokens=0, streams=5, itemsize=4, auxiliary_itemsize=2)
     assert (sizes.hidden, local.auxiliaries, local.hidden) == (0, 0, 1000 * 128 * 4)
     assert local.work < sizes.work
+    few = Sizes.of_block(1000, 64, 128, gated=True, auxiliary_tokens=100, streams=5, itemsize=4, auxiliary_itemsize=2)
+    assert few.hidden + few.auxiliaries + few.predictions == local.hidden, "z, s and their predictions make room for it"
     assert [format_bytes(n) for n in (5, 2048, 3 * 2**20, 2**30, 1.5 * 2**40)] == [
         "5 B",
         "2 KiB",

@@ -189,8 +189,8 @@ def solve_feed_forward(
     check_finite(energies, f"{name}down", "target output")
     _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
     out = y if reuse_target else None
+    kept = Shelf(x.dtype, device) if placement.hidden else None
     if iterations == 1:
-        kept = Shelf(x.dtype, device) if placement.hidden else None
         local, inputs, hidden = solve_locally(
             dense, fitted.x, prune, damping=damping, ranks=ranks, chunks=fitted.sizes, kept=kept, name=name
         )
@@ -208,7 +208,7 @@ def solve_feed_forward(
     auxiliaries: Auxiliaries | None = None
     predictions = Pair.on(device, auxiliary_dtype) if placement.predictions else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
-    best: tuple[FeedForward, Tensor] | None = None
+    best: tuple[FeedForward, Tensor, int] | None = None
     best_error = float("inf")
     errors, held_out_errors = [], []
     for iteration in range(iterations):
@@ -222,7 +222,7 @@ def solve_feed_forward(
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
         predicted = 0 if last else len(leading.sizes)
-        _sum_hidden(iterate, seen, hidden_gram, cross, predictions, predicted)
+        _sum_hidden(iterate, seen, hidden_gram, cross, predictions, predicted, kept if last else None)
         hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
         check_finite(hidden.gram, f"{name}down")
         target = _rows(dense.down, ranks)
@@ -247,7 +247,10 @@ def solve_feed_forward(
             held_out_errors.append(squared_error(iterate, held_out, ranks) / (held_out_energy or 1.0))
         criterion = held_out_errors[-1] if held_out_count else error if seen is fitted else float("inf")
         if best is None or criterion < best_error:
-            best, best_error = (iterate, hidden.gram), criterion  # without the factorisations, which are large
+            best, best_error = (
+                (iterate, hidden.gram, iteration),
+                criterion,
+            )  # without the factorisations, which are large
         if last or (error == 0 and seen is fitted):
             break
         if auxiliaries is None:
@@ -262,7 +265,8 @@ def solve_feed_forward(
             correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
             targets[layer] = _rows(weight + regression.solve(correction), ranks)
     assert best is not None
-    change, _ = change_of_output(best[0], tokens, fitted_chunks, ranks, out)
+    of_last = kept if best[2] + 1 == iterations else None  # what is kept is the last iterate's
+    change, _ = change_of_output(best[0], tokens, fitted_chunks, ranks, out, of_last)
     return Solution(best[0], errors, held_out_errors, inputs, InputStatistics(best[1], damping, f"{name}down"), change)
 
 
@@ -273,8 +277,9 @@ def _sum_hidden(
     cross: Cross,
     predictions: Pair | None,
     predicted: int,
+    kept: Shelf | None,
 ) -> None:
-    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep what is predicted for z and s of the first so many chunks."""
+    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep h, and what is predicted for z and s of the first so many chunks."""
     gram.restart()
     cross.restart()
     for index, (x_c, y_c, _) in enumerate(tokens):
@@ -282,6 +287,8 @@ def _sum_hidden(
         h = iterate.combine(z, s)
         gram.add(h)
         cross.add(y_c, h)
+        if kept is not None:
+            kept.put(index, h)
         if predictions is not None and index < predicted:
             predictions.put(index, z, s)
 
