@@ -246,7 +246,7 @@ def _damages(
     sparsity, spread = config.requested_sparsity, _spread(config)
     at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
     device = device_of(layout.model)
-    dtype = torch.float32 if config.solver_precision == "float32" else coarse_dtype(device)
+    dtype = coarse_dtype(device, config.solver_precision == "float32")
     # Only comparisons follow from it, so the products may be coarse.
     stored = next(layout.model.parameters()).dtype
     coarse = dtype if stored == torch.float32 != dtype else None
