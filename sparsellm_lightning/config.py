@@ -31,14 +31,15 @@ class Reconstruction:
 
     Args:
         steps: of Adam.
-        learning_rate: its largest one, after a tenth of the steps; then it falls to zero along a half cosine.
+        learning_rate: its largest one, after a tenth of the steps; then it falls to zero along a half cosine. In units of each
+            parameter's own size: the root mean square of its kept entries, divided by the share that is kept.
         batch_tokens: tokens a step, over all ranks, in whole windows and at least one on each rank. Many small steps fit better
             than few large ones.
         others: tune the block's norms and biases too.
     """
 
     steps: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     batch_tokens: int = 512
     others: bool = True
 
@@ -53,7 +54,7 @@ class Reconstruction:
             _integer(f"reconstruct.{name}", getattr(self, name), 1)
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(
-                f"reconstruct.learning_rate must be positive and finite, got {self.learning_rate}. The default is 0.002."
+                f"reconstruct.learning_rate must be positive and finite, got {self.learning_rate}. The default is 0.004."
             )
 
 
@@ -70,7 +71,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6, learning_rate=4e-3)},
+    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6, learning_rate=8e-3)},
     "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128)},
     "best": {
         "method": "admm",

@@ -20,20 +20,24 @@ from sparsellm_lightning.stream import Stream
 LOOKS = 4  # at the held-out error while tuning, at most, besides the one before it
 STEPS_A_LOOK = 16  # at least: a look costs several steps
 WARM_UP = 0.1  # of the steps; without it the first ones undo much of what the solver found
+LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
 BETAS = (0.9, 0.95)  # of Adam: the usual 0.999 remembers more steps than there are
 
 
 class Reconstructor:
     """Tunes one block.
 
-    Minimises over the kept weights, their mask being fixed, by Adam with a learning rate that rises for a tenth of the steps
-    and falls along a half cosine,
+    Minimises over the kept weights, their mask being fixed, by Adam,
 
         Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²
 
     where h are the hidden states in front of block B and g those that should come out of it. Dividing each token's error by
     its target's size measures it as the norm of the next block will see it: otherwise the few tokens with huge hidden
     states would be all that counts.
+
+    A parameter's learning rate rises for a tenth of the steps to ``learning_rate · rms / ρ`` and falls along a half cosine.
+    rms is the root mean square of its kept entries, ρ their share: models differ in the scale of their weights, and the
+    fewer weights are left, the further each has to move, and the less they follow the noise of the text.
 
     Gradients are summed over ranks, each of which has its own tokens; parameters below float32 have float32 masters.
     Sharded parameters are tuned shard by shard.
@@ -90,16 +94,18 @@ class Reconstructor:
             ones where there are none.
         """
         steps = self.options.steps
-        optimizer = torch.optim.Adam(self.masters, lr=self.options.learning_rate, betas=BETAS, fused=True)
+        rates = [self.options.learning_rate * scale for scale in self._scales()]
+        groups = [{"params": [master]} for master in self.masters]
+        optimizer = torch.optim.Adam(groups, lr=self.options.learning_rate, betas=BETAS, fused=True)
         before = best_errors = self.errors()
         looks = min(LOOKS, max(steps // STEPS_A_LOOK, 1)) if self.guarded else 1
         best, best_step = [master.clone() for master in self.masters], 0
         with self._trainable():
             schedule = self._batches()
             for step in range(steps):
-                for group in optimizer.param_groups:
-                    warmth = min((step + 1) / max(WARM_UP * steps, 1), 1)
-                    group["lr"] = self.options.learning_rate * warmth * 0.5 * (1 + math.cos(math.pi * step / steps))
+                warmth = min((step + 1) / max(WARM_UP * steps, 1), 1)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * warmth * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for master, gradient in zip(self.masters, self._gradients(next(schedule)), strict=True):
                     master.grad = gradient
                 optimizer.step()
@@ -201,6 +207,22 @@ class Reconstructor:
         if self.autocast is None or any(local.dtype != torch.float32 for local in self.locals):
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)
+
+    def _scales(self) -> list[float]:
+        """Of each parameter, over all of its shards: root mean square of the entries that may change, by their share of all."""
+        sums = [
+            [
+                float(master.square().sum(dtype=torch.float64)),
+                float(master.numel() if kept is None else kept.sum()),
+                master.numel(),
+            ]
+            for master, kept in zip(self.masters, self.kept, strict=True)
+        ]
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        if self.adapter.weights_are_split:
+            self.adapter.ranks.sum_(totals)
+        squares, entries, size = totals.clamp(min=1e-30).T
+        return ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
 
     def _store(self) -> None:
         for local, master in zip(self.locals, self.masters, strict=True):

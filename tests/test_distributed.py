@@ -108,7 +108,7 @@ def test_reconstruction_and_measured_budgets(tmp_path: Path, folder_of: Callable
 
     Batches of three windows are spread unevenly: one rank has two windows of a batch, and the other one.
     """
-    tuned = {"steps": 16, "batch_tokens": 2048, "learning_rate": 1e-3}
+    tuned = {"steps": 16, "batch_tokens": 2048, "learning_rate": 0.01}
     pruner: dict[str, Any] = {"sparsity": 0.7, "method": "sparsegpt", "target": "model", "allocation": "error"}
     pruner |= {"reconstruct": tuned, "num_calibration_samples": WINDOWS}
     options: dict[str, Any] = {

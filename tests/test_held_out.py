@@ -24,7 +24,7 @@ from sparsellm_lightning.solvers import FeedForward, InputStatistics, solve_feed
 
 Targets = dict[str, Tensor]
 
-SOLVED = Reconstruction(steps=2, learning_rate=1e-4, batch_tokens=64)
+SOLVED = Reconstruction(steps=2, learning_rate=2e-3, batch_tokens=64)
 
 
 @pytest.fixture(autouse=True)

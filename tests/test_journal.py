@@ -20,7 +20,7 @@ from sparsellm_lightning.config import Reconstruction
 from sparsellm_lightning.report import PruningReport
 
 CONFIG = PruningConfig(sparsity=0.7, num_iterations=2, num_calibration_samples=16)
-TUNED = Reconstruction(steps=4, batch_tokens=512, learning_rate=5e-4)
+TUNED = Reconstruction(steps=4, batch_tokens=512, learning_rate=2e-3)
 
 
 class Killed(Exception):

@@ -20,7 +20,7 @@ EXPLICIT: dict[str, Any] = {
     "target": "model",
     "allocation": "owl",
     "refine": "mask",
-    "reconstruct": Reconstruction(steps=3, learning_rate=1e-3, batch_tokens=100, others=False),
+    "reconstruct": Reconstruction(steps=3, learning_rate=1e-2, batch_tokens=100, others=False),
     "continuations": 3,
     "damping": 0.05,
 }
