@@ -71,8 +71,8 @@ DEFAULTS: dict[str, Any] = {
 }
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6, learning_rate=8e-3)},
-    "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128)},
+    "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6)},
+    "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128), "damping": 0.1},
     "best": {
         "method": "admm",
         "target": "model",
