@@ -72,7 +72,7 @@ DEFAULTS: dict[str, Any] = {
 # What each quality changes of them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "reconstruct": Reconstruction(steps=6), "damping": 0.1},
-    "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=128), "damping": 0.1},
+    "balanced": {"method": "sparsegpt", "target": "model", "reconstruct": Reconstruction(steps=96), "damping": 0.1},
     "best": {
         "method": "admm",
         "target": "model",
