@@ -222,7 +222,8 @@ class Reconstructor:
         if self.adapter.weights_are_split:
             self.adapter.ranks.sum_(totals)
         squares, entries, size = totals.clamp(min=1e-30).T
-        return ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
+        scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
+        return scales
 
     def _store(self) -> None:
         for local, master in zip(self.locals, self.masters, strict=True):
