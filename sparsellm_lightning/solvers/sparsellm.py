@@ -247,10 +247,8 @@ def solve_feed_forward(
             held_out_errors.append(squared_error(iterate, held_out, ranks) / (held_out_energy or 1.0))
         criterion = held_out_errors[-1] if held_out_count else error if seen is fitted else float("inf")
         if best is None or criterion < best_error:
-            best, best_error = (
-                (iterate, hidden.gram, iteration),
-                criterion,
-            )  # without the factorisations, which are large
+            # Without the factorisations, which are large.
+            best, best_error = (iterate, hidden.gram, iteration), criterion
         if last or (error == 0 and seen is fitted):
             break
         if auxiliaries is None:
