@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsellm_lightning.architectures import device_of
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.placement import explaining_memory, format_bytes
 from sparsellm_lightning.stopwatch import count
 from sparsellm_lightning.strategies import StrategyAdapter
 
@@ -103,6 +104,7 @@ def rewrite_windows(
 
     Raises:
         UserError: no language-model head.
+        OutOfMemoryError: no room for the keys and values.
     """
     _check_head(model)
     number, length = windows.shape
@@ -110,14 +112,22 @@ def rewrite_windows(
     size = -(-length // parts)
     starts = [min(size * part, length - size) for part in range(parts)]
     prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
-    at_once = max(min(HELD_TOKENS, HELD_BYTES // _bytes_of_a_token(model)) // (2 * size), 1)
+    a_token = _bytes_of_a_token(model)
+    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // (2 * size), 1), len(prompts))
+    explained = explaining_memory(
+        lambda: (
+            f"In the windows that the model writes: keys and values of {2 * size * at_once} tokens take "
+            f"{format_bytes(2 * size * at_once * a_token)}. Set continuations to 0."
+        )
+    )
     written = []
     lower = model.dtype == torch.float32 != autocast
     base: PreTrainedModel = model.base_model  # type: ignore[assignment]
     head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
     body = base.num_parameters(exclude_embeddings=True)
     # The cached casts of gathered shards would be the whole model.
-    with torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split):
+    cast = torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split)
+    with explained, cast:
         for first in range(0, len(prompts), at_once):
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))

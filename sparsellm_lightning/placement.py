@@ -33,8 +33,7 @@ class Sizes:
         inputs: the block's inputs and outputs, and those of its feed-forward part.
         auxiliaries: z and s of the alternation; 0 without one.
         predictions: what the weights predict for z and s.
-        hidden: the hidden activation that the down projection sees, once z, s and their predictions are gone: what it takes
-            beyond them.
+        hidden: the hidden activation that the down projection sees, of use to the local solver alone.
     """
 
     work: int
@@ -72,7 +71,7 @@ class Sizes:
             inputs=streams * tokens * dim * itemsize,
             auxiliaries=auxiliaries,
             predictions=auxiliaries,
-            hidden=max(tokens * width * itemsize - 2 * auxiliaries, 0),
+            hidden=0 if auxiliary_tokens else tokens * width * itemsize,
         )
 
     def describe(self) -> str:
@@ -115,6 +114,7 @@ def place(budget: AutoOrNumber, sizes: Sizes, device: torch.device) -> Placement
     host = torch.device("cpu")
     on_device = sizes.work + sizes.inputs + sizes.auxiliaries
     if on_device <= limit:
+        # Where one of them is not zero the other is.
         kept = on_device + sizes.predictions + sizes.hidden <= limit
         return Placement(device, device, kept, kept)
     least = sizes.work if device.type != "cpu" else on_device

@@ -26,7 +26,7 @@ from sparsellm_lightning.calibration import (
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.generation import rewrite_windows
 from sparsellm_lightning.journal import Journal, fingerprint
-from sparsellm_lightning.placement import explaining_memory, format_bytes
+from sparsellm_lightning.placement import format_bytes
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
 from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.stopwatch import gemm_peak
@@ -117,8 +117,7 @@ def prune_model(
                 rewrite = partial(rewrite_windows, model, ids, seeds, adapter, dtype)
                 return rewrite() if journal is None else journal.remember("written-windows", rewrite).to(device)
 
-            explained = explaining_memory(lambda: "In the windows that the model writes: set continuations to 0.")
-            with walker.stopwatch.phase("generation"), explained:
+            with walker.stopwatch.phase("generation"):
                 batches, fitted, written = add_written_windows(
                     batches, fitted, config.continuations, write, adapter.ranks, device
                 )

@@ -94,21 +94,21 @@ class Reconstructor:
             ones where there are none.
         """
         steps = self.options.steps
-        rates = [self.options.learning_rate * scale for scale in self._scales()]
-        groups = [{"params": [master]} for master in self.masters]
-        optimizer = torch.optim.Adam(groups, lr=self.options.learning_rate, betas=BETAS, fused=True)
+        rate = self.options.learning_rate
+        groups = [
+            {"params": [master], "lr": rate * scale} for master, scale in zip(self.masters, self._scales(), strict=True)
+        ]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
         before = best_errors = self.errors()
         looks = min(LOOKS, max(steps // STEPS_A_LOOK, 1)) if self.guarded else 1
         best, best_step = [master.clone() for master in self.masters], 0
         with self._trainable():
-            schedule = self._batches()
-            for step in range(steps):
-                warmth = min((step + 1) / max(WARM_UP * steps, 1), 1)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * warmth * 0.5 * (1 + math.cos(math.pi * step / steps))
-                for master, gradient in zip(self.masters, self._gradients(next(schedule)), strict=True):
+            for step, batches in zip(range(steps), self._batches(), strict=False):
+                for master, gradient in zip(self.masters, self._gradients(batches), strict=True):
                     master.grad = gradient
                 optimizer.step()
+                schedule.step()
                 self._store()
                 if (step + 1) * looks // steps > step * looks // steps:
                     errors = self.errors(held_out_only=self.guarded and step + 1 < steps)
@@ -245,6 +245,11 @@ class Reconstructor:
             for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """Of the largest learning rate, in the given one of so many steps."""
+    return min((step + 1) / max(WARM_UP * steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def batches_of_interest(

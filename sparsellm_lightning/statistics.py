@@ -48,11 +48,6 @@ class Cross:
         self.tokens += a.shape[0]
         count(2 * len(a) * self.total.numel(), self._product.dtype)
 
-    def restart(self) -> None:
-        """Begin a new sum in the same memory."""
-        self.total.zero_()
-        self.tokens = 0
-
     def mean(self, ranks: Ranks) -> Tensor:
         """``AᵀB / n`` over all ranks' tokens, float32, so that its scale does not depend on their number. Ends the summing."""
         tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self.total.device)

@@ -73,6 +73,27 @@ def test_what_is_written(
         assert rewrite_windows(model, windows, names, StrategyAdapter()).tolist() == expected
 
 
+@pytest.mark.parametrize(("held", "at_once"), [(5 * 32, 5), (3 * 32 - 1, 2), (1, 1), (1000 * 32, 6)])
+def test_what_they_hold(trained: Trained, monkeypatch: pytest.MonkeyPatch, held: int, at_once: int) -> None:
+    """Six prompts of 16 tokens and their continuations, so many at a time as have room for 2 x 16 tokens each."""
+    model = trained("llama")
+    a_token = sum(
+        2 * layer.self_attn.k_proj.out_features * layer.self_attn.k_proj.weight.itemsize for layer in model.model.layers
+    )
+    monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", 16)
+    monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held * a_token)
+    batches: list[int] = []
+
+    def sample(model: PreTrainedModel, prompts: Tensor, *args: Any) -> Tensor:
+        batches.append(len(prompts))
+        return prompts
+
+    monkeypatch.setattr("sparsellm_lightning.generation._sample", sample)
+    rewrite_windows(model, random_ids(2, 48), ["a", "b"], StrategyAdapter())
+    assert sum(batches) == 6
+    assert max(batches) == at_once
+
+
 def echo(windows: Tensor, names: list[str]) -> Tensor:
     """Stands for the model: the window's first token, then its own number and the copy's."""
     numbers = torch.tensor([[int(part) for part in name.split("/")] for name in names])

@@ -189,8 +189,8 @@ def solve_feed_forward(
     check_finite(energies, f"{name}down", "target output")
     _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
     out = y if reuse_target else None
-    kept = Shelf(x.dtype, device) if placement.hidden else None
     if iterations == 1:
+        kept = Shelf(x.dtype, device) if placement.hidden else None
         local, inputs, hidden = solve_locally(
             dense, fitted.x, prune, damping=damping, ranks=ranks, chunks=fitted.sizes, kept=kept, name=name
         )
@@ -204,11 +204,10 @@ def solve_feed_forward(
     inputs = _statistics(x.shape[1], (x_c for x_c, _, _ in fitted), device, ranks, damping, f"{name}up")
     check_finite(inputs.gram, f"{name}{first[0]}")
     leading_energies = energies if leading is fitted else leading.energies(ranks)
-    hidden_gram, cross = Gram(width, device), Cross(outputs, width, device)
     auxiliaries: Auxiliaries | None = None
     predictions = Pair.on(device, auxiliary_dtype) if placement.predictions else None
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in first}
-    best: tuple[FeedForward, Tensor, int] | None = None
+    best: tuple[FeedForward, Tensor] | None = None
     best_error = float("inf")
     errors, held_out_errors = [], []
     for iteration in range(iterations):
@@ -218,28 +217,18 @@ def solve_feed_forward(
         if last and predictions is not None:
             predictions.clear()
         pruned = prune(targets, inputs)
+        targets = {}  # their memory is wanted
         whole = {layer: ranks.gather_rows(pruned[layer], width) for layer in first}
         iterate = replace(dense, up=whole["up"], gate=whole.get("gate"))
         seen = fitted if last or iteration == 0 else leading
-        predicted = 0 if last else len(leading.sizes)
-        _sum_hidden(iterate, seen, hidden_gram, cross, predictions, predicted, kept if last else None)
-        hidden = InputStatistics(hidden_gram.mean(ranks), damping, f"{name}down")
-        check_finite(hidden.gram, f"{name}down")
-        target = _rows(dense.down, ranks)
-        mean_cross = cross.mean(ranks)
-        down_inputs = hidden
-        if auxiliaries is not None:
-            down_inputs, down_cross = (hidden, mean_cross) if penalties.scale_free else auxiliaries.down_statistics()
-            ridge = _ridge(damping, width, hidden_gram.tokens)
-            correction = down_cross - dense.down @ down_inputs.gram
-            count(2 * dense.down.numel() * width)
-            target = _rows(dense.down + factorize(down_inputs.gram, ridge, down_inputs.name).solve(correction), ranks)
-        down = prune({"down": target}, down_inputs)["down"]
+        seen_energies = energies if seen is fitted else leading_energies
+        gram, cross = _sum_hidden(iterate, seen, ranks, predictions, 0 if last else len(leading.sizes))
+        check_finite(gram, f"{name}down")
+        seen_tokens = int(seen_energies[2])
+        down = _prune_down(dense, gram, cross, auxiliaries, prune, damping, seen_tokens, ranks, f"{name}down")
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
-        error = _error(
-            down, _rows(mean_cross, ranks), hidden.gram, energies if seen is fitted else leading_energies, ranks
-        )
+        error = _error(down, _rows(cross, ranks), gram, seen_energies, ranks)
         errors.append(error)
         if on_iteration is not None:
             on_iteration(iteration, error)
@@ -247,48 +236,84 @@ def solve_feed_forward(
             held_out_errors.append(squared_error(iterate, held_out, ranks) / (held_out_energy or 1.0))
         criterion = held_out_errors[-1] if held_out_count else error if seen is fitted else float("inf")
         if best is None or criterion < best_error:
-            # Without the factorisations, which are large.
-            best, best_error = (iterate, hidden.gram, iteration), criterion
+            best, best_error = (iterate, gram), criterion
+        del gram  # large, and the best one's is in best
         if last or (error == 0 and seen is fitted):
             break
         if auxiliaries is None:
             auxiliaries = Auxiliaries(dense, leading, penalties, damping, ranks, auxiliary_dtype, placement, step)
-        corrections = auxiliaries.update(iterate, predictions)
-        targets = {}
-        regression = inputs.with_damping(_ridge(damping, x.shape[1], int(energies[2]))).factor
-        for layer in first:
-            # Of all rows on every rank: how a product rounds depends on its shape.
-            weight = getattr(dense, layer)
-            count(2 * weight.numel() * weight.shape[1])
-            correction = corrections[layer] + (getattr(iterate, layer) - weight) @ inputs.gram
-            targets[layer] = _rows(weight + regression.solve(correction), ranks)
+        ridge = _ridge(damping, x.shape[1], int(energies[2]))
+        targets = _regress(dense, iterate, auxiliaries.update(iterate, predictions), inputs, ridge, ranks)
     assert best is not None
-    of_last = kept if best[2] + 1 == iterations else None  # what is kept is the last iterate's
-    change, _ = change_of_output(best[0], tokens, fitted_chunks, ranks, out, of_last)
+    change, _ = change_of_output(best[0], tokens, fitted_chunks, ranks, out)
     return Solution(best[0], errors, held_out_errors, inputs, InputStatistics(best[1], damping, f"{name}down"), change)
 
 
 def _sum_hidden(
     iterate: FeedForward,
     tokens: Tokens,
-    gram: Gram,
-    cross: Cross,
+    ranks: Ranks,
     predictions: Pair | None,
     predicted: int,
-    kept: Shelf | None,
-) -> None:
-    """Sum ``hᵀh`` and ``Yᵀh`` over some tokens; keep h, and what is predicted for z and s of the first so many chunks."""
-    gram.restart()
-    cross.restart()
+) -> tuple[Tensor, Tensor]:
+    """``hᵀh / n`` and ``Yᵀh / n`` over some tokens of all ranks; keep what is predicted for z and s of so many chunks."""
+    width, device = len(iterate.up), iterate.up.device
+    gram, cross = Gram(width, device), Cross(len(iterate.down), width, device)
     for index, (x_c, y_c, _) in enumerate(tokens):
         z, s = iterate.preactivations(x_c)
         h = iterate.combine(z, s)
         gram.add(h)
         cross.add(y_c, h)
-        if kept is not None:
-            kept.put(index, h)
         if predictions is not None and index < predicted:
             predictions.put(index, z, s)
+    return gram.mean(ranks), cross.mean(ranks)
+
+
+def _prune_down(
+    dense: FeedForward,
+    gram: Tensor,
+    cross: Tensor,
+    auxiliaries: Auxiliaries | None,
+    prune: Prune,
+    damping: float,
+    tokens: int,
+    ranks: Ranks,
+    name: str,
+) -> Tensor:
+    """This rank's rows of W_d, pruned: at first around the dense ones, once there are auxiliaries around their regression.
+
+    Args:
+        gram, cross: ``hᵀh / n`` and ``Yᵀh / n`` over so many tokens.
+    """
+    inputs, target = InputStatistics(gram, damping, name), dense.down
+    if auxiliaries is not None:
+        if auxiliaries.keep_p:
+            inputs, cross = auxiliaries.down_statistics()
+        ridge = _ridge(damping, len(gram), tokens)
+        correction = cross - target @ inputs.gram
+        count(2 * dense.down.numel() * len(gram))
+        target = target + factorize(inputs.gram, ridge, inputs.name).solve(correction)
+    return prune({"down": _rows(target, ranks)}, inputs)["down"]
+
+
+def _regress(
+    dense: FeedForward,
+    iterate: FeedForward,
+    corrections: dict[str, Tensor],
+    inputs: InputStatistics,
+    ridge: float,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """This rank's rows of ``W + (zᵀX − W XᵀX)(XᵀX + λI)⁻¹``, and of the same of s, from ``(z − m)ᵀX``."""
+    regression = inputs.with_damping(ridge).factor
+    targets = {}
+    for layer, correction in corrections.items():
+        # Of all rows on every rank: how a product rounds depends on its shape.
+        weight = getattr(dense, layer)
+        count(2 * weight.numel() * weight.shape[1])
+        wanted = correction + (getattr(iterate, layer) - weight) @ inputs.gram
+        targets[layer] = _rows(weight + regression.solve(wanted), ranks)
+    return targets
 
 
 def _error(down: Tensor, cross: Tensor, gram: Tensor, energies: Tensor, ranks: Ranks) -> float:
