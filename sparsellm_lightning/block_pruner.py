@@ -17,11 +17,11 @@ from sparsellm_lightning.journal import Entry
 from sparsellm_lightning.layers import LayerPruner
 from sparsellm_lightning.masks import local_tensor
 from sparsellm_lightning.placement import return_free_memory
+from sparsellm_lightning.products import coarse_dtype
 from sparsellm_lightning.ranks import SINGLE
 from sparsellm_lightning.reconstruct import Reconstructor, batches_of_interest
 from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.results import BlockResult
-from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, change_of_output
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.solvers.sparsellm import Prune, Solution, solve_locally

@@ -27,8 +27,8 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.generation import rewrite_windows
 from sparsellm_lightning.journal import Journal, fingerprint
 from sparsellm_lightning.placement import format_bytes
+from sparsellm_lightning.products import coarse_dtype
 from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
-from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
 from sparsellm_lightning.stopwatch import gemm_peak
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker

@@ -23,7 +23,7 @@ from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, 
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.layers import LayerPruner
-from sparsellm_lightning.solvers.auxiliaries import coarse_dtype
+from sparsellm_lightning.products import coarse_dtype
 from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Gram, check_finite
 from sparsellm_lightning.stopwatch import Stopwatch

@@ -19,11 +19,12 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.journal import Journal
 from sparsellm_lightning.layers import LayerPruner
 from sparsellm_lightning.placement import Placement, Sizes, explaining_memory, place, return_free_memory
+from sparsellm_lightning.products import coarse_dtype
 from sparsellm_lightning.replay import AttentionReplay
 from sparsellm_lightning.results import BlockResult
 from sparsellm_lightning.sensitivity import allocate
 from sparsellm_lightning.solvers.activations import Entrywise, Fused, preactivation_step
-from sparsellm_lightning.solvers.auxiliaries import Penalties, coarse_dtype
+from sparsellm_lightning.solvers.auxiliaries import Penalties
 from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter

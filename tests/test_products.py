@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsellm_lightning import products
-from sparsellm_lightning.products import fastest_float32
+from sparsellm_lightning.products import coarse_dtype, fastest_float32
 
 CPU = torch.device("cpu")
 
@@ -41,3 +41,37 @@ def test_only_where_it_is_exact(device: str, exact: bool, expected: str, monkeyp
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("supported", "gain", "exact", "expected"),
+    [
+        (True, 2.0, False, torch.bfloat16),
+        (True, 2.0, True, torch.float32),
+        (True, 0.5, False, torch.float32),
+        (True, 1.1, False, torch.float32),
+        (False, 2.0, False, torch.float32),
+    ],
+)
+def test_bfloat16_only_where_it_is_faster(
+    supported: bool, gain: float, exact: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: supported)
+    monkeypatch.setattr(products, "_gain_of_bfloat16", lambda: gain)
+    assert coarse_dtype(CPU, exact) is expected
+
+
+def test_the_gain_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def peak(device: torch.device, dtype: torch.dtype, *args: float) -> float:
+        asked.append(dtype)
+        return 3.0 if dtype is torch.bfloat16 else 2.0
+
+    monkeypatch.setattr(products, "gemm_peak", peak)
+    products._gain_of_bfloat16.cache_clear()
+    try:
+        assert [products._gain_of_bfloat16(), products._gain_of_bfloat16()] == [1.5, 1.5]
+        assert sorted(map(str, asked)) == ["torch.bfloat16", "torch.float32"]
+    finally:
+        products._gain_of_bfloat16.cache_clear()

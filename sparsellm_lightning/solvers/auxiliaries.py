@@ -16,19 +16,6 @@ from sparsellm_lightning.statistics import Cross, Gram, spd_inverse
 from sparsellm_lightning.stopwatch import count
 
 
-def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, otherwise, or where it must be ``exact``, float32."""
-    if exact:
-        return torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and any(
-            getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-    return torch.bfloat16 if fast else torch.float32
-
-
 @dataclass(frozen=True)
 class Penalties:
     """Weights of the three terms of the objective.

@@ -163,7 +163,7 @@ def solve_feed_forward(
             all.
         fitted_chunks: the tokens of this rank's other chunks are held out: no weight is fitted to them. None is all.
         auxiliary_dtype: of z, s, their predictions, and the products that update p, z, s and the corrections above; the Gram
-            matrices, h and the errors stay float32. See :func:`coarse_dtype`.
+            matrices, h and the errors stay float32. See :func:`~sparsellm_lightning.products.coarse_dtype`.
         placement: where activations are kept; does not change the result. Everything on the weights' device by default.
         reuse_target: overwrite y with the change of output.
         step: :func:`~sparsellm_lightning.solvers.activations.preactivation_step` of the block, in a faster form.
