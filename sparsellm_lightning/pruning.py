@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -32,6 +33,10 @@ from sparsellm_lightning.report import PruningReport, layer_rows, peak_memory
 from sparsellm_lightning.stopwatch import gemm_peak
 from sparsellm_lightning.strategies import StrategyAdapter
 from sparsellm_lightning.walker import Walker
+
+# Of the progress bar, in one phase, at least: forward and statistics take turns with every batch, but a long phase must be seen
+# as soon as it begins.
+SECONDS_A_DRAW = 0.5
 
 
 def prune_model(
@@ -93,10 +98,14 @@ def prune_model(
             total=len(layout.blocks), desc="Pruning", unit="block", disable=not progress or adapter.ranks.rank > 0
         )
         status: dict[str, str] = {}
+        drawn: dict[str | None, float] = {}  # when each phase was, last
 
         def show(**news: str) -> None:
-            status.update(news, memory=format_bytes(peak_memory(device)))
-            bar.set_postfix(status)
+            status.update(news)
+            phase, now = status.get("phase"), time.monotonic()
+            if not bar.disable and now - drawn.get(phase, -math.inf) >= SECONDS_A_DRAW:
+                drawn[phase] = now
+                bar.set_postfix(status, memory=format_bytes(peak_memory(device)))
 
         def on_error(block: int, iteration: int, error: float) -> None:
             show(error=f"{error:.4f}")

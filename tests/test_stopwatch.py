@@ -142,6 +142,17 @@ def test_the_report_tells_seconds_work_and_peak(calibration: list[dict[str, Tens
     assert "alternation" in report.phase_table()
 
 
+def test_the_progress_bar_shows_every_phase_but_not_its_every_turn(
+    calibration: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("sparsellm_lightning.pruning.tqdm.set_postfix", lambda bar, s, **_: drawn.append(s["phase"]))
+    monkeypatch.setattr("sparsellm_lightning.pruning.SECONDS_A_DRAW", 1e6)
+    config = PruningConfig(sparsity=0.7, num_calibration_samples=16)
+    report = prune_model(build_model("llama"), calibration, config, progress=True)
+    assert sorted(drawn) == sorted(report.phases)
+
+
 def test_gemm_peak_is_the_fastest_of_some_products(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0, 1, 3, 4, 10, 11, 11.5])  # until 5; two products, of 2 and 1 seconds
     monkeypatch.setattr("sparsellm_lightning.stopwatch.time.perf_counter", lambda: next(ticks))
