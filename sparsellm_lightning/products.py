@@ -51,7 +51,7 @@ def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
     """bfloat16 where the device multiplies it faster than float32, otherwise, or where it must be ``exact``, float32.
 
     A CPU is measured, once a process: one that has bfloat16 instructions may still run them at half the speed of float32
-    (Sapphire Rapids without AMX, measured here: 160 against 310 GFLOP/s).
+    (a Xeon with AVX512-BF16 but without AMX, measured here: 160 against 310 GFLOP/s).
     """
     if exact or device.type not in ("cpu", "cuda"):
         return torch.float32
