@@ -122,7 +122,7 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, others: bool)
 
 
 def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
-    """``Σ‖B(h) − g‖²w / Σ‖h − g‖²w``, ``w = 1/‖g‖²``, token by token."""
+    """``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)``, ``w = 1/‖g‖²``, token by token."""
     error = scale = 0.0
     with torch.no_grad():
         output = torch.cat([output_of(module(*args, **kwargs)) for args, kwargs in case.calls])
@@ -135,8 +135,8 @@ def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
     ):
         for token in valid.nonzero().flatten().tolist():
             size = float(g[token].square().sum())
-            error += float((b[token] - g[token]).square().sum()) / size
-            scale += float((h[token] - g[token]).square().sum()) / size
+            error += min(float((b[token] - g[token]).square().sum()) / size, 1)
+            scale += min(float((h[token] - g[token]).square().sum()) / size, 1)
     return error / scale
 
 
@@ -241,6 +241,31 @@ def test_held_out_tokens_decide() -> None:
         assert kept == expected
         assert errors[0][1] == pytest.approx(0, abs=1e-10) or fitted == 8
         assert errors[1][0] < errors[0][0] or fitted == FITTED
+
+
+def test_a_wild_token_does_not_decide() -> None:
+    """One of the held-out tokens, whose error is a million times the others' and grows with every step."""
+    usual = make_case("llama", FITTED)
+    last = (len(usual.calls) - 1, -1)  # the last window, which has no padding
+    assert usual.valid[last[0]][last[1]].all()
+
+    def sizes(case: Case) -> Tensor:
+        args, kwargs = case.calls[last[0]]
+        with torch.no_grad():
+            return output_of(case.block.module(*args, **kwargs))[last[1]].norm(dim=-1)
+
+    before, options = sizes(usual), {"steps": 32, "learning_rate": 3e-3, "batch_tokens": 2 * LARGEST}
+    (expected, _), kept = tune(usual.reconstructor(**options))
+    growth = sizes(usual) / before
+    assert kept == 32
+    assert growth.max() > 1.001
+    case = make_case("llama", FITTED)
+    case.goal[last[0]][last[1], growth.argmax()] *= 1e-3
+    errors, kept = tune(case.reconstructor(**options))
+    assert kept == 32
+    assert errors[0][1] < 2 * expected[1]
+    for key, tensor in case.block.module.state_dict().items():
+        assert torch.equal(tensor, usual.block.module.state_dict()[key]), key
 
 
 def test_the_best_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
