@@ -91,8 +91,8 @@ class Reconstructor:
         Returns:
             the relative errors (fitted, held out) before and after, ``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)`` with
             ``w = 1/‖g‖²``, NaN where nothing is held out; and how many steps were kept. The choice is made on held-out
-            tokens, or on the fitted ones where there are none. A token counts for 1 at most: a pruned block that gives one
-            in thousands the huge hidden state of an attention sink is off by 10⁴ there, which would be all that decides.
+            tokens, or on the fitted ones where there are none. A token counts for 1 at most: one that wrongly gets
+            the huge hidden state of an attention sink, a hundred times the usual, would outweigh thousands of others.
         """
         steps = self.options.steps
         rate = self.options.learning_rate

@@ -77,7 +77,7 @@ def parts_of_best() -> dict[str, Settings]:
 def allocations() -> dict[str, Settings]:
     """Quality ``balanced`` with every allocation; its own is the row ``balanced``.
 
-    Not ``best``, which takes six times as long; what its own allocation brings it is in its ablation.
+    Not ``best``, which takes three times as long; what its own allocation brings it is in its ablation.
     """
     own = PRESETS["balanced"].get("allocation", DEFAULTS["allocation"])
     return {
