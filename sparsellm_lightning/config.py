@@ -164,7 +164,7 @@ class PruningConfig:
     solver_precision: Precision = "auto"
     alternation_tokens: AutoOrNumber = "auto"
     memory: AutoOrNumber = "auto"
-    allocation_spread: float = 0.1
+    allocation_spread: float = 0.15
     held_out: float = 1 / 8
     keep_zeros: bool = False
     num_calibration_samples: int = 128
@@ -210,7 +210,7 @@ class PruningConfig:
                 "Use allocation uniform, or pattern unstructured."
             )
         if not 0 <= self.allocation_spread < 1:
-            raise UserError(f"allocation_spread must be in [0, 1), got {self.allocation_spread}. The default is 0.1.")
+            raise UserError(f"allocation_spread must be in [0, 1), got {self.allocation_spread}. The default is 0.15.")
         if self.target == "model" and self.method != "sparsellm" and not self.reconstruct:
             raise UserError(
                 f"target='model' is fitted by the alternation and by reconstruct, but method is {self.method!r}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -32,6 +33,7 @@ from sparsellm_lightning.stream import Observer, Stream, run_block, tail_logits
 
 STATISTICS_TOKENS = 4096  # over all ranks, from which local errors are taken
 OUTPUT_TOKENS = 1024  # over all ranks, on which the model's output is compared
+REPAIR = 1.0  # log of how much less damage behind the first block counts where all later ones are tuned to undo it
 
 Groups = list[list[Projection]]  # projections that share an input, in the order of evaluation
 
@@ -52,6 +54,10 @@ def allocate(
 
     is taken for the damage at sparsity s: KL is the divergence of the model's next-token distribution from the dense one's,
     e the sum of the local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+
+    Reconstruction with target ``model`` tunes every block to undo what the blocks before it left, so that what is lost early
+    weighs less: of L blocks, damage in block l then counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times. ρ = 1 was found on
+    SmolLM2-135M at 70 %, where without it the result is worse than OWL's; 2 does no better.
 
     Args:
         layout: the dense model's blocks; weights are changed and put back.
@@ -89,6 +95,8 @@ def allocate(
         chosen = owl(ratios, sizes, sparsity, spread)
     else:
         curves = list(_damages(layout, stream, layers, config, adapter, stopwatch))
+        if config.reconstruct and config.target == "model":
+            curves = _repaired(curves, [block.index for block in layout.blocks for _ in _parts(block, apart=True)])
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for group in part for p in group if p.pruned]
@@ -257,6 +265,13 @@ def _damages(
         for part in _parts(block, apart=True):
             yield damages.curve(block, part, statistics, at)
         damages.advance(block)
+
+
+def _repaired(curves: Sequence[Curve], blocks: Sequence[int]) -> list[Curve]:
+    """Damages less what later blocks will undo; of each curve, the index of its block."""
+    last = max(blocks, default=0) or 1
+    weights = [math.exp(REPAIR * (block / last - 1)) for block in blocks]
+    return [(at, [weight * d for d in damages]) for (at, damages), weight in zip(curves, weights, strict=True)]
 
 
 def _spread(config: PruningConfig) -> float:

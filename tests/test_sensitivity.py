@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, VOCABULARY, build_model
+from test_journal import TUNED
 from test_patterns import on_ranks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
+from sparsellm_lightning.allocation import minimise_damage
 from sparsellm_lightning.architectures import DecoderLayout, Projection, describe
 from sparsellm_lightning.calibration import CalibrationBatch, take_windows
 from sparsellm_lightning.layers import LayerPruner
@@ -148,7 +151,12 @@ def test_damages_against_plain_transformers(trained: Trained, padded: list[Batch
     """Every part is pruned alone in a model of its own, and its output compared with the dense model's."""
     dense = trained("llama")
     config = PruningConfig(
-        sparsity=0.6, method="sparsegpt", allocation="error", solver_precision="float32", skip=["*.1.mlp.up_proj"]
+        sparsity=0.6,
+        method="sparsegpt",
+        allocation="error",
+        allocation_spread=0.1,
+        solver_precision="float32",
+        skip=["*.1.mlp.up_proj"],
     )
     walker = enter(dense, padded, config)
     layers = LayerPruner(config, walker.adapter, Stopwatch())
@@ -193,11 +201,33 @@ def test_a_harmless_part_is_pruned_most(trained: Trained, calibration: list[Batc
     assert min(others) < 0.6
 
 
+def test_what_later_blocks_repair_weighs_less(trained: Trained, calibration: list[Batch]) -> None:
+    """Where they are tuned to: an e-th in front, all of it behind. Elsewhere damages count as they are."""
+    settings: dict[str, Any] = {"sparsity": 0.6, "method": "sparsegpt", "allocation": "error"}
+    plain = PruningConfig(**settings)
+    walker = enter(trained("llama"), calibration[:2], plain)
+    layers = LayerPruner(plain, walker.adapter, Stopwatch())
+    with torch.no_grad():
+        curves = list(_damages(walker.layout, walker.stream, layers, plain, walker.adapter, Stopwatch()))
+    parts = parts_of(walker.layout)
+    sizes = [sum(p.parameter.numel() for p in part) for part in parts]
+    for extra, weights in (
+        ({"reconstruct": TUNED, "target": "model"}, [math.exp(-1), math.exp(-0.5), 1.0]),
+        ({"reconstruct": TUNED}, [1.0, 1.0, 1.0]),
+    ):
+        weighted = [
+            (at, [weights[index // 2] * damage for damage in damages]) for index, (at, damages) in enumerate(curves)
+        ]
+        expected = minimise_damage(weighted, sizes, 0.6, [0.45] * 6, [0.75] * 6)
+        found = allocated(trained("llama"), calibration[:2], PruningConfig(**settings, **extra))
+        assert [found[part[0].name] for part in parts] == pytest.approx(expected, abs=1e-3)
+
+
 def test_depth_and_outliers(trained: Trained, padded: list[Batch]) -> None:
     """ATP goes up with depth; OWL down with the share of a block's scores above five times their mean."""
     model, found = trained("llama"), {}
     for rule in ("atp", "owl"):
-        config = PruningConfig(sparsity=0.6, method="wanda", allocation=rule)
+        config = PruningConfig(sparsity=0.6, method="wanda", allocation=rule, allocation_spread=0.1)
         sparsities = allocated(model, padded, config)
         found[rule] = [sparsities[f"model.layers.{i}.mlp.up_proj"] for i in range(3)]
     assert found["atp"] == pytest.approx([0.5, 0.6, 0.7], abs=1e-3)
