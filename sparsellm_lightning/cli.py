@@ -29,11 +29,7 @@ class PruningTrainer(pl.Trainer):
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
         self.num_sanity_val_steps = 0  # the pruner measures the dense model on every window
         self.fit(model, datamodule=datamodule)
-        if self.is_global_zero and pruner.report is not None:
-            print(pruner.report.table())
-            print(f"\n{pruner.report.phase_table()}\n")
-            if pruner.export_dir is not None:
-                print(f"written to {pruner.export_dir}")
+        show_report(self)
 
     def evaluate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
@@ -49,6 +45,16 @@ class PruningTrainer(pl.Trainer):
             print(format_table(rows))
 
 
+def show_report(trainer: pl.Trainer) -> None:
+    """Print what pruning and fine-tuning did to the model, where they did anything."""
+    pruner = next(c for c in trainer.callbacks if isinstance(c, SparseLLMCallback))  # type: ignore[attr-defined]
+    if trainer.is_global_zero and pruner.report is not None:
+        print(pruner.report.table())
+        print(f"\n{pruner.report.phase_table()}\n")
+        if pruner.export_dir is not None:
+            print(f"written to {pruner.export_dir}")
+
+
 class SparseLLMCLI(LightningCLI):
     """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
 
@@ -59,6 +65,10 @@ class SparseLLMCLI(LightningCLI):
             "evaluate": {"model", "datamodule"},
             **{name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"},
         }
+
+    def after_fit(self) -> None:
+        """Show the report, as ``prune`` does."""
+        show_report(self.trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]

@@ -73,6 +73,7 @@ def test_fit_from_files(tmp_path: Path, config: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["perplexity"]["finetuned"] < report["perplexity"]["pruned"]
+    assert all(f"{value:.2f}" in run.stdout for value in report["perplexity"].values())
     assert report["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.002)
 
 

@@ -511,5 +511,6 @@ def test_weights_on_the_command_line(tmp_path: Path, sparse: dict[str, Path]) ->
         assert not torch.equal(weight, after[name]), name
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     assert report["method"] == "already sparse"
+    assert f"{report['perplexity']['finetuned']:.2f}" in run.stdout
     assert report["mask_check"]["broken"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
