@@ -24,8 +24,7 @@ class PruningTrainer(pl.Trainer):
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure the dense model, prune it, measure again, export, and print a table."""
-        pruner = next(c for c in self.callbacks if isinstance(c, SparseLLMCallback))  # type: ignore[attr-defined]
-        if pruner.finetune:
+        if _pruner(self).finetune:
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
         self.num_sanity_val_steps = 0  # the pruner measures the dense model on every window
         self.fit(model, datamodule=datamodule)
@@ -45,9 +44,13 @@ class PruningTrainer(pl.Trainer):
             print(format_table(rows))
 
 
+def _pruner(trainer: pl.Trainer) -> SparseLLMCallback:
+    return next(c for c in trainer.callbacks if isinstance(c, SparseLLMCallback))  # type: ignore[attr-defined]
+
+
 def show_report(trainer: pl.Trainer) -> None:
     """Print what pruning and fine-tuning did to the model, where they did anything."""
-    pruner = next(c for c in trainer.callbacks if isinstance(c, SparseLLMCallback))  # type: ignore[attr-defined]
+    pruner = _pruner(trainer)
     if trainer.is_global_zero and pruner.report is not None:
         print(pruner.report.table())
         print(f"\n{pruner.report.phase_table()}\n")

@@ -102,7 +102,8 @@ class PruningConfig:
         allocation: how the sparsity, whose mean over all pruned weights is kept, is spread over the model. ``uniform``: every
             projection has it; ``owl`` and ``atp``: published rules by block (arXiv 2310.05175, 2502.14770); ``error``: by what
             pruning each block's attention and each block's feed-forward network was measured to do to the model's output on
-            calibration text. Unstructured patterns only.
+            calibration text, less in early blocks where ``reconstruct`` has ``target`` ``model``, as later ones undo some.
+            Unstructured patterns only.
         refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
             ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
         reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; ``False`` does not.

@@ -95,8 +95,6 @@ def allocate(
         chosen = owl(ratios, sizes, sparsity, spread)
     else:
         curves = list(_damages(layout, stream, layers, config, adapter, stopwatch))
-        if config.reconstruct and config.target == "model":
-            curves = _repaired(curves, [block.index for block in layout.blocks for _ in _parts(block, apart=True)])
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for group in part for p in group if p.pruned]
@@ -262,16 +260,18 @@ def _damages(
     damages = _Damages(layout, stream, layers, adapter, stopwatch, coarse)
     for block in layout.blocks:
         statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
+        weight = _lasting(block.index, len(layout.blocks), config)
         for part in _parts(block, apart=True):
-            yield damages.curve(block, part, statistics, at)
+            sparsities, curve = damages.curve(block, part, statistics, at)
+            yield sparsities, [weight * damage for damage in curve]
         damages.advance(block)
 
 
-def _repaired(curves: Sequence[Curve], blocks: Sequence[int]) -> list[Curve]:
-    """Damages less what later blocks will undo; of each curve, the index of its block."""
-    last = max(blocks, default=0) or 1
-    weights = [math.exp(REPAIR * (block / last - 1)) for block in blocks]
-    return [(at, [weight * d for d in damages]) for (at, damages), weight in zip(curves, weights, strict=True)]
+def _lasting(block: int, blocks: int, config: PruningConfig) -> float:
+    """The weight of damage in a block, given what the blocks after it are tuned to undo."""
+    if not config.reconstruct or config.target != "model":
+        return 1.0
+    return math.exp(-REPAIR * (blocks - 1 - block) / max(blocks - 1, 1))
 
 
 def _spread(config: PruningConfig) -> float:
