@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which would otherwise all use every core, before torch is loaded
+# Before torch is loaded: workers would otherwise each use every core.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import pytest
