@@ -52,8 +52,9 @@ def show_report(trainer: pl.Trainer) -> None:
     """Print what pruning and fine-tuning did to the model, where they did anything."""
     pruner = _pruner(trainer)
     if trainer.is_global_zero and pruner.report is not None:
-        print(pruner.report.table())
-        print(f"\n{pruner.report.phase_table()}\n")
+        print(f"{pruner.report.table()}\n")
+        if pruner.report.phases:  # weights that were sparse already took none
+            print(f"{pruner.report.phase_table()}\n")
         if pruner.export_dir is not None:
             print(f"written to {pruner.export_dir}")
 
