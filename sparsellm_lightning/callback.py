@@ -116,7 +116,7 @@ class SparseLLMCallback(SparseFinetuning):
         block_size: int = 128,
         num_calibration_samples: int = 128,
         held_out: float = 1 / 8,
-        allocation_spread: float = 0.1,
+        allocation_spread: float = 0.15,
         solver_precision: Precision = "auto",
         alternation_tokens: AutoOrNumber = "auto",
         memory: AutoOrNumber = "auto",

@@ -39,6 +39,11 @@ def test_what_they_stand_for(quality: Any, through: Any) -> None:
     assert config.quality == quality
 
 
+@pytest.mark.parametrize("quality", [None, *PRESETS])
+def test_the_callback_has_the_defaults_of_its_settings(quality: Any) -> None:
+    assert SparseLLMCallback(quality=quality).config == PruningConfig(quality=quality)
+
+
 def test_every_preset_sets_what_it_may() -> None:
     assert list(PRESETS) == ["fast", "balanced", "best"]
     for preset in PRESETS.values():
