@@ -73,7 +73,7 @@ class SparseLLMCallback(SparseFinetuning):
         block_size: columns per step of the SparseGPT sweep.
         num_calibration_samples: calibration windows, over all ranks.
         held_out: share of calibration windows that nothing is fitted to, on which choices are made.
-        allocation_spread: by how much a block's sparsity may differ from the mean.
+        allocation_spread: by how much a block's sparsity, with ``error`` a projection's, may differ from the mean.
         solver_precision: ``auto`` or ``float32``: products that update the auxiliaries may be bfloat16, or not.
         alternation_tokens: ``auto``, or calibration tokens that carry the alternation's auxiliaries.
         memory: ``auto``, or bytes that pruning may hold on each device besides the model.

@@ -101,9 +101,8 @@ class PruningConfig:
             ``model``: the output the dense model had at this point, so that each block also corrects the error before it.
         allocation: how the sparsity, whose mean over all pruned weights is kept, is spread over the model. ``uniform``: every
             projection has it; ``owl`` and ``atp``: published rules by block (arXiv 2310.05175, 2502.14770); ``error``: by what
-            pruning each block's attention and each block's feed-forward network was measured to do to the model's output on
-            calibration text, less in early blocks where ``reconstruct`` has ``target`` ``model``, as later ones undo some.
-            Unstructured patterns only.
+            pruning each projection was measured to do to the model's output on calibration text, less in early blocks where
+            ``reconstruct`` has ``target`` ``model``, as later ones undo some. Unstructured patterns only.
         refine: what follows a local solver: ``none``; ``weights``: the kept weights are solved for again, on the mask it found;
             ``mask``: kept and pruned weights of a row are exchanged too, where that lowers the error.
         reconstruct: tune the kept weights of every block by gradient once it is solved, towards ``target``; ``False`` does not.
@@ -129,7 +128,7 @@ class PruningConfig:
             all.
         memory: bytes that pruning may hold on each rank's device besides the model; ``auto`` is most of what is free. With
             less, activations are computed again instead of kept, then kept in pinned host memory: slower, the same result.
-        allocation_spread: by how much a block's sparsity may differ from the mean.
+        allocation_spread: by how much a block's sparsity, with ``error`` a projection's, may differ from the mean.
         held_out: share of the calibration windows that no weight is fitted to: what pruning chooses between (iterates of the
             alternation, steps of the reconstruction), it chooses on them. Rounded down to whole windows; methods that choose
             nothing fit all windows.

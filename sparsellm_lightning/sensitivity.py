@@ -33,9 +33,8 @@ from sparsellm_lightning.stream import Observer, Stream, run_block, tail_logits
 
 STATISTICS_TOKENS = 4096  # over all ranks, from which local errors are taken
 OUTPUT_TOKENS = 1024  # over all ranks, on which the model's output is compared
+TOKENS_TOGETHER = 128  # of which log-probabilities are in memory at a time, besides the dense model's
 REPAIR = 1.0  # log of how much less damage behind the first block counts where all later ones are tuned to undo it
-
-Groups = list[list[Projection]]  # projections that share an input, in the order of evaluation
 
 
 def allocate(
@@ -46,14 +45,13 @@ def allocate(
 ) -> dict[str, float]:
     """A sparsity for every projection to be pruned; of all their weights the share asked for is zero, to the weight.
 
-    ``atp`` and ``owl`` go by block. For ``error``, the attention and the feed-forward network of every block are parts; part i
-    is pruned alone, by the local solver (SparseGPT in place of ADMM, of which a tenth of the time does) with statistics of the
-    dense model, and
+    ``atp`` and ``owl`` go by block. For ``error``, every projection is a part; part i is pruned alone, by the local solver
+    (SparseGPT in place of ADMM, of which a tenth of the time does) with statistics of the dense model, and
 
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
 
     is taken for the damage at sparsity s: KL is the divergence of the model's next-token distribution from the dense one's,
-    e the sum of the local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+    e the local error ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
 
     Reconstruction with target ``model`` tunes every block to undo what the blocks before it left, so that what is lost early
     weighs less: of L blocks, damage in block l then counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times. ρ = 1 was found on
@@ -81,7 +79,7 @@ def allocate(
     layers = LayerPruner(quick, adapter, stopwatch)
     sparsity, spread = config.requested_sparsity, _spread(config)
     parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "error")]
-    sizes = [_size(part) for part in parts]
+    sizes = [sum(map(_size, part)) for part in parts]
     if not spread:
         chosen = [sparsity] * len(parts)
     elif config.allocation == "atp":
@@ -97,21 +95,20 @@ def allocate(
         curves = list(_damages(layout, stream, layers, config, adapter, stopwatch))
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
-    flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for group in part for p in group if p.pruned]
-    entries = [p.shape[0] * p.shape[1] for p, _ in flat]
+    flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
+    entries = [_size(p) for p, _ in flat]
     counts = round_counts([s for _, s in flat], entries)
     return {p.name: count / n for (p, _), count, n in zip(flat, counts, entries, strict=True)}
 
 
-def _parts(block: Block, apart: bool) -> list[Groups]:
-    """The groups of a block's attention, and those of its feed-forward network, apart or together; those to be pruned."""
-    feed_forward = [[p for role, p in block.feed_forward.items() if role != "down"], [block.feed_forward["down"]]]
-    parts = [block.attention, feed_forward] if apart else [[*block.attention, *feed_forward]]
-    return [part for part in parts if _size(part)]
+def _parts(block: Block, apart: bool) -> list[list[Projection]]:
+    """What of a block is to be pruned: every projection a part of its own, or all of them together, if any."""
+    pruned = [p for p in block.projections() if p.pruned]
+    return [[p] for p in pruned] if apart else [pruned] if pruned else []
 
 
-def _size(part: Groups) -> int:
-    return sum(p.shape[0] * p.shape[1] for group in part for p in group if p.pruned)
+def _size(p: Projection) -> int:
+    return p.shape[0] * p.shape[1]
 
 
 def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter, device: torch.device) -> Stream:
@@ -128,7 +125,9 @@ def _statistics(
 ) -> dict[str, InputStatistics]:
     """Statistics of every projection's input in the dense block, by name; moves the sample behind the block."""
     device = device_of(block.module)
-    groups = [group for part in _parts(block, apart=False) for group in part]
+    beside = [p for role, p in block.feed_forward.items() if role != "down"]
+    groups = [*block.attention, beside, [block.feed_forward["down"]]]
+    groups = [group for group in groups if any(p.pruned for p in group)]
     grams = [Gram(group[0].shape[1], device) for group in groups]
     observers: list[Observer] = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
     sample.hidden = run_block(block, sample, adapter, stopwatch, on_input=observers)
@@ -140,9 +139,9 @@ def _statistics(
     return statistics
 
 
-def _outliers(part: Groups, statistics: dict[str, InputStatistics], adapter: StrategyAdapter) -> float:
+def _outliers(part: list[Projection], statistics: dict[str, InputStatistics], adapter: StrategyAdapter) -> float:
     """OWL's share of outliers of a part, over all ranks: scores far above the mean of the whole part."""
-    weights = [(adapter.read_rows(p), statistics[p.name].gram) for group in part for p in group if p.pruned]
+    weights = [(adapter.read_rows(p), statistics[p.name].gram) for p in part]
     device = weights[0][0].device
     mean = torch.tensor([score_sum(*weight) for weight in weights], dtype=torch.float64, device=device).sum(0)
     adapter.ranks.sum_(mean)
@@ -168,32 +167,17 @@ class _Damages:
         self.autocast = autocast
         self.probe = _first_batches(stream, OUTPUT_TOKENS, adapter, device_of(layout.model))
         ends = self._run_to_end(self.probe, 0)
-        # Half the memory of float32; what is rounded is the same in every comparison.
-        self.dense = [log_probabilities.bfloat16() for log_probabilities in self._log_probabilities(ends)]
+        # Half the memory of float32; bfloat16 would blur what small projections do.
+        self.dense = [log_probabilities.half() for log_probabilities in self._log_probabilities(ends)]
 
-    def curve(self, block: Block, part: Groups, statistics: dict[str, InputStatistics], at: Sequence[float]) -> Curve:
-        """Damage of pruning one part alone to some sparsities, the middle one of which is tried on the model."""
-        dense = {p.name: self.adapter.read_rows(p) for group in part for p in group}
-        middle = at[len(at) // 2]
-        errors = []
-        for sparsity in at:
-            total = 0.0
-            for group in part:
-                inputs = statistics[group[0].name]
-                named = {p.name: p for p in group}
-                rows = {name: dense[name] for name in named}
-                pruned = self.layers.prune(named, rows, rows, inputs, sparsity)
-                for name, p in named.items():
-                    if p.pruned:
-                        total += self.layers.error(dense[name], pruned[name], inputs)
-                        if sparsity == middle:
-                            self.adapter.write_rows(p, pruned[name])
-            errors.append(total)
+    def curve(self, block: Block, p: Projection, inputs: InputStatistics, at: Sequence[float]) -> Curve:
+        """Damage of pruning one projection alone to some sparsities, the middle one of which is tried on the model."""
+        dense = self.adapter.read_rows(p)
+        pruned = [self.layers.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
+        errors = [self.layers.error(dense, rows, inputs) for rows in pruned]
+        self.adapter.write_rows(p, pruned[len(at) // 2])
         divergence = self._divergence(self._run_to_end(self.probe, block.index))
-        for group in part:
-            for p in group:
-                if p.pruned:
-                    self.adapter.write_rows(p, dense[p.name])
+        self.adapter.write_rows(p, dense)
         reference = errors[len(at) // 2] or 1.0
         return at, [divergence * error / reference for error in errors]
 
@@ -211,21 +195,23 @@ class _Damages:
         return moving.hidden
 
     def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
-        """(length, vocabulary) float32 of one window after the other."""
+        """(tokens, vocabulary) float32, of some tokens after the others."""
         for hidden in ends:  # one call a batch: ranks have as many batches, but not as many windows in them
             with self._products():
                 logits = tail_logits(self.layout, hidden.to(device_of(self.layout.model)), self.adapter)
-            for window in logits:
-                yield torch.log_softmax(window.float(), -1)
+            for tokens in logits.flatten(0, 1).split(TOKENS_TOGETHER):
+                yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # of no weight, and finite in float16
 
     def _divergence(self, ends: list[Tensor]) -> float:
         """Mean over all ranks' valid tokens of the Kullback-Leibler divergence from the dense model's distribution."""
         device = device_of(self.layout.model)
         total = torch.zeros(2, dtype=torch.float64, device=device)
         masks = [
-            row
+            tokens
             for hidden, mask in zip(ends, self.probe.valid, strict=True)
-            for row in (torch.ones(hidden.shape[:2], dtype=torch.bool, device=device) if mask is None else mask)
+            for tokens in (hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask)
+            .flatten()
+            .split(TOKENS_TOGETHER)
         ]
         for now, before, valid in zip(self._log_probabilities(ends), self.dense, masks, strict=True):
             dense = before.float()
@@ -261,9 +247,10 @@ def _damages(
     for block in layout.blocks:
         statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
         weight = _lasting(block.index, len(layout.blocks), config)
-        for part in _parts(block, apart=True):
-            sparsities, curve = damages.curve(block, part, statistics, at)
-            yield sparsities, [weight * damage for damage in curve]
+        for p in block.projections():
+            if p.pruned:
+                sparsities, curve = damages.curve(block, p, statistics[p.name], at)
+                yield sparsities, [weight * damage for damage in curve]
         damages.advance(block)
 
 
