@@ -54,8 +54,9 @@ def allocate(
     e the local error ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
 
     Reconstruction with target ``model`` tunes every block to undo what the blocks before it left, so that what is lost early
-    weighs less: of L blocks, damage in block l then counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times. ρ = 1 was found on
-    SmolLM2-135M at 70 %, where without it the result is worse than OWL's; 2 does no better.
+    weighs less: of L blocks, damage in block l then counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = 1. SmolLM2-135M, on
+    text it was not calibrated on, with a block's attention and feed-forward network as parts, had a perplexity of 66.9, 65.1
+    and 64.5 with ρ = 0, 1 and 2 at 70 %, and of 135 and 162 with 1 and 2 at 80 %.
 
     Args:
         layout: the dense model's blocks; weights are changed and put back.
