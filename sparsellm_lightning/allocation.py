@@ -1,7 +1,7 @@
 """Splitting a global sparsity unevenly over the parts of a model.
 
-A *part* is a set of projections that get one sparsity: the attention of a block, or its feed-forward network. Part i has
-n_i weights (its size); whatever the rule, ``Σ n_i s_i = s Σ n_i`` holds to rounding, s being the sparsity asked for.
+A *part* is a set of projections that get one sparsity: those of a block, or a single one. Part i has n_i weights
+(its size); whatever the rule, ``Σ n_i s_i = s Σ n_i`` holds to rounding, s being the sparsity asked for.
 """
 
 from __future__ import annotations

@@ -248,10 +248,9 @@ def _damages(
     for block in layout.blocks:
         statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
         weight = _lasting(block.index, len(layout.blocks), config)
-        for p in block.projections():
-            if p.pruned:
-                sparsities, curve = damages.curve(block, p, statistics[p.name], at)
-                yield sparsities, [weight * damage for damage in curve]
+        for (p,) in _parts(block, apart=True):
+            sparsities, curve = damages.curve(block, p, statistics[p.name], at)
+            yield sparsities, [weight * damage for damage in curve]
         damages.advance(block)
 
 
