@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ class CalibrationBatch:
     @property
     def windows(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    @property
+    def length(self) -> int:
+        """Tokens of each window, padding too."""
+        return next(iter(self.inputs.values())).shape[1]
 
 
 def model_inputs(batch: Any) -> dict[str, Tensor]:
@@ -98,6 +103,47 @@ def take_windows(
             "Check its dataset and length."
         )
     return taken, int(total)
+
+
+def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:
+    """A few tokens of as many windows as they allow, as one batch: of the first windows over all ranks, their first tokens.
+
+    Padding in front is left out, as far as the window is long enough. All are as long as the longest allows; shorter windows
+    are passed over.
+
+    Args:
+        batches: this rank's windows.
+        tokens: how many, over all ranks, to rounding.
+        length: at most so many of one window.
+        ranks: window i is rank ``i mod size``'s. There is no communication.
+
+    Returns:
+        a batch, none of whose tokens count if these windows are all other ranks'; nothing for no windows.
+    """
+    length = min(length, max((batch.length for batch in batches), default=0))
+    mine = len(range(ranks.rank, max(1, round(tokens / max(length, 1))), ranks.size))
+    long_enough = [batch for batch in batches if batch.length >= length]
+    alike = [batch for batch in long_enough if batch.inputs.keys() == long_enough[0].inputs.keys()]
+    rows = [(batch, row) for batch in alike for row in range(batch.windows)][: max(mine, 1)]
+    cut = [_cut(batch, row, length) for batch, row in rows]
+    if not cut:
+        return []
+    inputs = {key: torch.cat([batch.inputs[key] for batch in cut]) for key in cut[0].inputs}
+    valid = torch.cat([batch.valid for batch in cut if batch.valid is not None]) & (mine > 0)
+    return [CalibrationBatch(inputs, valid)]
+
+
+def _cut(batch: CalibrationBatch, row: int, length: int) -> CalibrationBatch:
+    """So many columns of one row, from the first that counts on if there are enough of them."""
+    counts = batch.valid[row] if batch.valid is not None else torch.ones(batch.length, dtype=torch.bool)
+    start = min(int(counts.int().argmax()), batch.length - length)
+    columns = slice(start, start + length)
+    inputs = {}
+    for key, value in batch.inputs.items():
+        own = value[row : row + 1] if len(value) == batch.windows else value[:1]
+        across = key == "attention_mask" and own.dim() == 4  # queries by keys
+        inputs[key] = own[..., columns, columns] if across else own[:, columns]
+    return CalibrationBatch(inputs, counts[None, columns].to(own.device))
 
 
 def equally_many(batches: list[CalibrationBatch], ranks: Ranks, device: torch.device) -> list[CalibrationBatch]:

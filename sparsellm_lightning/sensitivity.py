@@ -21,6 +21,7 @@ from sparsellm_lightning.allocation import (
     score_sum,
 )
 from sparsellm_lightning.architectures import Block, DecoderLayout, Projection, device_of
+from sparsellm_lightning.calibration import CalibrationBatch, first_tokens
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.layers import LayerPruner
@@ -29,10 +30,11 @@ from sparsellm_lightning.solvers.local import InputStatistics
 from sparsellm_lightning.statistics import Gram, check_finite
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
-from sparsellm_lightning.stream import Observer, Stream, run_block, tail_logits
+from sparsellm_lightning.stream import Observer, Stream, enter_model, run_block, tail_logits
 
 STATISTICS_TOKENS = 4096  # over all ranks, from which local errors are taken
-OUTPUT_TOKENS = 1024  # over all ranks, on which the model's output is compared
+OUTPUT_TOKENS = 512  # over all ranks, on which the model's output is compared
+OUTPUT_LENGTH = 128  # tokens of one window among them: four windows of 128 tell as much as two of 512
 TOKENS_TOGETHER = 128  # of which log-probabilities are in memory at a time, besides the dense model's
 REPAIR = 1.0  # log of how much less damage behind the first block counts where all later ones are tuned to undo it
 
@@ -40,6 +42,7 @@ REPAIR = 1.0  # log of how much less damage behind the first block counts where 
 def allocate(
     layout: DecoderLayout,
     stream: Stream,
+    batches: Sequence[CalibrationBatch],
     config: PruningConfig,
     adapter: StrategyAdapter,
 ) -> dict[str, float]:
@@ -61,6 +64,7 @@ def allocate(
     Args:
         layout: the dense model's blocks; weights are changed and put back.
         stream: in front of the first block.
+        batches: this rank's calibration windows, which the stream is of; of the first the model's output is compared.
         config: settings.
         adapter: of the strategy the model runs under.
 
@@ -93,7 +97,7 @@ def allocate(
             ratios += [_outliers(part, statistics, adapter) for part in _parts(block, apart=False)]
         chosen = owl(ratios, sizes, sparsity, spread)
     else:
-        curves = list(_damages(layout, stream, layers, config, adapter, stopwatch))
+        curves = list(_damages(layout, stream, batches, layers, config, adapter, stopwatch))
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     flat = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
@@ -158,7 +162,7 @@ class _Damages:
     def __init__(
         self,
         layout: DecoderLayout,
-        stream: Stream,
+        probe: Stream,
         layers: LayerPruner,
         adapter: StrategyAdapter,
         stopwatch: Stopwatch,
@@ -166,7 +170,7 @@ class _Damages:
     ) -> None:
         self.layout, self.layers, self.adapter, self.stopwatch = layout, layers, adapter, stopwatch
         self.autocast = autocast
-        self.probe = _first_batches(stream, OUTPUT_TOKENS, adapter, device_of(layout.model))
+        self.probe = probe
         ends = self._run_to_end(self.probe, 0)
         # Half the memory of float32; bfloat16 would blur what small projections do.
         self.dense = [log_probabilities.half() for log_probabilities in self._log_probabilities(ends)]
@@ -208,15 +212,13 @@ class _Damages:
         device = device_of(self.layout.model)
         total = torch.zeros(2, dtype=torch.float64, device=device)
         masks = [
-            tokens
-            for hidden, mask in zip(ends, self.probe.valid, strict=True)
-            for tokens in (hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask)
-            .flatten()
-            .split(TOKENS_TOGETHER)
+            tokens for mask in self.probe.valid if mask is not None for tokens in mask.flatten().split(TOKENS_TOGETHER)
         ]
         for now, before, valid in zip(self._log_probabilities(ends), self.dense, masks, strict=True):
             dense = before.float()
-            divergence = (dense.exp() * (dense - now)).sum(-1)[valid.to(device)]
+            p, q = dense.exp(), now.exp()
+            # Terms that are never negative: what rounding takes from the dense one then counts squared, not as it is.
+            divergence = (p * (dense - now) - p + q).sum(-1)[valid.to(device)]
             total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
         self.adapter.ranks.sum_(total)
         return max(float(total[0] / total[1]), 0.0)
@@ -230,6 +232,7 @@ class _Damages:
 def _damages(
     layout: DecoderLayout,
     stream: Stream,
+    batches: Sequence[CalibrationBatch],
     layers: LayerPruner,
     config: PruningConfig,
     adapter: StrategyAdapter,
@@ -244,7 +247,9 @@ def _damages(
     stored = next(layout.model.parameters()).dtype
     coarse = dtype if stored == torch.float32 != dtype else None
     sample = _first_batches(stream, STATISTICS_TOKENS, adapter, device_of(layout.model))
-    damages = _Damages(layout, stream, layers, adapter, stopwatch, coarse)
+    output_on = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, adapter.ranks)
+    probe = enter_model(layout, output_on, 0, adapter, stopwatch)
+    damages = _Damages(layout, probe, layers, adapter, stopwatch, coarse)
     for block in layout.blocks:
         statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
         weight = _lasting(block.index, len(layout.blocks), config)

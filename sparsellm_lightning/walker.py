@@ -74,6 +74,7 @@ class Walker:
         """
         if fitted is None:
             fitted = sum(batch.windows for batch in batches)
+        self.batches = batches
         self.stream = enter_model(self.layout, batches, fitted, self.adapter, self.stopwatch)
         tokens = torch.tensor([self.stream.tokens], device=device_of(self.layout.model))
         self.adapter.ranks.sum_(tokens)
@@ -119,7 +120,7 @@ class Walker:
         if self.config.allocation != "uniform" and self.config.requested_sparsity > 0:
             explained = explaining_memory(lambda: self._explain_memory("allocation"))
             with self.stopwatch.phase("allocation"), explained:
-                self.layers.sparsities = allocate(self.layout, stream, self.config, self.adapter)
+                self.layers.sparsities = allocate(self.layout, stream, self.batches, self.config, self.adapter)
         # The dense model's own hidden states travel along only if they are a target.
         dense = replace(stream, hidden=list(stream.hidden)) if self.config.target == "model" else None
         for block in self.layout.blocks:

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning.allocation import minimise_damage
 from sparsellm_lightning.architectures import DecoderLayout, Projection, describe
-from sparsellm_lightning.calibration import CalibrationBatch, take_windows
+from sparsellm_lightning.calibration import CalibrationBatch, equally_many, first_tokens, take_windows
 from sparsellm_lightning.layers import LayerPruner
 from sparsellm_lightning.patterns import Unstructured
 from sparsellm_lightning.ranks import SINGLE, Ranks
-from sparsellm_lightning.sensitivity import _damages, allocate
+from sparsellm_lightning.sensitivity import OUTPUT_LENGTH, OUTPUT_TOKENS, _damages, allocate
 from sparsellm_lightning.solvers import LOCAL_SOLVERS, InputStatistics
 from sparsellm_lightning.stopwatch import Stopwatch
 from sparsellm_lightning.strategies import StrategyAdapter
@@ -47,7 +47,7 @@ def enter(model: PreTrainedModel, batches: list[Batch], config: PruningConfig) -
 def allocated(model: PreTrainedModel, batches: list[Batch], config: PruningConfig) -> dict[str, float]:
     walker = enter(model, batches, config)
     with torch.no_grad():
-        return allocate(walker.layout, walker.stream, config, walker.adapter)
+        return allocate(walker.layout, walker.stream, walker.batches, config, walker.adapter)
 
 
 def random_ids(windows: int = 6, length: int = 24) -> list[Batch]:
@@ -141,8 +141,29 @@ def padded(calibration: list[Batch]) -> list[Batch]:
     return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
 
 
-def test_damages_against_plain_transformers(trained: Trained, padded: list[Batch]) -> None:
-    """Every projection is pruned alone in a model of its own, and its output compared with the dense model's."""
+def beginnings(batches: list[Batch], windows: int, length: int) -> list[Batch]:
+    """The first tokens that count of each of the first windows, a batch each."""
+    rows = [(ids, mask) for batch in batches for ids, mask in zip(*batch.values(), strict=True)][:windows]
+    found = []
+    for ids, mask in rows:
+        start = min(int(mask.nonzero()[0]), len(ids) - length)
+        columns = slice(start, start + length)
+        found.append({"input_ids": ids[None, columns], "attention_mask": mask[None, columns]})
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(OUTPUT_TOKENS, OUTPUT_LENGTH), (12 * 16, 16), (1, 128)])
+def test_damages_against_plain_transformers(
+    trained: Trained, padded: list[Batch], tokens: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every projection is pruned alone in a model of its own, and its output compared with the dense model's.
+
+    The output of the beginnings of some windows; local errors are taken from all of them.
+    """
+    monkeypatch.setattr("sparsellm_lightning.sensitivity.OUTPUT_TOKENS", tokens)
+    monkeypatch.setattr("sparsellm_lightning.sensitivity.OUTPUT_LENGTH", length)
+    length = min(length, padded[0]["input_ids"].shape[1])
+    probed = beginnings(padded, max(1, round(tokens / length)), length)
     dense = trained("llama")
     config = PruningConfig(
         sparsity=0.6,
@@ -155,10 +176,12 @@ def test_damages_against_plain_transformers(trained: Trained, padded: list[Batch
     walker = enter(dense, padded, config)
     layers = LayerPruner(config, walker.adapter, Stopwatch())
     with torch.no_grad():
-        curves = list(_damages(walker.layout, walker.stream, layers, config, walker.adapter, Stopwatch()))
+        curves = list(
+            _damages(walker.layout, walker.stream, walker.batches, layers, config, walker.adapter, Stopwatch())
+        )
     chosen = pruned_of(walker.layout)
     assert len(curves) == len(chosen) == 20
-    reference = log_probabilities(trained("llama"), padded)
+    reference = log_probabilities(trained("llama"), probed)
     divergences = []
     for (sparsities, damages), p in zip(curves, chosen, strict=True):
         plain = trained("llama")
@@ -172,12 +195,45 @@ def test_damages_against_plain_transformers(trained: Trained, padded: list[Batch
             errors.append(float((y - x @ pruned.double().T).square().sum() / y.square().sum()))
             if sparsity == config.sparsity:
                 plain.get_parameter(f"{p.name}.weight").data.copy_(pruned)
-        divergence = F.kl_div(log_probabilities(plain, padded), reference, log_target=True, reduction="batchmean")
+        divergence = F.kl_div(log_probabilities(plain, probed), reference, log_target=True, reduction="batchmean")
         divergences.append(float(divergence))
         assert sparsities == pytest.approx([0.5, 0.6, 0.7])
         assert damages[1] == pytest.approx(divergences[-1], rel=0.02), divergences
         assert damages == pytest.approx([damages[1] * error / errors[1] for error in errors], rel=1e-2)
     assert max(divergences) > 2 * min(divergences), "there is something to tell apart"
+
+
+@pytest.mark.parametrize("tokens", [1, 36, 10_000])
+def test_tokens_that_outputs_are_compared_on(tokens: int) -> None:
+    """The beginnings of the first windows, whatever batches and ranks they are in; shorter ones are left out."""
+    ids = torch.arange(9 * 20).view(9, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = mask[2, 15:] = mask[3, :14] = 0
+    positions = torch.arange(20)[None]
+
+    def split(ranks: Ranks, batch_tokens: int) -> list[CalibrationBatch]:
+        whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        batches, _ = take_windows([whole], 9, ranks, torch.device("cpu"), batch_tokens=batch_tokens)
+        short = torch.zeros(1, 3, dtype=torch.long)
+        return [CalibrationBatch({"input_ids": short}, None), *equally_many(batches, ranks, torch.device("cpu"))]
+
+    starts = [0, 5, 0, 8, 0, 0, 0, 0, 0][: min(max(1, round(tokens / 12)), 9)]
+    expected = [list(range(20 * row + start, 20 * row + start + 12)) for row, start in enumerate(starts)]
+
+    def work(ranks: Ranks, batch_tokens: int = 40) -> list[list[int]]:
+        (found,) = first_tokens(split(ranks, batch_tokens), tokens, 12, ranks)
+        assert found.valid is not None
+        for row, valid in zip(found.inputs["input_ids"], found.valid, strict=True):
+            where, start = divmod(int(row[0]), 20)
+            assert torch.equal(row, ids[where, start : start + 12])
+            assert not valid.any() or torch.equal(valid, mask[where, start : start + 12].bool())
+        assert torch.equal(found.inputs["position_ids"], found.inputs["input_ids"] % 20)
+        return found.inputs["input_ids"][found.valid.any(1)].tolist()
+
+    for batch_tokens in (20, 40, 1000):
+        assert work(SINGLE, batch_tokens) == expected
+    for ranks in (2, 5):
+        assert sorted(row for rows in on_ranks(ranks, work) for row in rows) == expected
 
 
 def test_a_harmless_part_is_pruned_most(trained: Trained, calibration: list[Batch]) -> None:
@@ -199,7 +255,9 @@ def test_what_later_blocks_repair_weighs_less(trained: Trained, calibration: lis
     walker = enter(trained("llama"), calibration[:2], plain)
     layers = LayerPruner(plain, walker.adapter, Stopwatch())
     with torch.no_grad():
-        curves = list(_damages(walker.layout, walker.stream, layers, plain, walker.adapter, Stopwatch()))
+        curves = list(
+            _damages(walker.layout, walker.stream, walker.batches, layers, plain, walker.adapter, Stopwatch())
+        )
     chosen = pruned_of(walker.layout)
     sizes = [p.parameter.numel() for p in chosen]
     results = []
@@ -271,7 +329,7 @@ def test_ranks_give_the_result_of_one_process(allocation: Any, windows: int) -> 
         batches, _ = take_windows([ids], windows, ranks, torch.device("cpu"), batch_tokens=24)
         walker.enter(batches)
         with torch.no_grad():
-            return allocate(walker.layout, walker.stream, config, adapter)
+            return allocate(walker.layout, walker.stream, walker.batches, config, adapter)
 
     single = work(SINGLE)
     for sparsities in on_ranks(2, work):
