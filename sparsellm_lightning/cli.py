@@ -53,7 +53,7 @@ def show_report(trainer: pl.Trainer) -> None:
     pruner = _pruner(trainer)
     if trainer.is_global_zero and pruner.report is not None:
         print(f"{pruner.report.table()}\n")
-        if pruner.report.phases:  # weights that were sparse already took none
+        if pruner.report.work:  # weights that were sparse already took none
             print(f"{pruner.report.phase_table()}\n")
         if pruner.export_dir is not None:
             print(f"written to {pruner.export_dir}")

@@ -249,9 +249,7 @@ class PruningConfig:
 
     def batch_tokens(self, ranks: int) -> int | None:
         """The most tokens a calibration batch of one of so many ranks may have; None is any number."""
-        limits = [] if not self.reconstruct else [self.reconstruct.batch_tokens // ranks]
-        # What the model's output is compared on is some whole batches.
-        return min([*limits, 1024], default=None) if self.allocation == "error" else min(limits, default=None)
+        return self.reconstruct.batch_tokens // ranks if self.reconstruct else None
 
     @property
     def held_out_share(self) -> float:

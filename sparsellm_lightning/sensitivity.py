@@ -64,7 +64,7 @@ def allocate(
     Args:
         layout: the dense model's blocks; weights are changed and put back.
         stream: in front of the first block.
-        batches: this rank's calibration windows, which the stream is of; of the first the model's output is compared.
+        batches: this rank's calibration windows, the stream's; the model's output is compared on the first of them.
         config: settings.
         adapter: of the strategy the model runs under.
 

@@ -58,6 +58,17 @@ def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
     assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
     assert f"{100 * report['sparsity']['achieved']:.2f} %" in run.stdout
 
+    again = tmp_path / "again"
+    run = sparsellm(
+        *("fit", "--config", config, "--model.weights", out, "--pruner.export_dir", again, "--trainer.max_steps", 2),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads((again / "pruning_report.json").read_text())
+    assert f"{report['perplexity']['finetuned']:.2f}" in run.stdout
+    assert report["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.002)
+    assert "phase" not in run.stdout, run.stdout
+
 
 def test_fit_from_files(tmp_path: Path, config: Path) -> None:
     text = "In the beginning the programmer wrote a loop, and the loop ran. " * 400
