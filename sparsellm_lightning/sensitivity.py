@@ -171,7 +171,7 @@ class _Damages:
         self.layout, self.layers, self.adapter, self.stopwatch = layout, layers, adapter, stopwatch
         self.autocast = autocast
         self.probe = probe
-        ends = self._run_to_end(self.probe, 0)
+        ends = self._run_to_end(0)
         # Half the memory of float32; bfloat16 would blur what small projections do.
         self.dense = [log_probabilities.half() for log_probabilities in self._log_probabilities(ends)]
 
@@ -181,7 +181,7 @@ class _Damages:
         pruned = [self.layers.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
         errors = [self.layers.error(dense, rows, inputs) for rows in pruned]
         self.adapter.write_rows(p, pruned[len(at) // 2])
-        divergence = self._divergence(self._run_to_end(self.probe, block.index))
+        divergence = self._divergence(self._run_to_end(block.index))
         self.adapter.write_rows(p, dense)
         reference = errors[len(at) // 2] or 1.0
         return at, [divergence * error / reference for error in errors]
@@ -191,9 +191,9 @@ class _Damages:
         with self._products():
             self.probe.hidden = run_block(block, self.probe, self.adapter, self.stopwatch)
 
-    def _run_to_end(self, probe: Stream, first: int) -> list[Tensor]:
-        """Hidden states behind the last block, from those in front of the block ``first``."""
-        moving = replace(probe, hidden=list(probe.hidden))
+    def _run_to_end(self, first: int) -> list[Tensor]:
+        """The probe's hidden states behind the last block; it stands in front of the block ``first``."""
+        moving = replace(self.probe, hidden=list(self.probe.hidden))
         with self._products():
             for block in self.layout.blocks[first:]:
                 moving.hidden = run_block(block, moving, self.adapter, self.stopwatch)
