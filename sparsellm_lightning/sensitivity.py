@@ -90,7 +90,7 @@ def allocate(
     elif config.allocation == "atp":
         chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
     elif config.allocation == "owl":
-        sample = _first_batches(stream, STATISTICS_TOKENS, adapter, device_of(layout.model))
+        sample = _first_batches(stream, adapter, device_of(layout.model))
         ratios = []
         for block in layout.blocks:
             statistics = _statistics(block, sample, adapter, stopwatch, config.damping)
@@ -116,12 +116,12 @@ def _size(p: Projection) -> int:
     return p.shape[0] * p.shape[1]
 
 
-def _first_batches(stream: Stream, tokens: int, adapter: StrategyAdapter, device: torch.device) -> Stream:
-    """So many batches, as many on every rank, that they have about so many tokens over all ranks."""
+def _first_batches(stream: Stream, adapter: StrategyAdapter, device: torch.device) -> Stream:
+    """So many batches, as many on every rank, that they have about ``STATISTICS_TOKENS`` over all ranks."""
     windows = len(stream.hidden[0]) if stream.hidden else 0
     first = torch.tensor([sum(stream.windows[:windows])], device=device)
     adapter.ranks.sum_(first)
-    batches = max(1, round(tokens / max(int(first), 1)))
+    batches = max(1, round(STATISTICS_TOKENS / max(int(first), 1)))
     return stream.part(range(min(batches, len(stream.hidden))))
 
 
@@ -246,7 +246,7 @@ def _damages(
     # Only comparisons follow from it, so the products may be coarse.
     stored = next(layout.model.parameters()).dtype
     coarse = dtype if stored == torch.float32 != dtype else None
-    sample = _first_batches(stream, STATISTICS_TOKENS, adapter, device_of(layout.model))
+    sample = _first_batches(stream, adapter, device_of(layout.model))
     output_on = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, adapter.ranks)
     probe = enter_model(layout, output_on, 0, adapter, stopwatch)
     damages = _Damages(layout, probe, layers, adapter, stopwatch, coarse)
