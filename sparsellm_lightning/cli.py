@@ -1,4 +1,4 @@
-"""The ``sparsellm`` command: Lightning's own subcommands, and ``prune`` and ``evaluate``."""
+"""The ``sparsellm`` command: Lightning's subcommands, and ``prune`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from sparsellm_lightning.architectures import describe, find_model
-from sparsellm_lightning.callback import SparseLLMCallback
-from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.architecture import describe, find_model
+from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.module import CausalLM
-from sparsellm_lightning.report import format_table, layer_rows
-from sparsellm_lightning.strategies import adapter_for
+from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.errors import NumericalError, UserError
+from sparsellm_lightning.models import CausalLM
+from sparsellm_lightning.reporting import format_table, layer_rows
 
 
 class PruningTrainer(pl.Trainer):
-    """A Trainer with the two verbs that LightningCLI turns into subcommands."""
+    """A Trainer with the methods ``prune`` and ``evaluate``, which LightningCLI turns into subcommands."""
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure the dense model, prune it, measure again, export, and print a table."""
@@ -33,8 +32,7 @@ class PruningTrainer(pl.Trainer):
     def evaluate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
         results = self.test(model, datamodule=datamodule, verbose=False)
-        layout = describe(find_model(model), PruningConfig())
-        _, sparsity = layer_rows(layout, adapter_for(self), {})
+        _, sparsity = layer_rows(describe(find_model(model)), adapter_for(self))
         if self.is_global_zero:
             name = str(getattr(model, "pretrained", type(model).__name__))
             rows = [
@@ -49,11 +47,11 @@ def _pruner(trainer: pl.Trainer) -> SparseLLMCallback:
 
 
 def show_report(trainer: pl.Trainer) -> None:
-    """Print what pruning and fine-tuning did to the model, where they did anything."""
+    """Print the report's tables, and where the model was written."""
     pruner = _pruner(trainer)
     if trainer.is_global_zero and pruner.report is not None:
         print(f"{pruner.report.table()}\n")
-        if pruner.report.work:  # weights that were sparse already took none
+        if pruner.report.work:  # empty for a model that was sparse already
             print(f"{pruner.report.phase_table()}\n")
         if pruner.export_dir is not None:
             print(f"written to {pruner.export_dir}")
@@ -79,7 +77,7 @@ class SparseLLMCLI(LightningCLI):
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
-    """Saves the resolved configuration where the logger writes; without a logger there is no such place."""
+    """Saves the resolved configuration in the logger's folder, if there is a logger."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.loggers:
@@ -98,6 +96,6 @@ def main(args: Any = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except (UserError, MisconfigurationException) as error:
+    except (UserError, NumericalError, MisconfigurationException) as error:
         print(f"sparsellm: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from sparsellm_lightning.solvers import NumericalError
+
+__all__ = ["MaskError", "NumericalError", "OutOfMemoryError", "UserError"]
+
 
 class UserError(ValueError):
     """A mistake in configuration or data. The message gives the rule, the value found and the fix.
@@ -10,13 +14,9 @@ class UserError(ValueError):
     """
 
 
-class NumericalError(UserError):
-    """NaN or infinity in activations, or a Gram matrix that no reasonable damping makes positive definite."""
-
-
 class MaskError(UserError):
-    """A pruned weight came back, or a kept one went to zero, where the masks should have held."""
+    """A pruned weight is no longer zero, or a kept weight became zero, although the masks were held."""
 
 
 class OutOfMemoryError(UserError, MemoryError):
-    """The device or the host has no room for a block's solve. The message names what was held and which argument lowers it."""
+    """The device or the host has no room. The message names the tensors and the settings that reduce them."""

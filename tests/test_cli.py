@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI  # noqa: F401  (import cost is paid once)
 
-from sparsellm_lightning.callback import SparseLLMCallback
+from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.module import CausalLM
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-def sparsellm(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sparsellm_lightning", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+from sparsellm_lightning.models import CausalLM
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from sparsellm_lightning import PruningConfig, UserError
-from sparsellm_lightning.patterns import NofM, Unstructured
-from sparsellm_lightning.ranks import SINGLE, Ranks
+from sparsellm_lightning.solvers import SINGLE, NofM, Ranks, Unstructured
 
 NAN, INF = float("nan"), float("inf")
 
@@ -18,7 +17,7 @@ REFUSED: list[tuple[str, Any]] = [
     *(("method", value) for value in ("obs", "SparseGPT", "", 1)),
     *(("local_solver", value) for value in ("sparsellm", "alps", 1)),
     *(("target", value) for value in ("layer", "", 1)),
-    *(("global_blocks", value) for value in ("half", "0", "")),
+    *(("alternation_blocks", value) for value in ("half", "0", "")),
     *(
         (name, value)
         for name in ("num_iterations", "block_size", "num_calibration_samples")
@@ -26,7 +25,7 @@ REFUSED: list[tuple[str, Any]] = [
     ),
     *((name, value) for name in ("alpha", "beta", "gamma") for value in (0, -0.25, INF, NAN)),
     *(("damping", value) for value in (-0.01, INF, NAN)),
-    ("skip", "down_proj"),
+    ("ignore", "down_proj"),
 ]
 
 
@@ -45,12 +44,12 @@ ACCEPTED: list[tuple[str, Any]] = [
     *(("method", value) for value in ("sparsellm", "sparsegpt", "wanda", "magnitude")),
     *(("local_solver", value) for value in ("sparsegpt", "wanda", "magnitude")),
     *(("target", value) for value in ("block", "model")),
-    *(("global_blocks", value) for value in ("all", "none", "first_half", [], [0, -1])),
+    *(("alternation_blocks", value) for value in ("all", "none", "first_half", [], [0, -1])),
     *((name, 1) for name in ("num_iterations", "block_size", "num_calibration_samples")),
     *((name, 1e-6) for name in ("alpha", "beta", "gamma")),
     ("damping", 0),
-    ("skip", ["down_proj"]),
-    ("skip", ()),
+    ("ignore", ["down_proj"]),
+    ("ignore", ()),
 ]
 
 
@@ -60,10 +59,10 @@ def test_accepted(name: str, value: Any) -> None:
 
 
 def test_defaults() -> None:
-    config = PruningConfig()
+    config = PruningConfig(preset="paper")
     assert (config.requested_sparsity, config.pattern) == (0.5, "unstructured")
     assert (config.method, config.local_solver, config.target) == ("sparsellm", "sparsegpt", "block")
-    assert (config.global_blocks, config.num_iterations) == ("all", 4)
+    assert (config.alternation_blocks, config.num_iterations) == ("all", 4)
     assert (config.alpha, config.beta, config.gamma, config.scale_free) == (1.0, 10.0, 1.0, True)
     assert (config.damping, config.block_size, config.skip) == (0.01, 128, ())
     assert (config.num_calibration_samples, config.seed) == (128, 0)
@@ -72,22 +71,25 @@ def test_defaults() -> None:
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 def test_model_target_needs_the_alternation(method: Any) -> None:
     with pytest.raises(UserError, match=rf"target='model'.*method is '{method}'"):
-        PruningConfig(method=method, target="model")
+        PruningConfig(preset="paper", method=method, target="model")
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), ("2:3", 1 / 3)])
 def test_nofm_fixes_the_sparsity(pattern: str, sparsity: float) -> None:
     kept, group = map(int, pattern.split(":"))
-    for config in (PruningConfig(pattern=pattern), PruningConfig(pattern=pattern, sparsity=sparsity)):
+    for config in (
+        PruningConfig(preset="paper", pattern=pattern),
+        PruningConfig(preset="paper", pattern=pattern, sparsity=sparsity),
+    ):
         assert config.requested_sparsity == pytest.approx(sparsity)
         assert config.build_pattern() == NofM(kept, group)
     with pytest.raises(UserError, match=rf"pattern {pattern} fixes the sparsity at 0\.\d+, got sparsity 0\.62\."):
-        PruningConfig(pattern=pattern, sparsity=0.62)
+        PruningConfig(preset="paper", pattern=pattern, sparsity=0.62)
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.0, 0.7])
 def test_unstructured_pattern(sparsity: float | None) -> None:
-    config, ranks = PruningConfig(sparsity=sparsity), Ranks()
+    config, ranks = PruningConfig(preset="paper", sparsity=sparsity), Ranks()
     expected = 0.5 if sparsity is None else sparsity
     assert config.requested_sparsity == expected
     pattern = config.build_pattern(ranks=ranks)
@@ -110,13 +112,13 @@ def test_unstructured_pattern(sparsity: float | None) -> None:
         ([2, 2, -3], 5, {2}),
     ],
 )
-def test_globally_solved(blocks: Any, count: int, expected: set[int]) -> None:
-    assert PruningConfig(global_blocks=blocks).globally_solved(count) == expected
-    assert PruningConfig(global_blocks=blocks, method="sparsegpt").globally_solved(count) == set()
+def test_alternates_in(blocks: Any, count: int, expected: set[int]) -> None:
+    assert PruningConfig(preset="paper", alternation_blocks=blocks).alternates_in(count) == expected
+    assert PruningConfig(preset="paper", alternation_blocks=blocks, method="sparsegpt").alternates_in(count) == set()
 
 
 @pytest.mark.parametrize(("blocks", "outside"), [([5], "[5]"), ([0, -6, 4], "[-6]"), ([7, 1, 9], "[7, 9]")])
 def test_blocks_outside_the_model_are_refused(blocks: list[int], outside: str) -> None:
     with pytest.raises(UserError, match="has 5") as caught:
-        PruningConfig(global_blocks=blocks).globally_solved(5)
+        PruningConfig(preset="paper", alternation_blocks=blocks).alternates_in(5)
     assert outside in str(caught.value)

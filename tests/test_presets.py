@@ -11,7 +11,7 @@ from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError
 from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI, main
 from sparsellm_lightning.config import DEFAULTS, PRESETS, Reconstruction
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.module import CausalLM
+from sparsellm_lightning.models import CausalLM
 
 EXPLICIT: dict[str, Any] = {
     "method": "wanda",
@@ -33,7 +33,7 @@ def settings_of(config: PruningConfig) -> dict[str, Any]:
 @pytest.mark.parametrize("quality", [None, *PRESETS])
 @pytest.mark.parametrize("through", [PruningConfig, SparseLLMCallback])
 def test_what_they_stand_for(quality: Any, through: Any) -> None:
-    made = through(quality=quality)
+    made = through(preset=quality)
     config = made if through is PruningConfig else made.config
     assert settings_of(config) == {**DEFAULTS, **PRESETS.get(quality, {})}
     assert config.quality == quality
@@ -41,7 +41,7 @@ def test_what_they_stand_for(quality: Any, through: Any) -> None:
 
 @pytest.mark.parametrize("quality", [None, *PRESETS])
 def test_the_callback_has_the_defaults_of_its_settings(quality: Any) -> None:
-    assert SparseLLMCallback(quality=quality).config == PruningConfig(quality=quality)
+    assert SparseLLMCallback(preset=quality).config == PruningConfig(preset=quality)
 
 
 def test_every_preset_sets_what_it_may() -> None:
@@ -53,15 +53,15 @@ def test_every_preset_sets_what_it_may() -> None:
 @pytest.mark.parametrize("quality", PRESETS)
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_explicit_arguments_win(quality: Any, name: str) -> None:
-    config = PruningConfig(quality=quality, **{name: EXPLICIT[name]})
+    config = PruningConfig(preset=quality, **{name: EXPLICIT[name]})
     expected = {**DEFAULTS, **PRESETS[quality], name: EXPLICIT[name]}
     assert settings_of(config) == expected
 
 
 @pytest.mark.parametrize("quality", PRESETS)
 def test_all_explicit(quality: Any) -> None:
-    assert settings_of(PruningConfig(quality=quality, **EXPLICIT)) == EXPLICIT
-    plain = settings_of(PruningConfig(quality=quality, **DEFAULTS))
+    assert settings_of(PruningConfig(preset=quality, **EXPLICIT)) == EXPLICIT
+    plain = settings_of(PruningConfig(preset=quality, **DEFAULTS))
     assert plain == DEFAULTS, "a default given is not a default"
 
 
@@ -70,27 +70,27 @@ def test_all_explicit(quality: Any) -> None:
 )
 def test_no_target_is_left_over(quality: Any, method: Any, target: str) -> None:
     """Without reconstruction or alternation nothing fits the preset's target."""
-    config = PruningConfig(quality=quality, method=method, reconstruct=False)
+    config = PruningConfig(preset=quality, method=method, reconstruct=False)
     assert (config.target, config.reconstruct) == (target, False)
-    kept = PruningConfig(quality=quality, method="sparsellm", reconstruct=False)
+    kept = PruningConfig(preset=quality, method="sparsellm", reconstruct=False)
     assert kept.target == "model", "the alternation does"
     with pytest.raises(UserError, match="target='model'"):
-        PruningConfig(quality=quality, method=method, reconstruct=False, target="model")
+        PruningConfig(preset=quality, method=method, reconstruct=False, target="model")
 
 
 @pytest.mark.parametrize("quality", PRESETS)
 def test_nofm_patterns_have_no_allocation(quality: Any) -> None:
-    config = PruningConfig(quality=quality, pattern="2:4")
+    config = PruningConfig(preset=quality, pattern="2:4")
     assert settings_of(config) == {**DEFAULTS, **PRESETS[quality], "allocation": "uniform"}
     with pytest.raises(UserError, match=r"allocation error.*pattern 2:4"):
-        PruningConfig(quality=quality, pattern="2:4", allocation="error")
+        PruningConfig(preset=quality, pattern="2:4", allocation="kl")
 
 
 @pytest.mark.parametrize("quality", ["good", "Best", "", 1])
 @pytest.mark.parametrize("through", [PruningConfig, SparseLLMCallback])
 def test_unknown(quality: Any, through: Any) -> None:
     with pytest.raises(UserError, match="quality must be one of fast, balanced, best, got") as caught:
-        through(quality=quality)
+        through(preset=quality)
     assert repr(quality) in str(caught.value)
 
 
@@ -104,13 +104,13 @@ def test_unknown(quality: Any, through: Any) -> None:
 )
 def test_reconstruction_is_checked(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"reconstruct\.{name}.*got"):
-        PruningConfig(reconstruct=Reconstruction(**{name: value}))
+        PruningConfig(preset="paper", reconstruct=Reconstruction(**{name: value}))
 
 
 @pytest.mark.parametrize("value", [True, {"steps": 8}, 8, "yes"])
 def test_what_is_no_reconstruction_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match="reconstruct"):
-        PruningConfig(reconstruct=value)
+        PruningConfig(preset="paper", reconstruct=value)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,70 @@
-"""Pruning solvers: pure tensor functions, usable without a model or a Trainer."""
+"""Pruning solvers: pure tensor functions, usable without a model or a Trainer. They import torch and each other only."""
 
-from sparsellm_lightning.solvers.activations import Activation, find_activation, solve_preactivation
+from sparsellm_lightning.solvers.activations import (
+    Activation,
+    Entrywise,
+    Fused,
+    find_activation,
+    preactivation_step,
+    solve_preactivation,
+)
 from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.auxiliaries import Penalties
-from sparsellm_lightning.solvers.feed_forward import FeedForward
-from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, InputStatistics
+from sparsellm_lightning.solvers.errors import NumericalError
+from sparsellm_lightning.solvers.factorization import Factor, factorize, spd_inverse
+from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
+from sparsellm_lightning.solvers.flops import count, counted_by
+from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, LocalSolver, solve_stacked
 from sparsellm_lightning.solvers.magnitude import magnitude
+from sparsellm_lightning.solvers.patterns import Containing, NofM, Pattern, Stacked, Unstructured
+from sparsellm_lightning.solvers.ranks import SINGLE, Ranks, split_sizes
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
-from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
-from sparsellm_lightning.solvers.swaps import swap_refine
+from sparsellm_lightning.solvers.sparsellm import Prune, Solution, solve_feed_forward, solve_locally
+from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics, check_finite, relative_error
+from sparsellm_lightning.solvers.storage import TokenBuffer, empty, moved
 from sparsellm_lightning.solvers.wanda import wanda
 
 __all__ = [
+    "CHUNK",
     "LOCAL_SOLVERS",
+    "SINGLE",
     "Activation",
+    "Containing",
+    "Cross",
+    "Entrywise",
+    "Factor",
     "FeedForward",
+    "Fused",
+    "Gram",
     "InputStatistics",
+    "LocalSolver",
+    "NofM",
+    "NumericalError",
+    "Pattern",
     "Penalties",
+    "Prune",
+    "Ranks",
+    "Solution",
+    "Stacked",
+    "TokenBuffer",
+    "Unstructured",
     "admm",
+    "check_finite",
+    "count",
+    "counted_by",
+    "empty",
+    "factorize",
     "find_activation",
     "magnitude",
+    "moved",
+    "preactivation_step",
+    "relative_error",
     "solve_feed_forward",
+    "solve_locally",
     "solve_preactivation",
+    "solve_stacked",
     "sparsegpt",
-    "swap_refine",
+    "spd_inverse",
+    "split_sizes",
     "wanda",
 ]

@@ -1,11 +1,11 @@
-"""Elementwise problems of the alternation: the ``z`` and ``s`` steps for each activation function.
+"""The ``z`` and ``s`` steps of the alternation, for each activation function.
 
-Both are, for every entry on its own,
+Both solve, for every entry separately,
 
     minimise over t:   a (t − m)² + g (p − c φ(t))²
 
 with ``c = 1`` for the pre-activation of a plain feed-forward block and ``c = z`` for the gate of a gated one. ReLU has a
-closed form; for any other φ the problem is one-dimensional but not convex, and is solved numerically.
+closed form. For any other φ the problem is one-dimensional but not convex, and is solved numerically.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Function = Callable[[Tensor], Tensor]
 Entrywise = Callable[..., tuple[Tensor, ...]]
 
-# The minimiser lies within r of m, where r is the largest move that the p-term could pay for; these fractions of r are tried.
+# The minimiser lies within r of m, where r² is the p-term at t = m. These fractions of r are tried.
 _GRID = (-1.0, -0.5, -0.2, 0.2, 0.5, 1.0)
 _NEWTON_STEPS = 2
 _SLICE = 2**15  # entries at a time on a CPU
@@ -36,10 +36,10 @@ class Activation:
     """An elementwise activation φ.
 
     Args:
-        name: the name under which ``transformers`` knows it.
+        name: its name in ``transformers``.
         function: φ.
-        derivatives: t -> (φ(t), φ'(t), φ''(t)); ``None`` takes finite differences.
-        is_relu: use the closed form.
+        derivatives: t -> (φ(t), φ'(t), φ''(t)). None: finite differences.
+        is_relu: whether the closed form of ReLU applies.
     """
 
     name: str
@@ -64,19 +64,18 @@ def solve_preactivation(
 ) -> Tensor:
     """``argmin_t α(t − m)² + γ(p − c φ(t))²`` for every entry.
 
-    ReLU: two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``, the cheaper of them: exact.
+    ReLU: the cheaper of two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``. Exact.
 
-    Other φ: the best of ``m``, ReLU's solution and a grid over the interval that must hold the minimiser,
-    ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, is polished by safeguarded Newton steps, a step being taken only where it lowers the
-    objective. So the result is never worse than ``t = m``; its objective is within 1 % of the global minimum's in 99 % of
-    entries (tests compare with a fine grid).
+    Other φ: the best of ``m``, ReLU's solution and a grid over ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, which contains the minimiser.
+    Newton steps follow; each is taken only where it lowers the objective. So the result is never worse than ``t = m``. Its
+    objective is within 1 % of the global minimum in 99 % of the entries (tests compare with a fine grid).
 
     Args:
         activation: φ.
         m: what the weights predict for t, any shape, float32.
         p: the hidden activation to explain, like m.
         alpha, gamma: positive weights.
-        scale: c, like m; ``None`` is 1.
+        scale: c, like m. None: 1.
 
     Returns:
         t, like m.
@@ -87,7 +86,7 @@ def solve_preactivation(
 
 
 def update_plain(activation: Activation, m: Tensor, p: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """The z step of a plain block, entry by entry: z and its correction.
+    """The z step of a plain block, for every entry: z and its correction.
 
     Args:
         activation: φ.
@@ -106,12 +105,12 @@ def update_plain(activation: Activation, m: Tensor, p: Tensor, rho: Tensor) -> t
 def update_gated(
     activation: Activation, m_z: Tensor, m_s: Tensor, s: Tensor, p: Tensor, rho_z: Tensor, rho_s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The z step, in closed form, and the s step of a gated block, entry by entry.
+    """The z step (closed form) and the s step of a gated block, for every entry.
 
     Args:
         activation: φ.
         m_z, m_s: what the weights predict for z and s, any dtype.
-        s: as it was, like m_s.
+        s: its value before the step, like m_s.
         p: the hidden activation to explain, like m_z, float32.
         rho_z, rho_s: γ/α of z and of s, 0-dimensional.
 
@@ -132,10 +131,10 @@ def preactivation_step(activation: Activation, gated: bool) -> Entrywise:
 
 
 def in_slices(function: Entrywise, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply a function that works entry by entry to tensors of one shape, and 0-dimensional ones.
+    """Apply an entrywise function to tensors of one shape, and to 0-dimensional tensors.
 
-    On a CPU in slices so small that its dozens of temporaries stay in the cache, on one core: with several, torch hands
-    every operation out anew, which takes longer than it saves.
+    On a CPU the function gets slices so small that its temporaries stay in the cache of one core. Several cores would be
+    slower, because torch would distribute each of dozens of small operations.
     """
     first = tensors[0]
     if first.device.type != "cpu":
@@ -152,9 +151,9 @@ def in_slices(function: Entrywise, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class Fused:
-    """An entry-by-entry function through ``torch.compile``: one pass over memory, ten times as fast on a CPU.
+    """An entrywise function through ``torch.compile``: one pass over memory, about ten times as fast on a CPU.
 
-    Where compiling fails (no C++ compiler), or is switched off by TORCH_COMPILE_DISABLE=1, it goes :func:`in_slices`.
+    If compiling fails (no C++ compiler), or TORCH_COMPILE_DISABLE=1 is set, the function runs through :func:`in_slices`.
     """
 
     def __init__(self, function: Entrywise) -> None:
@@ -165,19 +164,22 @@ class Fused:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if self._compiled is not None and tensors[0].numel():
             try:
-                # Whoever prunes has compiled blocks run eagerly, for their hooks; this is not one.
+                # Pruning forces compiled decoder blocks to run eagerly, so that their hooks fire. This function may be
+                # compiled.
                 with torch.compiler.set_stance("default"):
                     return self._compiled(*tensors)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                log.info("The s step could not be compiled (%s); it runs uncompiled.", error)
+                log.info(
+                    "The z and s steps could not be compiled (%s). They run uncompiled, about ten times as slow.", error
+                )
                 self._compiled = None
         return in_slices(self._function, *tensors)
 
 
 def _minimise(activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``argmin_t (t − m)² + ρ(p − c φ(t))²``, of functional operations only, for the compiler's sake."""
+    """``argmin_t (t − m)² + ρ(p − c φ(t))²``. No in-place operations, so that ``torch.compile`` fuses all of it."""
     c: Tensor | float = 1.0 if scale is None else scale
     if activation.is_relu:
         positive = ((m + rho * c * p) / (1 + rho * c * c)).clamp(min=0)
@@ -191,13 +193,12 @@ def _minimise(activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: 
 
     def better(best: Tensor, cost: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
         candidate_cost = objective(candidate)
-        lower = candidate_cost < cost  # False for NaN, so a wild step is never kept
+        lower = candidate_cost < cost  # False for NaN, so a diverging step is never taken
         return torch.where(lower, candidate, best), torch.where(lower, candidate_cost, cost)
 
     best, cost = m, objective(m)
     radius = cost.sqrt()
-    # SiLU and GELU are near t for large t and near 0 for small: where ReLU's problem has its minimum is a good start too,
-    # and their own bends lie around 0 and -1.
+    # SiLU and GELU approach t for large t and 0 for small t, so ReLU's solution is a good start. They bend near 0 and -1.
     as_if_linear = (m + rho * c * p) / (1 + rho * c * c)
     starts = [as_if_linear, torch.zeros_like(m), torch.full_like(m, -1.0)]
     for candidate in (*starts, *(m + fraction * radius for fraction in _GRID)):
@@ -206,7 +207,7 @@ def _minimise(activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: 
         phi, first, second = (c * derivative for derivative in activation.expand(best))
         residual = p - phi
         gradient = best - m - rho * residual * first
-        # Where the exact curvature is not clearly positive fall back on Gauss-Newton's, which always is.
+        # The Gauss-Newton curvature, which is always positive, replaces an exact curvature that is not clearly positive.
         gauss_newton = 1 + rho * first * first
         exact = gauss_newton - rho * residual * second
         best, cost = better(best, cost, best - gradient / torch.where(exact > 0.1 * gauss_newton, exact, gauss_newton))
@@ -255,10 +256,10 @@ _KNOWN = {
 
 
 def find_activation(name: str) -> Activation:
-    """The activation that ``transformers`` calls ``name``; ones without known derivatives take finite differences.
+    """The activation that ``transformers`` calls ``name``. Those without derivatives here take finite differences.
 
     Raises:
-        KeyError: ``transformers`` does not know it either.
+        KeyError: ``transformers`` does not know the name.
     """
     if name in _KNOWN:
         return _KNOWN[name]

@@ -1,17 +1,17 @@
-"""ADMM (Meng et al., ALPS, arXiv 2406.07831): the support found by splitting, then the kept weights solved for on it."""
+"""ADMM (Meng et al., ALPS, arXiv 2406.07831): splitting finds the support, then the kept weights are solved for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.patterns import Pattern
-from sparsellm_lightning.statistics import spd_inverse
-from sparsellm_lightning.stopwatch import count
+from sparsellm_lightning.solvers.factorization import spd_inverse
+from sparsellm_lightning.solvers.flops import count
+from sparsellm_lightning.solvers.patterns import Pattern
 
 _FIRST_PENALTY = 0.1
-_EVERY = 3  # iterations between looks at the support
-# By how much the penalty grows while more than so much of the support still changes.
+_EVERY = 3  # iterations between two comparisons of the support
+# (share, factor): the penalty grows by the factor of the first entry whose share of the support, or more, still changes.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
@@ -24,23 +24,23 @@ def admm(
 
         B = (Ŵ H + ρ (D − u)) (H + ρI)⁻¹,    T = B + u,    D = the pattern's largest entries of T,    u = T − D
 
-    while ρ grows by 1.1 to 1.3 every three iterations, the faster the more of the support has changed, until it changes no
-    more. Then some conjugate-gradient steps on the fixed support. No loop over columns: products and selections.
+    Every three iterations ρ grows by a factor of 1.1 to 1.3: a larger one while more of the support changes. The loop ends when
+    the support no longer changes. Conjugate-gradient steps on the fixed support follow.
 
     Args:
         weight: Ŵ, (rows, columns) float32; this rank's rows. Not changed.
         gram: G, of the inputs, (columns, columns) float32.
         damping: λ, as a fraction of G's mean diagonal.
-        pattern: which entries to keep; it also sums the changes over the rows of all ranks.
-        iterations: at most.
-        refinements: steps on the support, each row its own step length.
+        pattern: chooses the entries to keep. Its ``ranks`` hold the other rows.
+        iterations: upper limit.
+        refinements: conjugate-gradient steps on the support. Each row has its own step length.
 
     Returns:
         the pruned weight, a new tensor.
     """
     h = gram.clone()
     h.diagonal().add_(damping * gram.diagonal().mean())
-    dead = h.diagonal() <= 0  # without damping: features that were zero for every token
+    dead = h.diagonal() <= 0  # features that were zero for every token, if damping is 0
     h.diagonal()[dead] = 1
     scale = h.diagonal().sqrt()
     h /= scale[:, None] * scale
@@ -51,9 +51,7 @@ def admm(
     inverse = _damped_inverse(h, rho)
     d, u = w, torch.zeros_like(w)
     keep = support = pattern.select(w.square())
-    pruned = (~keep).sum()
-    pattern.ranks.sum_(pruned)
-    if not int(pruned):
+    if pattern.ranks.total(int((~keep).sum())) == [0]:
         return weight.clone()
     for iteration in range(iterations):
         count(2 * w.numel() * len(h))
@@ -62,9 +60,8 @@ def admm(
         d = t * keep
         u = t - d
         if (iteration + 1) % _EVERY == 0:
-            changed = torch.stack([(keep ^ support).sum(), keep.sum()])
-            pattern.ranks.sum_(changed)
-            share = float(changed[0]) / max(2 * float(changed[1]), 1)
+            changed, kept = pattern.ranks.total(int((keep ^ support).sum()), int(keep.sum()))
+            share = changed / max(2 * kept, 1)
             if share == 0:
                 break
             support = keep
@@ -79,11 +76,11 @@ def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, st
     """Conjugate-gradient steps towards ``argmin ½⟨W H, W⟩ − ⟨T, W⟩`` with zeros where not ``keep``, row by row.
 
     Args:
-        weight: where to begin, (rows, columns), zero outside the support.
+        weight: starting point, (rows, columns), zero outside the support.
         target: T, like weight: ``Ŵ H`` for the weights Ŵ to be approximated.
-        h: H, (columns, columns), positive definite; best with a unit diagonal.
+        h: H, (columns, columns), positive definite. A unit diagonal converges fastest.
         keep: the support, bool.
-        steps: at most ``columns`` make sense.
+        steps: number of steps. More than ``columns`` have no use.
     """
     count(2 * (steps + 1) * weight.numel() * len(h))
     residual = (target - weight @ h) * keep

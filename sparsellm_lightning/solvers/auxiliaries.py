@@ -1,4 +1,4 @@
-"""The alternation's auxiliary variables z, s and p: one pair a token, and their updates."""
+"""The alternation's auxiliary variables z, s and p of every token, and their updates."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.placement import Placement, Shelf
-from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.solvers.activations import Entrywise
+from sparsellm_lightning.solvers.factorization import spd_inverse
 from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens
-from sparsellm_lightning.solvers.local import InputStatistics
-from sparsellm_lightning.statistics import Cross, Gram, spd_inverse
-from sparsellm_lightning.stopwatch import count
+from sparsellm_lightning.solvers.flops import count
+from sparsellm_lightning.solvers.ranks import Ranks
+from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics
+from sparsellm_lightning.solvers.storage import Shelf
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """Weights of the three terms of the objective.
+    """Weights of the three terms of the alternation's objective.
 
     Args:
-        alpha: pre-activations, ``α(‖z − X W_uᵀ‖² + ‖s − X W_gᵀ‖²)``.
-        beta: output, ``β‖Y − p W_dᵀ‖²``.
-        gamma: activations, ``γ‖p − φ(s) ⊙ z‖²``.
-        scale_free: divide each term by the mean square of its target (z, s, Y, p) on the dense block.
+        alpha: of the pre-activation terms, ``α(‖z − X W_uᵀ‖² + ‖s − X W_gᵀ‖²)``.
+        beta: of the output term, ``β‖Y − p W_dᵀ‖²``.
+        gamma: of the activation term, ``γ‖p − φ(s) ⊙ z‖²``.
+        scale_free: divide each term by the mean square of its target (z, s, Y, p) on the dense block. False: the paper's raw
+            objective.
     """
 
     alpha: float = 1.0
@@ -33,32 +34,19 @@ class Penalties:
     scale_free: bool = True
 
 
-@dataclass
-class Pair:
-    """z and s, or what is predicted for them, by chunk; no s where the block is not gated."""
-
-    z: Shelf
-    s: Shelf
-
-    @classmethod
-    def on(cls, home: torch.device, dtype: torch.dtype) -> Pair:
-        return cls(Shelf(dtype, home), Shelf(dtype, home))
-
-    def put(self, index: int, z: Tensor, s: Tensor | None) -> None:
-        self.z.put(index, z)
-        if s is not None:
-            self.s.put(index, s)
-
-    def get(self, index: int, gated: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        return self.z.get(index, device), self.s.get(index, device) if gated else None
-
-    def clear(self) -> None:
-        self.z.clear()
-        self.s.clear()
-
-
 class Auxiliaries:
-    """The variables z and s of this rank's tokens, and their updates. p is never stored."""
+    """The variables z and s of this rank's tokens, and their updates. p is computed when it is needed and not stored.
+
+    Args:
+        dense: the dense block. Its pre-activations are the first values.
+        tokens: that have auxiliaries.
+        penalties: α, β, γ.
+        damping: of the statistics of p.
+        ranks: the data-parallel ranks.
+        dtype: of z, s and the products that update them.
+        storage: device where z and s are kept.
+        step: :func:`~sparsellm_lightning.solvers.activations.preactivation_step`.
+    """
 
     def __init__(
         self,
@@ -68,16 +56,15 @@ class Auxiliaries:
         damping: float,
         ranks: Ranks,
         dtype: torch.dtype,
-        placement: Placement,
+        storage: torch.device,
         step: Entrywise,
     ) -> None:
         self.step = step
         self.tokens, self.ranks, self.damping, self.dtype = tokens, ranks, damping, dtype
-        self.keep_p = not penalties.scale_free
-        self.values = Pair.on(placement.auxiliaries, dtype)
-        squares = torch.zeros(
-            5, dtype=torch.float64, device=dense.up.device
-        )  # of z, s, Y, p; and their number of tokens
+        self.raw = not penalties.scale_free
+        self.z, self.s = Shelf(dtype, storage), Shelf(dtype, storage)
+        # Sums of the mean squares of z, s, Y and p, and the number of tokens.
+        squares = torch.zeros(5, dtype=torch.float64, device=dense.up.device)
         rounded = dense.to(dtype)
         for index, (x_c, y_c, _) in enumerate(tokens):
             z, s = (None if t is None else t.float() for t in rounded.preactivations(x_c.to(dtype)))
@@ -85,7 +72,7 @@ class Auxiliaries:
             p = dense.combine(z, s)
             parts = [t.square().mean(1).sum(dtype=torch.float64) for t in (z, z if s is None else s, y_c, p)]
             squares += torch.stack([*parts, parts[0].new_tensor(len(x_c))])
-            self.values.put(index, z, s)
+            self._put(index, z, s)
         ranks.sum_(squares)
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
         self.gamma_over_beta = penalties.gamma / scales[3] / (penalties.beta / scales[2])
@@ -96,31 +83,29 @@ class Auxiliaries:
             for scale in scales[:2]
         )
 
-    def update(self, iterate: FeedForward, predictions: Pair | None) -> dict[str, Tensor]:
-        """Update p, z and s for these weights; returns ``(z − m)ᵀX / n`` and the same of s, (f, d), over all ranks.
+    def update(self, iterate: FeedForward) -> dict[str, Tensor]:
+        """Update p, z and s for the current weights.
 
-        Args:
-            iterate: the current weights.
-            predictions: m, what they predict for z and s; computed again where None.
+        Returns:
+            ``(z − m)ᵀX / n`` for ``"up"`` and ``(s − m)ᵀX / n`` for ``"gate"``, (f, d), over all ranks, where m is the
+            pre-activation that the current weights give.
         """
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         k = down @ down.T
         count(2 * down.numel() * len(down))
         k.diagonal().add_(self.gamma_over_beta)
-        # What only moves the auxiliaries may be rounded: it is averaged over the tokens before it reaches a weight.
+        # Rounding is harmless here: it is averaged over the tokens before it reaches a weight.
         k = spd_inverse(k).to(self.dtype)
         rounded_down = down.to(self.dtype)
         cross = {
             layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype)
             for layer in (["gate", "up"] if gated else ["up"])
         }
-        if self.keep_p:
-            self.gram_p, self.cross_p = Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)
+        if self.raw:
+            self._gram_p, self._cross_p = Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)
         for index, (x_c, y_c, _) in enumerate(self.tokens):
-            predicted = iterate.preactivations(x_c) if predictions is None else predictions.get(index, gated, device)
-            # Rounded alike, whether they were kept or are computed here.
-            m_z, m_s = (None if m is None else m.to(self.dtype) for m in predicted)
-            z, s = self.values.get(index, gated, device)
+            m_z, m_s = (None if m is None else m.to(self.dtype) for m in iterate.preactivations(x_c))
+            z, s = self.z.get(index, device), self.s.get(index, device) if gated else None
             p = iterate.combine(z.float(), None if s is None else s.float())
             residual = y_c - p.to(self.dtype) @ rounded_down.T
             p += residual.to(self.dtype) @ k @ rounded_down
@@ -132,12 +117,24 @@ class Auxiliaries:
                 z, s, correction, correction_s = self.step(m_z, m_s, s, p, self.rho_z, self.rho_s)
                 cross["gate"].add(correction_s, x_rounded)
             cross["up"].add(correction, x_rounded)
-            self.values.put(index, z, s)
-            if self.keep_p:
-                self.gram_p.add(p)
-                self.cross_p.add(y_c, p)
+            self._put(index, z, s)
+            if self.raw:
+                self._gram_p.add(p)
+                self._cross_p.add(y_c, p)
         return {layer: total.mean(self.ranks) for layer, total in cross.items()}
 
     def down_statistics(self) -> tuple[InputStatistics, Tensor]:
-        """``pᵀp / n`` and ``Yᵀp / n`` of the last update, over all ranks (kept only for the paper's raw objective)."""
-        return InputStatistics(self.gram_p.mean(self.ranks), self.damping, "auxiliary p"), self.cross_p.mean(self.ranks)
+        """``pᵀp / n`` and ``Yᵀp / n`` of the last update, over all ranks. Only for the raw objective."""
+        return InputStatistics(self._gram_p.mean(self.ranks), self.damping, "auxiliary p"), self._cross_p.mean(
+            self.ranks
+        )
+
+    def clear(self) -> None:
+        """Free z and s."""
+        self.z.clear()
+        self.s.clear()
+
+    def _put(self, index: int, z: Tensor, s: Tensor | None) -> None:
+        self.z.put(index, z)
+        if s is not None:
+            self.s.put(index, s)

@@ -1,4 +1,4 @@
-"""A feed-forward block as tensors, this rank's tokens in front of it and behind it, and what it makes of them."""
+"""A feed-forward block as tensors, and the chunks of tokens that the alternation visits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.placement import Shelf, empty
-from sparsellm_lightning.ranks import Ranks
 from sparsellm_lightning.solvers.activations import Activation
-from sparsellm_lightning.stopwatch import count
+from sparsellm_lightning.solvers.flops import count
+from sparsellm_lightning.solvers.ranks import Ranks
 
-CHUNK = 1024  # tokens per step: large enough for efficient products, small enough that auxiliaries stay near the cache
+CHUNK = 1024  # tokens per step: enough for efficient products, few enough that auxiliaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class FeedForward:
 
     Args:
         activation: φ.
-        up, gate: (f, d) float32; ``gate=None`` for a plain block.
+        up, gate: (f, d) float32. ``gate`` is None in a plain block.
         down: (d, f) float32.
         up_bias, gate_bias, down_bias: (f,), (f,) and (d,), or None.
     """
@@ -47,7 +46,7 @@ class FeedForward:
         return replace(self, **tensors)
 
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``z`` and ``s`` (None when not gated) for tokens x, (n, d): each (n, f)."""
+        """``z`` and ``s`` for tokens x, (n, d): each (n, f). ``s`` is None in a plain block."""
         linear = torch.nn.functional.linear
         count(2 * (self.matrices - 1) * len(x) * self.up.numel(), x.dtype)
         return linear(x, self.up, self.up_bias), (None if self.gate is None else linear(x, self.gate, self.gate_bias))
@@ -70,23 +69,30 @@ class FeedForward:
 
 
 class Tokens:
-    """Chunks of this rank's tokens in float32, on the device that computes: input, target less the down bias, target."""
+    """This rank's tokens in chunks: input, target without the down bias, and target, each float32 on ``device``.
+
+    Args:
+        x: input of the feed-forward block, (n, d), any dtype and device.
+        y: target output, (n, d), any dtype and device.
+        down_bias: bias of the down projection, or None.
+        chunks: tokens of each chunk, summing to n. None: ``CHUNK`` each.
+        device: that computes.
+    """
 
     def __init__(
         self, x: Tensor, y: Tensor, down_bias: Tensor | None, chunks: Sequence[int] | None, device: torch.device
     ) -> None:
         self.x, self.y, self.down_bias, self.device = x, y, down_bias, device
         self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
-        self.count = sum(self.sizes)
 
     def part(self, first: int, last: int | None = None) -> Tokens:
-        """Only these chunks."""
+        """Chunks ``first`` to ``last`` (exclusive)."""
         before, sizes = sum(self.sizes[:first]), self.sizes[first:last]
         chosen = slice(before, before + sum(sizes))
         return Tokens(self.x[chosen], self.y[chosen], self.down_bias, sizes, self.device)
 
     def energies(self, ranks: Ranks) -> Tensor:
-        """``‖Y − b_d‖²``, ``‖Y‖²`` and the number of tokens, over all ranks, float64."""
+        """``‖Y − b_d‖²``, ``‖Y‖²`` and the number of tokens, over all ranks: (3,) float64."""
         total = torch.zeros(3, dtype=torch.float64, device=self.device)
         for _, y_c, y_raw in self:
             squares = [y.square().sum(dtype=torch.float64) for y in (y_c, y_raw)]
@@ -102,43 +108,6 @@ class Tokens:
                 y_raw if self.down_bias is None else y_raw - self.down_bias,
                 y_raw,
             )
-
-
-def change_of_output(
-    feed_forward: FeedForward,
-    tokens: Tokens,
-    fitted: int,
-    ranks: Ranks,
-    out: Tensor | None = None,
-    hidden: Shelf | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``FFN(X) − Y`` of this rank's tokens, (n, d) in Y's dtype, and its squares over all ranks.
-
-    Args:
-        feed_forward: whose output; its weights are on the device that computes.
-        tokens: X and Y.
-        fitted: the squares of the first so many chunks are counted apart.
-        ranks: the data-parallel ranks.
-        out: where to write the change, such as Y itself.
-        hidden: the hidden activation of the first ``fitted`` chunks, where it was kept.
-
-    Returns:
-        the change; and (2,) float64: ``‖FFN(X) − Y‖²`` over the fitted chunks, and over the others.
-    """
-    if out is None:
-        out = empty(tokens.y.shape, tokens.y.dtype, tokens.y.device, tokens.device)
-    squares = torch.zeros(2, dtype=torch.float64, device=tokens.device)
-    start = 0
-    for index, (x_c, _, y_c) in enumerate(tokens):
-        # Rounded as the model rounds it, whether it was kept or not.
-        kept = hidden is not None and index < fitted
-        h = hidden.get(index, tokens.device) if kept else feed_forward.hidden(x_c).to(tokens.x.dtype)  # type: ignore[union-attr]
-        change = feed_forward.output(h.float()).sub_(y_c)
-        squares[int(index >= fitted)] += change.square().sum(dtype=torch.float64)
-        out[start : start + len(change)] = change
-        start += len(change)
-    ranks.sum_(squares)
-    return out, squares
 
 
 def squared_error(feed_forward: FeedForward, tokens: Tokens, ranks: Ranks) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsellm_lightning.patterns import Pattern
+from sparsellm_lightning.solvers.patterns import Pattern
 
 
 def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -12,7 +12,7 @@ def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
 
     Args:
         weight: (rows, columns) float32; this rank's rows.
-        pattern: which entries to keep.
+        pattern: chooses the entries to keep. Its ``ranks`` hold the other rows.
 
     Returns:
         the pruned weight, a new tensor.

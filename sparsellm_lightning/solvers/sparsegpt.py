@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.patterns import Pattern
-from sparsellm_lightning.statistics import Factor
-from sparsellm_lightning.stopwatch import count
+from sparsellm_lightning.solvers.factorization import Factor
+from sparsellm_lightning.solvers.flops import count
+from sparsellm_lightning.solvers.patterns import Pattern
 
 _LEAF = 32
 _ROW_MULTIPLE = 32
@@ -25,8 +25,8 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     Args:
         weight: Ŵ, (rows, columns) float32; this rank's rows. Not changed.
         factor: of the damped Gram matrix of the inputs, (columns, columns).
-        pattern: which entries to keep; thresholds over the rows of all ranks are its business.
-        block_size: columns per mask decision; rounded to whole groups for N:M.
+        pattern: chooses the entries to keep. Its ``ranks`` hold the other rows.
+        block_size: columns per mask decision, rounded to whole groups for N:M.
 
     Returns:
         the pruned weight, a new tensor.
@@ -34,8 +34,8 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     rows, columns = weight.shape
     count(rows * columns**2)
     upper = factor.upper
-    # Columns of W are rows here, so that the sweep reads and writes contiguous memory; padded, since the kernels for an odd
-    # number of rows round otherwise, and rows spread over ranks must come out as they do on one.
+    # Transposed, so that the sweep reads and writes contiguous memory. Padded, because kernels round differently for an odd
+    # number of rows, and one and many ranks must get equal weights.
     w = weight.new_zeros(columns, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     w[:, :rows] = weight.T
     w[factor.dead] = 0
@@ -47,7 +47,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     for low in range(0, columns, whole_groups):
         high = min(low + whole_groups, columns)
         errors = torch.empty_like(w[low:high])
-        ratio = torch.zeros_like(errors)  # error W_ri / U_ii of an entry by its value: 0 where it is kept
+        ratio = torch.zeros_like(errors)  # an entry's error W_ri / U_ii divided by W_ri; 0 where the entry is kept
 
         def choose(start: int, end: int, low: int = low, ratio: Tensor = ratio) -> None:
             cost = (w[start:end, :rows].square() * cost_scale[start:end, None]).T.contiguous()
@@ -73,18 +73,19 @@ def _sweep(
     choose: Callable[[int, int], None],
     first: int,
 ) -> None:
-    """Correct some columns for those before them; halves are chained by one product instead of column by column.
+    """Correct columns for the errors of the columns before them. Recursive by halves, which are chained by one product.
 
-    Not a function inside the other: one that calls itself would keep all that it sees until the garbage collector comes.
+    A module-level function, because a recursive closure would keep its tensors until the garbage collector runs.
 
     Args:
-        w: these columns of W as rows, changed in place.
-        upper: their part of U.
-        errors: like w, written.
-        ratio: like w, error of an entry by its value.
-        group: columns decided together, by ``choose(start, end)`` when the sweep arrives there; 1 where that is done.
-        leaf: so few columns go one by one.
-        first: the number of the first one.
+        w: the columns of W, as rows. Changed in place.
+        upper: the rows and columns of U that belong to them.
+        errors: output, like w.
+        ratio: like w, an entry's error divided by the entry.
+        group: number of columns that ``choose(start, end)`` decides together when the sweep reaches them. 1: already decided.
+        leaf: largest number of columns that are corrected one by one.
+        choose: decides the mask of columns ``start`` to ``end`` and writes ``ratio``.
+        first: index of the first column in the whole matrix.
     """
     columns = len(w)
     if columns > leaf:

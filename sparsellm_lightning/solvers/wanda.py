@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsellm_lightning.patterns import Pattern
+from sparsellm_lightning.solvers.patterns import Pattern
 
 
 def wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
@@ -13,7 +13,7 @@ def wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
     Args:
         weight: (rows, columns) float32; this rank's rows.
         gram: ``XᵀX / n``, (columns, columns) float32.
-        pattern: which entries to keep.
+        pattern: chooses the entries to keep.
 
     Returns:
         the pruned weight, a new tensor.

@@ -61,7 +61,7 @@ SECONDS, MEMORY = "seconds", "peak MiB"
 
 def parts_of_best() -> dict[str, Settings]:
     """Quality ``best`` with one part of it at a time taken away, whatever its parts are."""
-    best = PruningConfig(quality="best")
+    best = PruningConfig(preset="best")
     # The default method has more parts than others, not fewer.
     changed = {name for name, value in PRESETS["best"].items() if value != DEFAULTS[name]} - {"method"}
     without: Settings = {name: default for name, default in DEFAULTS.items() if name in changed}

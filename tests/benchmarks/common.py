@@ -140,7 +140,7 @@ def prune_job(job: Job) -> Job:
 
     model = load_model(job["model"])
     windows = torch.load(job["windows"])
-    config = PruningConfig(num_calibration_samples=len(windows), **job["config"])
+    config = PruningConfig(preset="paper", num_calibration_samples=len(windows), **job["config"])
     for parameter in model.parameters():
         parameter.sum()  # a model in mapped files comes into memory block by block, which is not pruning's doing
     before = peak_bytes()
@@ -210,12 +210,12 @@ def scores(model: Any, texts: dict[str, str]) -> Job:
     """Share of zeros in the projections, and perplexity on the windows of each text."""
     import torch
 
-    from sparsellm_lightning import PruningConfig, perplexity
-    from sparsellm_lightning.architectures import describe
-    from sparsellm_lightning.report import layer_rows
-    from sparsellm_lightning.strategies import StrategyAdapter
+    from sparsellm_lightning import perplexity
+    from sparsellm_lightning.architecture import describe
+    from sparsellm_lightning.distributed import StrategyAdapter
+    from sparsellm_lightning.reporting import layer_rows
 
-    _, sparsity = layer_rows(describe(model, PruningConfig()), StrategyAdapter(), {})
+    _, sparsity = layer_rows(describe(model), StrategyAdapter(), {})
     perplexities = {name: perplexity(model, torch.load(path).split(8)) for name, path in texts.items()}
     return {"sparsity": sparsity, "perplexity": perplexities}
 

@@ -43,7 +43,11 @@ def job(point: dict[str, Any]) -> dict[str, Any]:
     model = LlamaForCausalLM(config)
     windows = torch.randint(1000, (point["windows"], 512))
     settings = PruningConfig(
-        sparsity=0.7, method=point["method"], num_iterations=point["iterations"], num_calibration_samples=len(windows)
+        preset="paper",
+        sparsity=0.7,
+        method=point["method"],
+        num_iterations=point["iterations"],
+        num_calibration_samples=len(windows),
     )
     # The first run of a process pays for threads, allocator and libraries.
     prune_model(
@@ -60,7 +64,7 @@ def job(point: dict[str, Any]) -> dict[str, Any]:
             )
         ),
         windows[:2].split(2),
-        PruningConfig(sparsity=0.7, method=point["method"], num_calibration_samples=2),
+        PruningConfig(preset="paper", sparsity=0.7, method=point["method"], num_calibration_samples=2),
     )
     before = peak_bytes()
     report = prune_model(model, windows.split(8), settings)
@@ -85,7 +89,7 @@ def main() -> None:
         print(json.dumps(job(json.loads(options.job))))
         return
 
-    from sparsellm_lightning.report import format_table
+    from sparsellm_lightning.reporting import format_table
 
     rows: list[tuple[str, ...]] = [("method", "axis", "sizes", "seconds", "exponent", "MiB", "exponent", "of peak")]
     figures: list[dict[str, Any]] = []

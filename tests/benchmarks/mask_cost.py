@@ -26,14 +26,14 @@ def worker(kept: bool, steps: int, precision: str) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from sparsellm_lightning import CausalLM, PruningConfig, SparseFinetuning
-    from sparsellm_lightning.architectures import describe
+    from sparsellm_lightning.architecture import describe
 
     class Timed(pl.Callback):
         ends: list[float] = []  # noqa: RUF012
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             # Before the masks are made, and without the cost of pruning well.
-            for projection in describe(pl_module.model, PruningConfig()).projections():
+            for projection in describe(pl_module.model, PruningConfig(preset="paper")).projections():
                 weight = projection.parameter.data
                 weight[weight.abs() <= weight.abs().flatten().kthvalue(int(0.7 * weight.numel())).values] = 0
 
@@ -71,7 +71,7 @@ def main() -> None:
         print(json.dumps(worker(options.worker == "kept", options.steps, options.precision)))
         return
 
-    from sparsellm_lightning.report import format_table
+    from sparsellm_lightning.reporting import format_table
 
     runs: dict[str, list[dict[str, float]]] = {"plain": [], "kept": []}
     for _ in range(options.rounds):

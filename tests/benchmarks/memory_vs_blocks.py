@@ -10,7 +10,7 @@ from typing import Any
 
 from common import measure, parser, prepared
 
-from sparsellm_lightning.report import format_table
+from sparsellm_lightning.reporting import format_table
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     configs: dict[str, dict[str, Any]] = {"sparsegpt": {"method": "sparsegpt"}}
     for blocks in options.blocks:
         chosen = list(range(blocks)) if blocks else "none"
-        configs[f"sparsellm, {blocks} blocks"] = {"global_blocks": chosen, "num_iterations": options.iterations}
+        configs[f"sparsellm, {blocks} blocks"] = {"alternation_blocks": chosen, "num_iterations": options.iterations}
     with prepared(options) as job:
         figures = {name: measure({**job, "config": {"sparsity": 0.7, **config}}) for name, config in configs.items()}
     one = figures["sparsegpt"]["peak_bytes"]

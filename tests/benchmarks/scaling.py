@@ -27,7 +27,7 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
     import torch
 
     from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
-    from sparsellm_lightning.masks import local_tensor
+    from sparsellm_lightning.sparsity import local_tensor
 
     torch.set_num_threads(1)
 
@@ -79,9 +79,9 @@ def mask(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     from sparsellm_lightning import PruningConfig
-    from sparsellm_lightning.architectures import describe
+    from sparsellm_lightning.architecture import describe
 
-    layout = describe(AutoModelForCausalLM.from_pretrained(folder), PruningConfig())
+    layout = describe(AutoModelForCausalLM.from_pretrained(folder), PruningConfig(preset="paper"))
     return torch.cat([(p.parameter.detach() != 0).flatten() for p in layout.projections()])
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         worker(arguments.worker, json.loads((arguments.worker / "options.json").read_text()))
         return
 
-    from sparsellm_lightning.report import format_table
+    from sparsellm_lightning.reporting import format_table
 
     rows: list[tuple[str, ...]] = [
         ("run", "calibration s", "x", "solver s", "x", "parameters", "peak MiB", "masks equal")

@@ -15,7 +15,7 @@ from typing import Any
 
 from common import TEST_TEXT, measure, other_python, parser, prepared
 
-from sparsellm_lightning.report import format_table
+from sparsellm_lightning.reporting import format_table
 
 THEIRS = "llm-compressor SparseGPT"
 RUNS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,232 @@
+"""The sparsity of every projection under an uneven allocation, measured on the dense model where the rule needs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.allocation.rules import (
+    Curve,
+    atp,
+    atp_step,
+    minimise_damage,
+    outlier_ratio,
+    owl,
+    round_counts,
+    score_sum,
+)
+from sparsellm_lightning.architecture import Block, Projection
+from sparsellm_lightning.calibration import ActivationCache, Context, LayerSolver, capture, run_block, tail_logits
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import CalibrationBatch, first_tokens
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.solvers import Gram, InputStatistics, check_finite
+
+STATISTICS_TOKENS = 4096  # tokens, over all ranks, of the statistics for local errors and outliers
+OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
+OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
+CHUNK_TOKENS = 128  # tokens whose log-probabilities are in memory at once, besides the dense model's
+DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning later blocks partly repairs it
+
+
+def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
+    """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero, to the weight.
+
+    ``atp`` and ``owl`` have one part a block. For ``kl`` every projection is a part. Part i is pruned alone, by the local
+    solver (SparseGPT in place of ADMM) with statistics of the dense model, and its damage at sparsity s is taken to be
+
+        d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
+
+    where KL is the divergence of the model's next-token distribution from the dense model's, e the local error
+    ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+
+    Reconstruction with target ``model`` tunes every block to repair the errors of the blocks before it. Then damage in block
+    l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
+
+    Args:
+        context: of the run. The dense model's weights are changed and restored.
+        cache: activations in front of the first block.
+        batches: this rank's calibration windows, those of the cache.
+
+    Raises:
+        UserError: allocation ``kl`` for a model without a language-model head.
+    """
+    config, layout = context.config, context.layout
+    if config.allocation == "kl" and layout.model.get_output_embeddings() is None:
+        raise UserError(
+            f"allocation kl compares next-token distributions, but {type(layout.model).__name__} has no language-model head. "
+            "Use allocation owl, atp or uniform."
+        )
+    sparsity, spread = config.requested_sparsity, _spread(config)
+    parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "kl")]
+    sizes = [sum(p.size for p in part) for part in parts]
+    if not spread:
+        chosen = [sparsity] * len(parts)
+    elif config.allocation == "atp":
+        chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
+    elif config.allocation == "owl":
+        chosen = owl(list(_outlier_ratios(context, cache)), sizes, sparsity, spread)
+    else:
+        curves = list(_damages(context, cache, batches))
+        low, high = max(sparsity - spread, 0.0), sparsity + spread
+        chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
+    by_projection = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
+    counts = round_counts([s for _, s in by_projection], [p.size for p, _ in by_projection])
+    return {p.name: count / p.size for (p, _), count in zip(by_projection, counts, strict=True)}
+
+
+def _parts(block: Block, apart: bool) -> list[list[Projection]]:
+    """The projections of a block that are pruned: each a part of its own, or all together as one part."""
+    pruned = [p for p in block.projections() if p.pruned]
+    return [[p] for p in pruned] if apart else [pruned] if pruned else []
+
+
+def _spread(config: PruningConfig) -> float:
+    """The spread of the settings, limited so that no part loses all its weights."""
+    return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
+
+
+def _sample(context: Context, cache: ActivationCache) -> ActivationCache:
+    """The first batches, equally many on every rank, with about ``STATISTICS_TOKENS`` tokens over all ranks."""
+    windows = len(cache.hidden[0]) if cache.hidden else 0
+    (first,) = context.ranks.total(sum(cache.windows[:windows]))
+    batches = max(1, round(STATISTICS_TOKENS / max(first, 1)))
+    return cache.part(range(min(batches, len(cache.hidden))))
+
+
+def _statistics(context: Context, block: Block, sample: ActivationCache) -> dict[str, InputStatistics]:
+    """Statistics of every projection's input in the dense block, by name. Moves the sample behind the block."""
+    groups = [group for group in block.groups if any(p.pruned for p in group)]
+    grams = [Gram(group[0].shape[1], context.device) for group in groups]
+    observers = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
+    sample.hidden = run_block(context, block, sample, inputs=observers)
+    statistics: dict[str, InputStatistics] = {}
+    for group, gram in zip(groups, grams, strict=True):
+        mean = gram.mean(context.ranks)
+        check_finite(mean, group[0].name)
+        shared = InputStatistics(mean, context.config.damping, group[0].name)
+        statistics |= dict.fromkeys((p.name for p in group), shared)
+    return statistics
+
+
+def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]:
+    """OWL's share of outliers of each part, over all ranks: scores far above the mean of the part."""
+    sample = _sample(context, cache)
+    for block in context.layout.blocks:
+        statistics = _statistics(context, block, sample)
+        for part in _parts(block, apart=False):
+            weights = [(context.adapter.read_rows(p), statistics[p.name].gram) for p in part]
+            sums = torch.tensor(
+                [score_sum(*weight) for weight in weights], dtype=torch.float64, device=context.device
+            ).sum(0)
+            context.ranks.sum_(sums)
+            mean = float(sums[0] / sums[1])
+            counts = [outlier_ratio(*weight, mean=mean) for weight in weights]
+            outliers, scores = context.ranks.total(*map(sum, zip(*counts, strict=True)))
+            yield outliers / scores
+
+
+def _damages(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Iterator[Curve]:
+    """Damage curves of the parts, in order."""
+    config, blocks = context.config, context.layout.blocks
+    sparsity, spread = config.requested_sparsity, _spread(config)
+    at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
+    sample = _sample(context, cache)
+    probe = _OutputProbe(context, first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks))
+    solver = LayerSolver(context)
+    if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
+        solver = LayerSolver(context, solver="sparsegpt")
+    for block in blocks:
+        statistics = _statistics(context, block, sample)
+        weight = _discount(block.index, len(blocks), config)
+        for (p,) in _parts(block, apart=True):
+            damages = _curve(context, solver, probe, block, p, statistics[p.name], at)
+            yield at, [weight * damage for damage in damages]
+        probe.advance(block)
+
+
+def _discount(block: int, blocks: int, config: PruningConfig) -> float:
+    """The weight of damage in a block, because tuning later blocks partly repairs it."""
+    if not config.reconstruction_steps or config.target != "model":
+        return 1.0
+    return math.exp(-DISCOUNT * (blocks - 1 - block) / max(blocks - 1, 1))
+
+
+def _curve(
+    context: Context,
+    solver: LayerSolver,
+    probe: _OutputProbe,
+    block: Block,
+    p: Projection,
+    inputs: InputStatistics,
+    at: Sequence[float],
+) -> list[float]:
+    """Damage of pruning one projection alone to each sparsity. The model's output is measured at the middle one."""
+    dense = context.adapter.read_rows(p)
+    pruned = [solver.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
+    errors = [solver.error(dense, rows, inputs) for rows in pruned]
+    context.adapter.write_rows(p, pruned[len(at) // 2])
+    divergence = probe.divergence(block)
+    context.adapter.write_rows(p, dense)
+    reference = errors[len(at) // 2] or 1.0
+    return [divergence * error / reference for error in errors]
+
+
+class _OutputProbe:
+    """A few tokens on which the model's output is compared with the dense model's.
+
+    Args:
+        context: of the run. The model is dense.
+        batches: the tokens, at most one batch a rank.
+    """
+
+    def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
+        self.context = context
+        self.cache = capture(context, batches, 0)
+        # float16 halves the memory. bfloat16 would hide the effect of small projections.
+        self.dense = [chunk.half() for chunk in self._log_probabilities(self._ends(0))]
+
+    def divergence(self, block: Block) -> float:
+        """Mean KL divergence over all ranks' valid tokens, with the blocks from ``block`` on as they are now."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        masks = [
+            tokens for mask in self.cache.valid if mask is not None for tokens in mask.flatten().split(CHUNK_TOKENS)
+        ]
+        current = self._log_probabilities(self._ends(block.index))
+        for now, before, valid in zip(current, self.dense, masks, strict=True):
+            dense = before.float()
+            p, q = dense.exp(), now.exp()
+            # Each term is at least 0, so that the rounding of the dense log-probabilities enters squared.
+            divergence = (p * (dense - now) - p + q).sum(-1)[valid.to(total.device)]
+            total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
+        self.context.ranks.sum_(total)
+        return max(float(total[0] / total[1]), 0.0)
+
+    def advance(self, block: Block) -> None:
+        """Move the tokens behind a block."""
+        with self._autocast():
+            self.cache.hidden = run_block(self.context, block, self.cache)
+
+    def _ends(self, first: int) -> list[Tensor]:
+        """Hidden states behind the last block. The cache is in front of block ``first``."""
+        moving = self.cache.copy()
+        with self._autocast():
+            for block in self.context.layout.blocks[first:]:
+                moving.hidden = run_block(self.context, block, moving)
+        return moving.hidden
+
+    def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
+        """(tokens, vocabulary) float32, in chunks of tokens."""
+        for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
+            with self._autocast():
+                logits = tail_logits(self.context, hidden.to(self.context.device), self.cache.returns_tuple)
+            for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
+                yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self.context.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)

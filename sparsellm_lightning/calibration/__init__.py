@@ -1,0 +1,17 @@
+"""From activations to statistics to weights: the cache of activations, block forwards, and the solve of one input's layers."""
+
+from sparsellm_lightning.calibration.activations import ActivationCache
+from sparsellm_lightning.calibration.context import Context
+from sparsellm_lightning.calibration.forward import Observer, capture, observe_input, run_block, tail_logits
+from sparsellm_lightning.calibration.layers import LayerSolver
+
+__all__ = [
+    "ActivationCache",
+    "Context",
+    "LayerSolver",
+    "Observer",
+    "capture",
+    "observe_input",
+    "run_block",
+    "tail_logits",
+]

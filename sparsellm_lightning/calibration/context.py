@@ -1,0 +1,58 @@
+"""The parts of a run that do not change while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsellm_lightning.architecture import DecoderLayout, device_of
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.runtime import coarse_dtype
+from sparsellm_lightning.solvers import Ranks
+
+
+@dataclass(frozen=True)
+class Context:
+    """A model, how to prune it, and the processes that do so.
+
+    Args:
+        layout: the model's blocks.
+        config: settings.
+        adapter: of the strategy the model runs under.
+        keep_zeros: weights that are zero already are pruned first, so that the new mask contains the old one (gradual pruning).
+    """
+
+    layout: DecoderLayout
+    config: PruningConfig
+    adapter: StrategyAdapter
+    keep_zeros: bool = False
+
+    @property
+    def ranks(self) -> Ranks:
+        """The data-parallel ranks."""
+        return self.adapter.ranks
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return device_of(self.layout.model)
+
+    @property
+    def coarse_dtype(self) -> torch.dtype:
+        """Dtype of products whose rounding is averaged out, see :func:`~sparsellm_lightning.runtime.coarse_dtype`."""
+        return coarse_dtype(self.device, self.config.solver_precision == "float32")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype of autocast in forwards whose rounding is averaged out. None if the model or the products stay as they are."""
+        stored = next(self.layout.model.parameters()).dtype
+        return self.coarse_dtype if stored == torch.float32 != self.coarse_dtype else None
+
+    @property
+    def alternating_blocks(self) -> set[int]:
+        """Indices of the blocks whose feed-forward network the alternation solves. Empty at sparsity 0."""
+        if self.config.requested_sparsity == 0:
+            return set()
+        return self.config.alternates_in(len(self.layout.blocks))

@@ -1,0 +1,272 @@
+"""Forwards of a model up to its first block, of one block, and of what follows the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm_lightning.architecture import Block, DecoderLayout, device_of
+from sparsellm_lightning.calibration.activations import ActivationCache, Arguments
+from sparsellm_lightning.calibration.context import Context
+from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.distributed import patched_forward
+from sparsellm_lightning.runtime import phase
+from sparsellm_lightning.solvers import count, moved
+
+Observer = Callable[[Tensor], None]
+"""Called with the valid tokens of one window, (tokens, features)."""
+
+
+def capture(context: Context, batches: Sequence[CalibrationBatch], fitted: int) -> ActivationCache:
+    """Run the model up to its first block. Records the hidden states there, and the other arguments of every block.
+
+    Args:
+        context: of the run.
+        batches: this rank's calibration windows, on the model's device.
+        fitted: number of windows that are fitted: the first ones.
+    """
+    recorder = _Recorder(context.layout)
+    with ExitStack() as stack:
+        stack.enter_context(recorder.in_place_of_forwards())
+        for index, batch in enumerate(batches):
+            if index == 1:
+                # The first forward lets the strategy initialise, and shows whether blocks return a tuple. Afterwards stand-ins
+                # replace the blocks, so that no block is gathered in vain.
+                stack.enter_context(recorder.in_place_of_blocks())
+            with phase("forward"), context.adapter.forward_context():
+                context.adapter.run_model(context.layout.model, batch.inputs)
+    return ActivationCache(
+        recorder.hidden,
+        recorder.arguments,
+        [batch.valid for batch in batches],
+        context.device,
+        fitted,
+        bool(recorder.returns_tuple),
+    )
+
+
+def run_block(
+    context: Context,
+    block: Block,
+    cache: ActivationCache,
+    *,
+    inputs: Sequence[tuple[nn.Module, Observer]] = (),
+    output: tuple[nn.Module, Observer] | None = None,
+) -> list[Tensor]:
+    """The block's output for every batch of the cache.
+
+    Args:
+        context: of the run.
+        block: runs with its current weights.
+        cache: hidden states in front of the block. Not changed.
+        inputs: modules inside the block, and observers of their inputs.
+        output: a module inside the block, and an observer of its output.
+    """
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        batches = _Batches(context, block, cache, len(cache.windows), until=None)
+        for module, observer in inputs:
+            stack.callback(module.register_forward_pre_hook(batches.on_input(observer)).remove)
+        if output is not None:
+            stack.callback(output[0].register_forward_hook(batches.on_output(output[1])).remove)
+        stack.enter_context(context.adapter.holding(block.module))
+        for returned in batches:
+            outputs.append(moved(returned[0] if isinstance(returned, tuple) else returned, cache.storage))
+    return outputs
+
+
+def observe_input(context: Context, block: Block, cache: ActivationCache, group: int, observer: Observer) -> None:
+    """Show an observer the input of a group of projections, for the fitted windows. Later parts of the block do not run.
+
+    Args:
+        context: of the run.
+        block: runs with its current weights.
+        cache: hidden states in front of the block. Not changed.
+        group: index in :attr:`~sparsellm_lightning.architecture.Block.groups`.
+        observer: of each window.
+    """
+    module = block.groups[group][0].module
+    with ExitStack() as stack:
+        batches = _Batches(context, block, cache, cache.fitted, until=group)
+        see = batches.on_input(observer)
+
+        def see_and_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            see(module, args)
+            raise _Stop
+
+        stack.callback(module.register_forward_pre_hook(see_and_stop).remove)
+        stack.enter_context(patched_forward(block.module, _stoppable(block.module.forward)))
+        stack.enter_context(context.adapter.holding(block.module))
+        for _ in batches:
+            pass
+
+
+def tail_logits(context: Context, hidden: Tensor, returns_tuple: bool) -> Tensor:
+    """The model's logits, (windows, length, vocabulary), for hidden states behind its last block.
+
+    Args:
+        context: of the run. All ranks call this together.
+        hidden: (windows, length, d).
+        returns_tuple: see :class:`~sparsellm_lightning.calibration.ActivationCache`.
+    """
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=context.device)
+    stand_in = _Recorder(context.layout, answer=hidden, returns_tuple=returns_tuple)
+    with stand_in.in_place_of_blocks():
+        logits = context.adapter.logits(context.layout.model, {"input_ids": ids})
+    assert logits is not None
+    return logits
+
+
+class _Batches:
+    """Forwards of a block, one a batch, with observers of the modules inside.
+
+    Args:
+        context, block, cache: as for :func:`run_block`.
+        observed: number of windows that observers see: the first ones. Later batches run only if a forward is a collective.
+        until: index of the first group that is not evaluated. None: all are.
+    """
+
+    def __init__(
+        self, context: Context, block: Block, cache: ActivationCache, observed: int, until: int | None
+    ) -> None:
+        self.context, self.block, self.cache = context, block, cache
+        self.left = observed
+        self.work = block.forward_work(max(cache.windows, default=0), until)
+
+    def __iter__(self) -> Iterator[Any]:
+        adapter, device = self.context.adapter, device_of(self.block.module)
+        cache, arguments = self.cache, self.cache.arguments[self.block.index]
+        for hidden, mask, (args, kwargs) in zip(cache.hidden, cache.valid, arguments, strict=True):
+            if self.left <= 0 and not adapter.forward_is_collective:
+                return
+            self.shape, self.mask = hidden.shape[:2], mask
+            with phase("forward"), adapter.forward_context():
+                count(self.shape.numel() * self.work)
+                returned = self.block.module(hidden.to(device, non_blocking=True), *args, **kwargs)
+            self.left -= len(hidden)
+            yield returned
+
+    def on_input(self, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A forward pre-hook that shows a module's input to an observer."""
+        return lambda _, args: self._show(observer, args[0])
+
+    def on_output(self, observer: Observer) -> Callable[[nn.Module, Any, Any], None]:
+        """A forward hook that shows a module's output to an observer."""
+        return lambda _, args, output: self._show(observer, output)
+
+    def _show(self, observer: Observer, x: Tensor) -> None:
+        """Show the valid tokens of each window. One window at a time, so that sums do not depend on batches and ranks."""
+        windows = x.detach().reshape(*self.shape, x.shape[-1])
+        for row, window in enumerate(windows[: max(self.left, 0)]):
+            observer(window if self.mask is None else window[self.mask[row]])
+
+
+class _Stop(Exception):
+    """Ends a block's forward early."""
+
+
+def _stoppable(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that :class:`_Stop` may end. It returns nevertheless, because FSDP's hooks after it free gathered weights."""
+
+    def stopped(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(hidden, *args, **kwargs)
+        except _Stop:
+            return hidden
+
+    return stopped
+
+
+class _Recorder:
+    """Stands in for a model's blocks: passes hidden states through, and records the blocks' arguments.
+
+    Args:
+        layout: the model's blocks.
+        answer: returned by every block, and nothing is recorded. None: hidden states pass through.
+        returns_tuple: whether blocks return a tuple. None: the first block runs once to show it.
+
+    Attributes:
+        hidden: by batch, in front of the first block.
+        arguments: by block and batch.
+    """
+
+    def __init__(self, layout: DecoderLayout, answer: Tensor | None = None, returns_tuple: bool | None = None) -> None:
+        self.layout, self.answer, self.returns_tuple = layout, answer, returns_tuple
+        self.hidden: list[Tensor] = []
+        self.arguments: list[list[Arguments]] = [[] for _ in layout.blocks]
+
+    def call(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block's forward."""
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if self.answer is None:
+            recorded = self.arguments[index]
+            # Batches mostly have equal masks and rotary embeddings. One copy is kept.
+            recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
+            if index == 0:
+                self.hidden.append(hidden.detach())
+            if self.returns_tuple is None:
+                self.returns_tuple = isinstance(original(hidden, *rest, **kwargs), tuple)
+        passed = hidden if self.answer is None else self.answer
+        return (passed,) if self.returns_tuple else passed
+
+    @contextmanager
+    def in_place_of_forwards(self) -> Iterator[None]:
+        """Blocks are called, with the hooks of their strategy, but do not compute."""
+        with ExitStack() as stack:
+            for block in self.layout.blocks:
+                stack.enter_context(patched_forward(block.module, self._forward_of(block)))
+            yield
+
+    def _forward_of(self, block: Block) -> Callable[..., Any]:
+        original = block.module.forward
+        return lambda *args, **kwargs: self.call(block.index, original, *args, **kwargs)
+
+    @contextmanager
+    def in_place_of_blocks(self) -> Iterator[None]:
+        """Blocks are not called."""
+        with ExitStack() as stack:
+            for block in self.layout.blocks:
+                stack.enter_context(self._in_place_of(block))
+            yield
+
+    @contextmanager
+    def _in_place_of(self, block: Block) -> Iterator[None]:
+        modules = self.layout.model.modules()
+        parent, name = next((m, n) for m in modules for n, child in m.named_children() if child is block.module)
+        setattr(parent, name, _StandIn(self, block))
+        try:
+            yield
+        finally:
+            setattr(parent, name, block.module)
+
+
+class _StandIn(nn.Module):
+    """A module with a block's attributes that calls a recorder instead of the block."""
+
+    def __init__(self, recorder: _Recorder, block: Block) -> None:
+        super().__init__()
+        vars(self)["recorder"], vars(self)["block"] = recorder, block  # not as children
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block = self.__dict__["block"]
+        return self.__dict__["recorder"].call(block.index, block.module.forward, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"].module, name)
+
+
+def _share(new: Any, old: Any) -> Any:
+    """``new``, in which tensors that equal their counterpart in ``old`` are replaced by it."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, (tuple, list)):
+        olds = old if isinstance(old, (tuple, list)) and len(old) == len(new) else [None] * len(new)
+        return type(new)(_share(n, o) for n, o in zip(new, olds, strict=True))
+    if isinstance(new, dict):
+        return {key: _share(value, old.get(key) if isinstance(old, dict) else None) for key, value in new.items()}
+    return new

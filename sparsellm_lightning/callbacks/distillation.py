@@ -1,0 +1,284 @@
+"""Distillation: the dense model teaches the sparse one in fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import decoder_blocks, find_model
+from sparsellm_lightning.distributed import adapter_for, load_sharded
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import load_model
+from sparsellm_lightning.sparsity import sparse_projections
+
+_TOKENS = 128  # tokens whose log-probabilities are in float32 at once
+
+
+def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
+    """``T² · mean KL(softmax(t / T) ‖ softmax(s / T))`` over tokens (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student, teacher: logits, (..., classes), any dtype. Computed in float32.
+        temperature: T. The factor T² makes the size of the gradient independent of T.
+        valid: (...) bool, tokens that count. None: all.
+    """
+    if valid is not None:
+        student, teacher = student[valid], teacher[valid]
+    loss: Tensor = _LogitLoss.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)
+    return loss
+
+
+class _LogitLoss(torch.autograd.Function):
+    """:func:`logit_loss` of (tokens, classes). The forward also computes the gradient.
+
+    The loss is computed for ``_TOKENS`` tokens at a time. Autograd would keep half a dozen float32 copies of all logits, which
+    for a vocabulary of 50,000 is more memory than a small model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        gradient = torch.empty_like(student)
+        total = student.new_zeros((), dtype=torch.float32)
+        for s, t, g in zip(student.split(_TOKENS), teacher.split(_TOKENS), gradient.split(_TOKENS), strict=True):
+            log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (s, t))
+            p = log_t.exp()
+            total += p.mul(log_t.sub_(log_s)).sum()
+            g.copy_(log_s.exp_().sub_(p).mul_(temperature / len(student)))
+        ctx.save_for_backward(gradient)
+        return total * (temperature**2 / len(student))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
+    """``mean over blocks of ‖h_s − h_t‖² / ‖h_t‖²`` of the blocks' outputs: SquareHead (Kurtic et al., arXiv 2310.06927).
+
+    Args:
+        student, teacher: by block, (batch, sequence, d), any dtype. Computed in float32.
+        valid: (batch, sequence) bool, tokens that count. None: all.
+    """
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (s.float(), t.float()) if valid is None else (s[valid].float(), t[valid].float())
+        losses.append((s - t).square().sum() / t.square().sum().clamp(min=1e-12))
+    return torch.stack(losses).mean()
+
+
+class Distillation(pl.Callback):
+    """Add a dense teacher to the loss of any LightningModule that trains a ``transformers`` model.
+
+    The loss becomes ``task_weight · L + logit_weight · logit_loss + feature_weight · feature_loss``, where L is the return
+    value of the module's ``training_step``. The teacher sees the student's inputs. Works with
+    :class:`~sparsellm_lightning.SparseLLMCallback` and :class:`~sparsellm_lightning.SparseFinetuning`, in any order.
+
+    Args:
+        teacher: a model, or a name that :func:`~sparsellm_lightning.load_model` takes. None: the module's ``pretrained``
+            attribute (:class:`~sparsellm_lightning.CausalLM` has one), otherwise a frozen copy of the dense model at the
+            start of the run. A resumed run and a sharded model need a name.
+        temperature: of the logit loss.
+        task_weight: of the module's own loss.
+        logit_weight: of :func:`logit_loss`.
+        feature_weight: of :func:`feature_loss`.
+        teacher_dtype: of the teacher's weights: ``auto``, or ``bfloat16`` to halve its memory.
+        offload: keep the teacher in host memory and bring one block at a time to the accelerator.
+        model_attribute: attribute of the LightningModule that holds the student, if it holds several models.
+
+    Raises:
+        UserError: weights or temperature out of range, at construction; no dense teacher, before training.
+    """
+
+    def __init__(
+        self,
+        teacher: str | PreTrainedModel | None = None,
+        temperature: float = 1.0,
+        task_weight: float = 0.5,
+        logit_weight: float = 0.5,
+        feature_weight: float = 0.0,
+        teacher_dtype: str = "auto",
+        offload: bool = False,
+        model_attribute: str | None = None,
+    ) -> None:
+        weights = (task_weight, logit_weight, feature_weight)
+        if not all(weight >= 0 for weight in weights) or not logit_weight + feature_weight > 0:  # also NaN
+            raise UserError(
+                "Distillation needs weights of at least 0, and logit_weight or feature_weight above 0, got task_weight "
+                f"{task_weight}, logit_weight {logit_weight}, feature_weight {feature_weight}. Set one of the two weights, "
+                "or remove Distillation."
+            )
+        if not temperature > 0:
+            raise UserError(f"temperature must be positive, got {temperature}. 1 is usual.")
+        self.teacher = teacher
+        self.temperature = temperature
+        self.task_weight, self.logit_weight, self.feature_weight = task_weight, logit_weight, feature_weight
+        self.teacher_dtype = teacher_dtype
+        self.offload = offload
+        self.model_attribute = model_attribute
+        self._model: PreTrainedModel | None = None
+        self._patched = ExitStack()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The model exists and is dense here, unless the run resumes one that has pruned.
+        self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._model is not None
+        student = find_model(pl_module, self.model_attribute)
+        if self.offload:
+            self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
+        elif pl_module.device_mesh is None:
+            self._model.to(pl_module.device)  # type: ignore[arg-type]
+        self._patched.enter_context(self._patching(pl_module, student, self._model))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._patched.close()
+        self._model = None
+
+    def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedModel:
+        source = getattr(pl_module, "pretrained", None) if self.teacher is None else self.teacher
+        if isinstance(source, str):
+            path, mesh = source, pl_module.device_mesh
+            if mesh is not None:
+                return load_sharded(lambda: load_model(path, self.teacher_dtype), mesh["data_parallel"])
+            return load_model(path, self.teacher_dtype)
+        if source is None:
+            if adapter_for(trainer).weights_are_split:
+                raise UserError(
+                    "Distillation cannot copy a model that is sharded over ranks. Give teacher: the path or hub id of the "
+                    "dense model."
+                )
+            if trainer.ckpt_path is not None or sparse_projections(pl_module, adapter_for(trainer)):
+                raise UserError(
+                    "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
+                    "may have pruned it. Give teacher: the path or hub id of the dense model."
+                )
+            source = copy.deepcopy(find_model(pl_module, self.model_attribute))
+        dtype = None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
+        return source if dtype is None else source.to(dtype)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _patching(
+        self, pl_module: pl.LightningModule, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> Iterator[None]:
+        """Wrap ``training_step``, because no hook of a callback may change the loss."""
+        original, own = pl_module.training_step, vars(pl_module).get("training_step")
+
+        @wraps(original)  # Lightning reads the signature
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            with _recording(student, features=self.feature_weight > 0) as calls:
+                outputs = original(*args, **kwargs)
+            if outputs is None:
+                return None
+            loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
+            loss = self.task_weight * loss + self._loss(pl_module, teacher, calls)
+            return loss if isinstance(outputs, Tensor) else {**outputs, "loss": loss}
+
+        vars(pl_module)["training_step"] = training_step
+        try:
+            yield
+        finally:
+            del vars(pl_module)["training_step"]
+            if own is not None:
+                vars(pl_module)["training_step"] = own
+
+    def _loss(self, pl_module: pl.LightningModule, teacher: PreTrainedModel, calls: list[_Call]) -> Tensor:
+        if not calls:
+            raise UserError(
+                "Distillation compares the student's forwards, but training_step made none through the model's own forward. "
+                "Call the transformers model itself, not its parts."
+            )
+        total: Tensor | float = 0.0
+        for call in calls:
+            with torch.no_grad(), _recording(teacher, features=self.feature_weight > 0) as seen:
+                inputs = {key: value for key, value in call.inputs.items() if key not in ("labels", "use_cache")}
+                teacher(*call.args, **inputs, use_cache=False)
+            mask = call.inputs.get("attention_mask")
+            valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            if self.logit_weight:
+                if call.logits is None or seen[0].logits is None or call.logits.shape != seen[0].logits.shape:
+                    shapes = [None if x is None else tuple(x.shape) for x in (call.logits, seen[0].logits)]
+                    raise UserError(
+                        f"Distillation by logits needs the same of student and teacher, got shapes {shapes[0]} and "
+                        f"{shapes[1]}. Choose a teacher with the same head and vocabulary, or set logit_weight to 0."
+                    )
+                tokens = valid if call.logits.dim() == 3 else None
+                loss = logit_loss(call.logits, seen[0].logits, self.temperature, tokens)
+                pl_module.log("distillation_logit_loss", loss.detach())
+                total = total + self.logit_weight * loss
+            if self.feature_weight:
+                if len(call.features) != len(seen[0].features) or not call.features:
+                    raise UserError(
+                        f"Distillation by features saw {len(call.features)} blocks of the student and "
+                        f"{len(seen[0].features)} of the teacher. Both must have the same blocks, not compiled as a whole."
+                    )
+                loss = feature_loss(call.features, seen[0].features, valid)
+                pl_module.log("distillation_feature_loss", loss.detach())
+                total = total + self.feature_weight * loss
+        assert isinstance(total, Tensor)
+        return total
+
+
+@dataclass
+class _Call:
+    """One forward of a model: its arguments, its logits, and the outputs of its blocks."""
+
+    args: tuple[Any, ...]
+    inputs: dict[str, Any]
+    logits: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
+    calls: list[_Call] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(args, kwargs))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[-1].logits = getattr(output, "logits", None)
+
+    def block(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[-1].features.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as handles:
+        for handle in (
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after),
+            *(module.register_forward_hook(block) for module in (decoder_blocks(model) if features else ())),
+        ):
+            handles.callback(handle.remove)
+        yield calls
+
+
+@contextmanager
+def _brought_in_turn(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Each block, and each layer outside the blocks, is on the device only during its own forward."""
+    blocks = decoder_blocks(model)
+    inside = {module for block in blocks for module in block.modules()}
+    others = [m for m in model.modules() if m not in inside and any(True for _ in m.parameters(recurse=False))]
+    with ExitStack() as handles:
+        for module in (*blocks, *others):
+            module.to("cpu")
+            handles.callback(module.register_forward_pre_hook(lambda m, args: m.to(device) and None).remove)
+            handles.callback(module.register_forward_hook(lambda m, args, output: m.to("cpu") and None).remove)
+        yield

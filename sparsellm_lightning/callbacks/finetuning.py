@@ -1,0 +1,136 @@
+"""Fine-tuning a sparse model inside a Trainer, with every zero kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+
+from sparsellm_lightning.architecture import Projection
+from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.sparsity import Masks, keep_zeros, sparse_projections
+
+
+class SparseFinetuning(pl.Callback):
+    """Keep the zeros of a sparse model, however it was pruned, while it is trained.
+
+    - After every backward pass, gradients of pruned weights are set to zero. This is before clipping, so they do not count in
+    the
+      norm. An optimizer's moments at pruned weights stay zero.
+    - Directly after every optimizer step, pruned weights are set to zero, before any other callback sees them. Only optimizers
+      that mix entries move them at all.
+    - At the end of every epoch and of training, the zeros are compared with the masks, entry by entry.
+    - LoRA adapters (``peft``) on sparse layers are masked in training as in the merge.
+
+    Works on one device, under DDP, FSDP1 and FSDP2, with any optimizer, precision, accumulation and compiled modules. The masks
+    are of the local shard, one bit a weight. A resumed run rebuilds them from the zeros. The order among other callbacks does
+    not matter.
+
+    Raises:
+        UserError: at setup, if the Trainer has Lightning's ``ModelPruning`` or an unsupported strategy; at the start of
+        training, if
+            the model has no zeros, or other zeros than the checkpoint stored.
+        MaskError: at the end of an epoch or of training, if something else changed the zeros.
+    """
+
+    def __init__(self) -> None:
+        self._masks: Masks | None = None
+        self._stored: dict[str, Any] = {}
+        self._handles: list[Any] = []
+        self._random_state: torch.Tensor | None = None
+        self.checks = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        adapter_for(trainer)
+        if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"{type(self).__name__} keeps the masks itself, but the Trainer also has Lightning's ModelPruning, which would "
+                "prune and reparametrise the same weights. Remove one of them."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        projections = sparse_projections(pl_module, adapter_for(trainer))
+        if not projections:
+            raise UserError(
+                f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
+                "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
+            )
+        self.hold(trainer, pl_module, projections)
+
+    def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
+        """Keep the zeros of these layers from now on."""
+        self.release()
+        self._masks = Masks(projections, adapter_for(trainer))
+        self._compare_with_stored()
+        self._masks.clear_moments(trainer.optimizers)
+        keep_zeros(pl_module, {p.module for p in projections})
+        for optimizer in trainer.optimizers:
+            # Not in on_train_batch_end, because a weight-averaging callback earlier in the list must see the zeros.
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._apply()))
+
+    def release(self) -> None:
+        """Stop keeping the zeros. The masks stay known."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._random_state is not None:  # of a resumed run, so that dropout continues its sequence
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._masks is not None:
+            self._masks.mask_gradients()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
+        for callback in later:
+            # The averages are checked, measured and exported. The callback puts them in place here, and again in its turn.
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(trainer, pl_module)
+        self._check()
+        self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._masks is None:
+            return {}
+        return {"zeros": self._masks.zeros, "random_state": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stored = dict(state_dict.get("zeros", {}))
+        self._random_state = state_dict.get("random_state")
+
+    def _apply(self) -> None:
+        if self._masks is not None:
+            self._masks.apply()
+
+    def _check(self) -> None:
+        if self._masks is not None:
+            self._masks.check()
+            self.checks += 1
+
+    def _compare_with_stored(self) -> None:
+        assert self._masks is not None
+        stored, self._stored = self._stored, {}
+        for name, zeros in stored.items():
+            found = self._masks.zeros.get(name)
+            if found != zeros:
+                raise UserError(
+                    f"The checkpoint was saved with {zeros} zeros in {name}, but the weights restored from it have {found}. "
+                    "Resume from the checkpoint that belongs to these weights; to fine-tune other sparse weights, start a new "
+                    "run from them (CausalLM(weights=...)) instead of resuming."
+                )

@@ -1,0 +1,318 @@
+"""The pruning callback: it decides when to prune. The other rooms do the work."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import describe, find_model
+from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import calibration_batches, validation_batches
+from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import check_export_dir, export_model, perplexity
+from sparsellm_lightning.pipeline import prune_model
+from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_report
+from sparsellm_lightning.runtime import Profile
+from sparsellm_lightning.sparsity import has_adapters
+
+log = logging.getLogger(__name__)
+
+_SPARSE = 0.01  # smallest share of zeros of a model that counts as sparse
+
+
+class SparseLLMCallback(SparseFinetuning):
+    """Prune the causal language model inside a LightningModule, once, when training starts.
+
+    Calibration windows come from the datamodule's ``calibration_dataloader()`` if it has one (called with ``num_samples`` and
+    ``seed`` if it takes them), otherwise from the training dataloader. A run that resumes from a checkpoint taken after
+    pruning does not prune again, nor does a second ``fit`` with the same model.
+
+    With ``finetune`` the run trains on and keeps the zeros (:class:`~sparsellm_lightning.SparseFinetuning`). A module whose
+    ``weights`` attribute names a sparse model (``CausalLM(weights=...)``) is trained and not pruned.
+
+    Args:
+        finetune: train on after pruning. False: the run stops.
+        schedule: gradual pruning: optimizer step -> sparsity, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every stage solves
+            anew and keeps the zeros of the stage before. Needs ``finetune``. Replaces ``sparsity``.
+        export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends. None: no export.
+        resume_dir: folder where every finished block is noted. A run that was killed while pruning and is started again goes
+            on at the first unfinished block. With ``schedule``, one folder inside for each stage. None: no notes.
+        overwrite: replace the contents of ``export_dir``.
+        measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
+        model_attribute: attribute of the LightningModule that holds the model, if it holds several.
+        settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
+
+    Attributes:
+        config: the settings.
+        report: measurements of the last pruning. None before.
+
+    Raises:
+        UserError: a setting out of its range, at construction; a Trainer under which nothing would run, an export folder that
+        is
+            not empty or an unknown architecture, before any long work.
+    """
+
+    def __init__(
+        self,
+        *,
+        finetune: bool = False,
+        schedule: dict[int, float] | None = None,
+        export_dir: str | None = None,
+        resume_dir: str | None = None,
+        overwrite: bool = False,
+        measure: bool = True,
+        model_attribute: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.config = PruningConfig(**settings)
+        self.schedule = None if schedule is None else _check_schedule(schedule, self.config, finetune)
+        if self.schedule is not None:
+            self.config = replace(self.config, sparsity=list(self.schedule.values())[-1])
+        self.finetune = finetune
+        self.export_dir = export_dir
+        self.resume_dir = resume_dir
+        self.overwrite = overwrite
+        self.measure = measure
+        self.model_attribute = model_attribute
+        self.report: PruningReport | None = None
+        self._restored = False  # whether the report comes from the checkpoint of this run
+        self._pruned_model: weakref.ref[PreTrainedModel] | None = None
+        self._profile = Profile()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._restored = False
+        self._profile = Profile()
+        if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
+            raise UserError(
+                "SparseLLMCallback prunes when training starts, but nothing would run: max_steps, max_epochs and "
+                f"limit_train_batches must not be 0, got {trainer.max_steps}, {trainer.max_epochs} and "
+                f"{trainer.limit_train_batches}. To prune without training, leave them out and set finetune to false."
+            )
+        if not self._trains_on(pl_module) and (trainer.min_steps or trainer.min_epochs):
+            raise UserError(
+                "With finetune=False the run stops after pruning, but min_steps / min_epochs ask for "
+                f"{trainer.min_steps} / {trainer.min_epochs}. Leave them out, or set finetune to true."
+            )
+        if sum(isinstance(c, SparseFinetuning) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
+                "Keep one. With SparseLLMCallback, set finetune to true."
+            )
+        check_training = getattr(trainer.datamodule, "check_training", None)  # type: ignore[attr-defined]
+        if self._trains_on(pl_module) and check_training is not None:
+            check_training()
+        if self.schedule is not None:
+            self._check_run(trainer, self.schedule)
+        if self.export_dir is not None and trainer.is_global_zero:
+            check_export_dir(self.export_dir, self.overwrite)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        describe(self._model(pl_module), self.config)
+        if self.schedule is not None and has_adapters(pl_module):
+            raise UserError(
+                "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = self._model(pl_module)
+        pruned_here = self._pruned_model is not None and self._pruned_model() is model
+        if not (self._restored or pruned_here):
+            self.report = None  # of an earlier run with another model
+        if self.report is not None:
+            if trainer.is_global_zero:
+                log.info("This model is pruned already. It is not pruned again.")
+            self._hold(trainer, pl_module)
+        elif _is_sparse_already(pl_module):
+            self._start_from_sparse(trainer, pl_module)
+        else:
+            self._prune(trainer, pl_module)
+        assert self.report is not None
+        self.report.model = getattr(pl_module, "pretrained", None) or self.report.model
+        self._pruned_model = weakref.ref(model)
+        if not self._trains_on(pl_module):
+            trainer.should_stop = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.schedule is None or self.report is None or len(self.report.stages) == len(self.schedule):
+            return
+        if trainer.global_step >= list(self.schedule)[len(self.report.stages)]:
+            self._prune(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.report is None:
+            return
+        left = list(self.schedule or {})[len(self.report.stages) :]
+        if left and not _is_sparse_already(pl_module):
+            rank_zero_warn(
+                f"The run ended at step {trainer.global_step}, before the schedule's stages at {', '.join(map(str, left))}. "
+                "Train longer, or prune earlier."
+            )
+        if self._trains_on(pl_module):
+            self._report_finetuning(trainer, self._model(pl_module), self.report)
+        self._export(trainer, pl_module, self.report)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"report": None if self.report is None else self.report.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        report = state_dict["report"]
+        self.report = None if report is None else PruningReport(**report)
+        self._restored = True
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune, or prune further, and measure before and after."""
+        model, adapter = self._model(pl_module), adapter_for(trainer)
+        before = self._perplexity(trainer, model, adapter)
+        batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
+        stages = [] if self.report is None else self.report.stages
+        config = self.config
+        if self.schedule is not None:
+            config = replace(config, sparsity=list(self.schedule.values())[len(stages)])
+        report = prune_model(
+            model,
+            batches,
+            config,
+            adapter=adapter,
+            sharded=sharded,
+            keep_zeros=bool(stages),
+            resume_dir=None if self.resume_dir is None else Path(self.resume_dir) / f"stage-{len(stages)}",
+            progress=trainer.progress_bar_callback is not None,
+            on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
+        )
+        report.calibration["source"] = source
+        after = self._perplexity(trainer, model, adapter)
+        dense = self.report.perplexity["dense"] if self.report is not None else before
+        report.perplexity = {"dense": dense, "pruned": after}
+        if self.schedule is not None:
+            achieved = report.sparsity["achieved"]
+            stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
+            report.stages = [*stages, stage]
+        self.report = report
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(callback, WeightAveraging) and average is not None:
+                average.module.load_state_dict(pl_module.state_dict())  # it is a copy of the dense model
+        self._hold(trainer, pl_module)
+
+    def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report a model that is sparse already, and hold its zeros."""
+        model, adapter = self._model(pl_module), adapter_for(trainer)
+        self.report = report_of_sparse(describe(model, self.config), adapter, self.config.pattern)
+        achieved = self.report.sparsity["achieved"]
+        if achieved < _SPARSE:
+            raise UserError(
+                f"weights must name a sparse model, but only {100 * achieved:.2f} % of the projections of "
+                f"{pl_module.weights} are zero. To prune this model, give it as pretrained instead."
+            )
+        self.report.perplexity["pruned"] = self._perplexity(trainer, model, adapter)
+        self._hold(trainer, pl_module)
+
+    def _report_finetuning(self, trainer: pl.Trainer, model: PreTrainedModel, report: PruningReport) -> None:
+        """Report the check of the masks, and the weights and perplexity after fine-tuning."""
+        assert self._masks is not None
+        zeros = self._masks.zeros
+        report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
+        adapter = adapter_for(trainer)
+        report.perplexity["finetuned"] = self._perplexity(trainer, model, adapter)
+        errors = {layer["name"]: layer["error"] for layer in report.layers}
+        report.layers, report.sparsity["achieved"] = layer_rows(describe(model, self.config), adapter, errors)
+
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
+        """Complete the report's seconds, and write the model and the report if there is an export folder."""
+        model = self._model(pl_module)
+        state = None if self.export_dir is None else adapter_for(trainer).state_dict(model)
+        folder = None
+        if self.export_dir is not None and trainer.is_global_zero:
+            tokenizer = getattr(pl_module, "tokenizer", None)
+            with self._profile.phase("export"):
+                folder = export_model(model, self.export_dir, tokenizer, self.overwrite, state)
+        report.phases |= self._profile.seconds
+        if folder is not None:
+            save_report(report, folder)
+        trainer.strategy.barrier()
+
+    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._trains_on(pl_module):
+            projections = describe(self._model(pl_module), self.config).projections()
+            self.hold(trainer, pl_module, [p for p in projections if p.pruned])
+
+    def _trains_on(self, pl_module: pl.LightningModule) -> bool:
+        return self.finetune or _is_sparse_already(pl_module)
+
+    @staticmethod
+    def _check_run(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
+        last = list(schedule)[-1]
+        if 0 < trainer.max_steps <= last:
+            raise UserError(
+                f"schedule has a stage at step {last}, but the run ends at max_steps {trainer.max_steps}. Train longer, or "
+                "prune earlier."
+            )
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                "Gradual pruning cannot be combined with weight averaging, because an average of weights before and after a "
+                "stage is not sparse. Leave out schedule, or average in a second run (CausalLM(weights=...))."
+            )
+
+    def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
+        return find_model(pl_module, self.model_attribute)
+
+    def _perplexity(self, trainer: pl.Trainer, model: PreTrainedModel, adapter: StrategyAdapter) -> float | None:
+        """Perplexity on the validation windows. None if there are none, or the model has no language-model head."""
+        if not self.measure or model.get_output_embeddings() is None:
+            return None
+        batches, sharded = validation_batches(trainer)
+        if batches is None:
+            return None
+        with self._profile.phase("evaluation"):
+            return perplexity(model, batches, adapter, sharded=sharded)
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
+
+
+def _is_sparse_already(pl_module: pl.LightningModule) -> bool:
+    return getattr(pl_module, "weights", None) is not None
+
+
+def _check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: bool) -> dict[int, float]:
+    """The stages in order.
+
+    Raises:
+        UserError: they do not begin at step 0, do not rise, or contradict other settings.
+    """
+    stages = {int(step): float(value) for step, value in sorted(schedule.items())}
+    rising = all(low < high for low, high in pairwise(stages.values()))
+    if not stages or next(iter(stages)) != 0 or not rising or not all(0 < value < 1 for value in stages.values()):
+        raise UserError(
+            f"schedule must begin at step 0 and rise within (0, 1), got {schedule}. Write {{0: 0.5, 50: 0.6, 100: 0.7}}."
+        )
+    if not finetune:
+        raise UserError("schedule prunes during training, but finetune is false. Set finetune to true.")
+    if config.pattern != "unstructured" or config.sparsity not in (None, list(stages.values())[-1]):
+        raise UserError(
+            f"schedule gives the sparsity of every stage and needs pattern unstructured, got sparsity {config.sparsity} and "
+            f"pattern {config.pattern}. Leave both out."
+        )
+    return stages

@@ -1,0 +1,29 @@
+"""Text and tokens: sources, the datamodule, calibration windows, and windows that the model writes."""
+
+from sparsellm_lightning.data.datamodule import TextDataModule
+from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
+from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
+from sparsellm_lightning.data.windows import (
+    CalibrationBatch,
+    add_written_windows,
+    equally_many,
+    first_tokens,
+    fitted_windows,
+    held_out_windows,
+    take_windows,
+)
+
+__all__ = [
+    "CalibrationBatch",
+    "TextDataModule",
+    "add_written_windows",
+    "calibration_batches",
+    "equally_many",
+    "first_tokens",
+    "fitted_windows",
+    "generate_windows",
+    "held_out_windows",
+    "rewrite_windows",
+    "take_windows",
+    "validation_batches",
+]

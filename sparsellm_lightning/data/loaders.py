@@ -1,0 +1,117 @@
+"""Dataloaders: windows as batches, a loader that resumes, and the loaders of a Trainer that calibrate and validate."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Windows = DataLoader[dict[str, Tensor]]
+
+
+class WindowDataset(Dataset[dict[str, Tensor]]):
+    """Rows of an (N, T) tensor of token ids as model inputs."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader whose position in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
+
+    The loader counts epochs and batches itself and continues an interrupted iteration where it stopped. Lightning's own count
+    is one ahead in a checkpoint that is saved when ``max_steps`` ends a run, and Lightning may begin an epoch twice.
+    """
+
+    _epoch = 0
+    _taken = 0
+
+    def __iter__(self) -> Any:
+        self.load_state_dict(self.state_dict())
+        assert isinstance(self.sampler, DistributedSampler)
+        self.sampler.set_epoch(self._epoch)
+        skipped = self._taken
+        for index, batch in enumerate(super().__iter__()):
+            if index >= skipped:
+                self._taken = index + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the number of its batches that were taken."""
+        over = self._taken == len(self)  # an iterator of known length is not asked for one batch more
+        return {"epoch": self._epoch + over, "batches": 0 if over else self._taken}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next iteration begins at this position."""
+        self._epoch, self._taken = state_dict["epoch"], state_dict["batches"]
+
+
+def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tuple[Iterable[Any], bool, str]:
+    """The batches that calibrate: of the datamodule's ``calibration_dataloader``, otherwise of the training dataloader.
+
+    Args:
+        trainer: whose training has started.
+        num_samples, seed: passed to ``calibration_dataloader`` if it has these arguments.
+
+    Returns:
+        the batches; whether they hold this rank's share only; and their source for the report: the datamodule's ``source``
+        (``self``: the model wrote them) or its type.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    loader = getattr(data, "calibration_dataloader", None)
+    if loader is None:
+        assert trainer.train_dataloader is not None
+        return _fresh(trainer.train_dataloader), _is_sharded(trainer.train_dataloader), "training dataloader"
+    accepted = inspect.signature(loader).parameters
+    wanted = {"num_samples": num_samples, "seed": seed}
+    source = str(getattr(data, "source", type(data).__name__))
+    return loader(**{name: value for name, value in wanted.items() if name in accepted}), False, source
+
+
+def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
+    """The validation batches, or None, and whether they hold this rank's share only."""
+    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        if owner is not None and is_overridden("val_dataloader", owner):
+            loaders, sharded = owner.val_dataloader(), False
+            break
+    else:
+        loaders = trainer.val_dataloaders
+        sharded = _is_sharded(loaders)
+    if isinstance(loaders, (list, tuple)):
+        return (chain.from_iterable(loaders), sharded) if loaders else (None, sharded)
+    return loaders, sharded
+
+
+def _fresh(loader: Any) -> Any:
+    """A loader with an iterator of its own.
+
+    With persistent workers, ``iter(loader)`` restarts the one iterator that the loader keeps, and training uses that one.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    fresh = copy.copy(loader)
+    fresh._iterator = None
+    if isinstance(fresh, ResumableLoader):
+        fresh.load_state_dict({"epoch": 0, "batches": 0})
+    return fresh
+
+
+def _is_sharded(loader: Any) -> bool:
+    """Whether a dataloader gives each rank its own share, as Lightning's distributed sampler does."""
+    if isinstance(loader, (list, tuple)):
+        return any(_is_sharded(part) for part in loader)
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)

@@ -1,0 +1,236 @@
+"""Windows of tokens that the model writes: in place of a text, or beside one."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from sparsellm_lightning.architecture import device_of
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.runtime import explaining_memory, format_bytes
+from sparsellm_lightning.solvers import count
+
+PROMPT = 32  # largest number of tokens of a prompt, and of its continuation
+HELD_TOKENS = 16_384  # largest number of tokens whose keys and values are in memory at once, on each rank
+HELD_BYTES = 2**31  # largest size of these keys and values
+
+
+@torch.no_grad()
+def generate_windows(
+    model: PreTrainedModel,
+    count: int,
+    length: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    adapter: StrategyAdapter | None = None,
+) -> Tensor:
+    """Sample windows from a causal language model, token by token, starting with its beginning-of-sequence token.
+
+    The draws of window i depend on ``seed``, i and the kind of device, but not on batches or ranks. Rounding depends on batches
+    and ranks, and changes a token where two tokens are almost equally likely: in float32, a few times in a million tokens. An
+    end-of-sequence token does not end a window.
+
+    Args:
+        model: with a language-model head.
+        count: number of windows, over all ranks.
+        length: tokens per window, including the first.
+        seed: seed of the draws.
+        batch_size: windows generated at once on each rank. Their keys and values must fit into memory.
+        temperature: divides the logits. 1 samples the model's own distribution.
+        adapter: of the strategy the model runs under. None: a single device. All ranks call this together, and each generates
+            its share.
+
+    Returns:
+        (count, length) int64 on the CPU, the same on every rank.
+
+    Raises:
+        UserError: a value out of its range, windows longer than the model's context, no token to start from, or no
+            language-model head.
+    """
+    _check(model, count, length, batch_size, temperature)
+    start = torch.full((1, 1), _first_token(model), device=device_of(model))
+    adapter = adapter or StrategyAdapter()
+    rank, size = adapter.ranks.rank, adapter.ranks.size
+    # Every rank makes equally many windows, hence forwards. Windows beyond count are dropped.
+    mine = range(rank, rank + size * -(-count // size), size)
+    windows = []
+    with adapter.ranks.failing_together(), adapter.calibrating(model):
+        for first in range(0, len(mine), batch_size):
+            generators = [_generator(f"{seed}/{i}", start.device) for i in mine[first : first + batch_size]]
+            prompts = start.expand(len(generators), 1)
+            windows.append(
+                torch.cat([prompts, _sample(model, prompts, length - 1, generators, temperature, adapter)], 1)
+            )
+        together = torch.stack(adapter.ranks.gather(torch.cat(windows)), dim=1)  # (share, ranks, length)
+        adapter.finish(model)
+    return together.flatten(0, 1)[:count].cpu()
+
+
+@torch.no_grad()
+def rewrite_windows(
+    model: PreTrainedModel,
+    windows: Tensor,
+    names: Sequence[str],
+    adapter: StrategyAdapter,
+    autocast: torch.dtype = torch.float32,
+) -> Tensor:
+    """For each window, another one of the same length: the model's continuations of its parts.
+
+    The window is cut into parts of at most :data:`PROMPT` tokens (the last two may overlap). Each part is a prompt. The
+    continuations are as long as their prompts, are sampled from the model's own distribution, and are joined. Short parts need
+    few sequential steps.
+
+    Args:
+        model: with a language-model head, in evaluation mode.
+        windows: (n, length) int64, equally many on every rank.
+        names: of the windows: seeds of the draws.
+        adapter: of the strategy the model runs under. All ranks call this together, each with its own windows.
+        autocast: dtype of the products if the model is float32. With less than float32 the result depends on batches and ranks.
+
+    Returns:
+        (n, length) int64 on the windows' device.
+
+    Raises:
+        UserError: no language-model head.
+        OutOfMemoryError: no room for the keys and values.
+    """
+    _check_head(model)
+    number, length = windows.shape
+    parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
+    size = -(-length // parts)
+    starts = [min(size * part, length - size) for part in range(parts)]
+    prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
+    a_token = _bytes_of_a_token(model)
+    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // (2 * size), 1), len(prompts))
+    explained = explaining_memory(
+        lambda: (
+            f"In the windows that the model writes: keys and values of {2 * size * at_once} tokens take "
+            f"{format_bytes(2 * size * at_once * a_token)}. Set continuations to 0."
+        )
+    )
+    written = []
+    lower = model.dtype == torch.float32 != autocast
+    base: PreTrainedModel = model.base_model  # type: ignore[assignment]
+    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
+    body = base.num_parameters(exclude_embeddings=True)
+    # Cached casts of gathered shards would add up to the whole model.
+    cast = torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split)
+    with explained, cast:
+        for first in range(0, len(prompts), at_once):
+            some = prompts[first : first + at_once].to(device_of(model))
+            rows = range(first, first + len(some))
+            generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
+            written.append(_sample(model, some, size, generators, 1.0, adapter))
+            count(2 * len(some) * (body * (2 * size - 1) + head * size), autocast if lower else model.dtype)
+    return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
+
+
+def _bytes_of_a_token(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return int(2 * pairs * model.dtype.itemsize)
+
+
+def _generator(name: str, device: torch.device) -> torch.Generator:
+    # Hashed from a text, because sums of seed and index would collide.
+    return torch.Generator(device).manual_seed(random.Random(name).getrandbits(63))
+
+
+def _sample(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    length: int,
+    generators: list[torch.Generator],
+    temperature: float,
+    adapter: StrategyAdapter,
+) -> Tensor:
+    """The next tokens after prompts: (batch, length) after (batch, at least 1). Each row has its own generator."""
+    cache = DynamicCache(config=model.config)
+    room = prompts.shape[1] + length
+    cache.layers = [_InPlace(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    tokens = [prompts]
+    while len(tokens) <= length:
+        logits = adapter.next_logits(model, tokens[-1], cache)
+        chances = torch.softmax(logits.float() / temperature, -1)
+        # Sampling by exponential clocks: the token with the smallest clock / chance wins. Inverting the distribution function
+        # would be far more sensitive to rounding. float64, because a rare token wins with a time below float32's resolution.
+        # Row by row, because a row fits into the processor's cache.
+        winners = []
+        for row, generator in zip(chances, generators, strict=True):
+            clocks = torch.empty_like(row, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
+            winners.append((row / clocks).argmax(-1, keepdim=True))
+        tokens.append(torch.stack(winners))
+    return torch.cat([prompts[:, :0], *tokens[1:]], 1)
+
+
+class _InPlace(DynamicLayer):
+    """Keys and values of a layer in a preallocated buffer. ``DynamicLayer`` copies all of them for each token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:-2], self.room, x.shape[-1]) for x in (key_states, value_states)]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def _check(model: PreTrainedModel, count: int, length: int, batch_size: int, temperature: float) -> None:
+    if min(count, length, batch_size) < 1 or not 0 < temperature < math.inf:
+        raise UserError(
+            "generation needs count, length and batch_size of at least 1 and a temperature above 0, got "
+            f"{count}, {length}, {batch_size} and {temperature}. Correct these."
+        )
+    _check_head(model)
+    context = _context(model)
+    if length > context:
+        raise UserError(
+            f"generated windows must fit into the model's context of {context} tokens, got length {length}. "
+            "Give a smaller length (sequence_length)."
+        )
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"generation needs a language-model head, which {type(model).__name__} has not. Calibrate it on text alone: with "
+            "another source than self, and continuations 0."
+        )
+
+
+def _context(model: PreTrainedModel) -> float:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if context is None else context
+
+
+def _first_token(model: PreTrainedModel) -> int:
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.config.get_text_config(), model.generation_config):
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token[0] if isinstance(token, (list, tuple)) else token)
+    raise UserError(
+        "generation starts from the model's beginning- or end-of-sequence token, got neither in its configuration. Set "
+        "model.config.bos_token_id."
+    )

@@ -1,0 +1,227 @@
+"""Which tokens calibrate: windows of a stream of batches, each rank's share, and which of them are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import model_inputs
+from sparsellm_lightning.solvers import Ranks
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """A batch of calibration windows.
+
+    Args:
+        inputs: the model's keyword arguments.
+        valid: (batch, sequence) bool, False where a token does not count (padding). None: all count.
+    """
+
+    inputs: dict[str, Tensor]
+    valid: Tensor | None
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def length(self) -> int:
+        """Tokens of each window, padding included."""
+        return next(iter(self.inputs.values())).shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that count."""
+        return self.windows * self.length if self.valid is None else int(self.valid.sum())
+
+    def rows(self, chosen: slice | Sequence[int]) -> CalibrationBatch:
+        """The chosen windows. Arguments that the batch shares (such as position ids of one row) stay as they are."""
+        inputs = {k: v[chosen] if len(v) == self.windows else v for k, v in self.inputs.items()}
+        return CalibrationBatch(inputs, None if self.valid is None else self.valid[chosen])
+
+
+def take_windows(
+    batches: Iterable[Any],
+    count: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    batch_tokens: int | None = None,
+) -> tuple[list[CalibrationBatch], int]:
+    """This rank's share of the first ``count`` windows (rows of batches), and the number of windows over all ranks.
+
+    Args:
+        batches: batches that :func:`~sparsellm_lightning.models.model_inputs` accepts.
+        count: windows over all ranks.
+        ranks: window i goes to rank ``i mod size``, so shares differ by at most one and no window is used twice.
+        device: where the windows are put.
+        sharded: whether the batches hold this rank's windows only (a distributed sampler).
+        batch_tokens: batches of more tokens are split, down to single windows. None: no limit.
+
+    Raises:
+        UserError: no windows on any rank.
+    """
+    rank, size = (0, 1) if sharded else (ranks.rank, ranks.size)
+    wanted = len(range(ranks.rank, count, ranks.size)) if sharded else count
+    taken, seen = [], 0
+    for batch in batches if wanted else ():
+        inputs = model_inputs(batch)
+        whole = CalibrationBatch(inputs, None)
+        mine = [row for row in range(min(whole.windows, wanted - seen)) if (seen + row) % size == rank]
+        step = whole.windows if batch_tokens is None else max(1, batch_tokens // whole.length)
+        for part in (mine[start : start + step] for start in range(0, len(mine), step)):
+            chosen = {key: value.to(device) for key, value in whole.rows(part).inputs.items()}
+            taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
+        seen += whole.windows
+        if seen >= wanted:
+            break
+    (total,) = ranks.total(sum(batch.windows for batch in taken))
+    if not total:
+        raise UserError(
+            "Pruning needs at least one calibration window, but the calibration (or training) dataloader gave none. "
+            "Check its dataset and length."
+        )
+    return taken, total
+
+
+def held_out_windows(windows: int, fraction: float) -> int:
+    """Number of windows that are held out: the fraction of ``windows``, rounded down."""
+    return int(fraction * windows)
+
+
+def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
+    """Number of this rank's windows that are fitted: its first ones. The last of all windows are held out.
+
+    Args:
+        windows: over all ranks.
+        fraction: of them that is held out.
+        ranks: window i belongs to rank ``i mod size``.
+    """
+    return len(range(ranks.rank, windows - held_out_windows(windows, fraction), ranks.size))
+
+
+def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:
+    """One batch of the first ``length`` tokens of the first windows, with ``tokens`` tokens over all ranks.
+
+    Padding at the start of a window is left out if the window is long enough. Windows shorter than the longest allows are
+    passed over.
+
+    Args:
+        batches: this rank's windows.
+        tokens: over all ranks, rounded to whole windows.
+        length: upper limit of the tokens of one window.
+        ranks: window i belongs to rank ``i mod size``. There is no communication.
+
+    Returns:
+        one batch, or none if the rank has no windows. If the chosen windows all belong to other ranks, no token of the batch
+        counts.
+    """
+    length = min(length, max((batch.length for batch in batches), default=0))
+    mine = len(range(ranks.rank, max(1, round(tokens / max(length, 1))), ranks.size))
+    long_enough = [batch for batch in batches if batch.length >= length]
+    alike = [batch for batch in long_enough if batch.inputs.keys() == long_enough[0].inputs.keys()]
+    rows = [(batch, row) for batch in alike for row in range(batch.windows)][: max(mine, 1)]
+    cut = [_cut(batch, row, length) for batch, row in rows]
+    if not cut:
+        return []
+    inputs = {key: torch.cat([batch.inputs[key] for batch in cut]) for key in cut[0].inputs}
+    valid = torch.cat([batch.valid for batch in cut if batch.valid is not None]) & (mine > 0)
+    return [CalibrationBatch(inputs, valid)]
+
+
+def equally_many(batches: list[CalibrationBatch], ranks: Ranks, device: torch.device) -> list[CalibrationBatch]:
+    """The batches, padded to the number of batches of the rank with most by batches in which no token counts."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    nothing = CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))
+    return batches + [nothing] * (ranks.largest(len(batches)) - len(batches))
+
+
+def add_written_windows(
+    batches: list[CalibrationBatch],
+    fitted: int,
+    copies: int,
+    write: Callable[[Tensor, list[str]], Tensor],
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[list[CalibrationBatch], int, int]:
+    """Insert windows that the model writes between the fitted windows and the held-out ones.
+
+    Written after are the fitted windows that have the length of the longest one and no padding.
+
+    Args:
+        batches: this rank's windows.
+        fitted: number of fitted windows: the first ones.
+        copies: windows to write for each of these.
+        write: called with windows (n, length), equally many on every rank, and their names, which are unique over ranks and
+            copies. Returns windows of the same shape.
+        ranks: all call this function together.
+        device: of the batches.
+
+    Returns:
+        this rank's windows, the number of them that are fitted, and the number of written windows over all ranks.
+
+    Raises:
+        UserError: batches without token ids.
+    """
+    if any("input_ids" not in batch.inputs for batch in batches):
+        raise UserError(
+            "continuations are written after token ids, but the calibration batches hold inputs_embeds. Set continuations to 0."
+        )
+    ahead, behind = _split(batches, fitted)
+    whole = [
+        ids
+        for batch in ahead
+        for row, ids in enumerate(batch.inputs["input_ids"])
+        if batch.valid is None or bool(batch.valid[row].all())
+    ]
+    longest = ranks.largest(max((len(ids) for ids in whole), default=0))
+    whole = [ids for ids in whole if len(ids) == longest]
+    counts = [count for (count,) in ranks.gather_counts(len(whole))]
+    if not sum(counts):
+        return batches, fitted, 0
+    # Ranks with fewer windows write after zeros too, and drop the result.
+    filler = [torch.zeros(longest, dtype=torch.long, device=device)] * (max(counts) - len(whole))
+    windows = torch.stack([*whole, *filler]).repeat(copies, 1)
+    names = [f"{ranks.rank + row * ranks.size}/{copy}" for copy in range(copies) for row in range(max(counts))]
+    written = write(windows, names).view(copies, max(counts), longest)[:, : len(whole)].flatten(0, 1)
+    more = [CalibrationBatch({"input_ids": ids}, None) for ids in written.split(ahead[0].windows)] if whole else []
+    return [*ahead, *more, *behind], fitted + len(written), copies * sum(counts)
+
+
+def _split(batches: list[CalibrationBatch], windows: int) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+    """The first ``windows`` windows, and the others."""
+    ahead: list[CalibrationBatch] = []
+    behind: list[CalibrationBatch] = []
+    for batch in batches:
+        count = max(0, min(windows, batch.windows))
+        windows -= count
+        if count:
+            ahead.append(batch.rows(slice(count)))
+        if count < batch.windows:
+            behind.append(batch.rows(slice(count, None)))
+    return ahead, behind
+
+
+def _cut(batch: CalibrationBatch, row: int, length: int) -> CalibrationBatch:
+    """``length`` columns of one row, from the first token that counts if enough columns follow it."""
+    counts = batch.valid[row] if batch.valid is not None else torch.ones(batch.length, dtype=torch.bool)
+    start = min(int(counts.int().argmax()), batch.length - length)
+    columns = slice(start, start + length)
+    inputs = {}
+    for key, value in batch.inputs.items():
+        own = value[row : row + 1] if len(value) == batch.windows else value[:1]
+        across = key == "attention_mask" and own.dim() == 4  # queries by keys
+        inputs[key] = own[..., columns, columns] if across else own[:, columns]
+    return CalibrationBatch(inputs, counts[None, columns].to(own.device))
+
+
+def _valid(mask: Tensor | None) -> Tensor | None:
+    return mask.bool() if mask is not None and mask.dim() == 2 and not bool(mask.all()) else None

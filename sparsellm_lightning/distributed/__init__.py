@@ -1,0 +1,18 @@
+"""Running over several processes: one adapter for each supported strategy, and the ranks' collectives."""
+
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, patched_forward
+from sparsellm_lightning.distributed.choose import adapter_for
+from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks
+from sparsellm_lightning.distributed.sharding import FSDP2Strategy, load_sharded, shard_blocks
+
+__all__ = [
+    "FSDP2Strategy",
+    "PeerError",
+    "ProcessGroupRanks",
+    "StrategyAdapter",
+    "adapter_for",
+    "load_sharded",
+    "local_tensor",
+    "patched_forward",
+    "shard_blocks",
+]

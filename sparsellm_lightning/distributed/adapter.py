@@ -1,0 +1,160 @@
+"""What pruning needs from a Trainer's strategy, behind one interface, and the adapter of a single device.
+
+Every adapter splits the rows of a weight over the data-parallel ranks in the same way. A plain parameter is whole on every rank
+(single device, DDP), a ``DTensor`` is sharded by rows (FSDP2). Solvers see this rank's rows in either case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from sparsellm_lightning.architecture import DecoderLayout, Projection, device_of
+from sparsellm_lightning.runtime import fastest_float32
+from sparsellm_lightning.solvers import SINGLE, Ranks
+
+
+class StrategyAdapter:
+    """A single device: every weight is whole. The adapters of other strategies derive from this one.
+
+    Args:
+        strategy: of the Trainer. None: no Trainer, no autocast.
+    """
+
+    # Whether a forward is a collective. Then all ranks must make the same number of forwards.
+    forward_is_collective = False
+    # Whether each rank holds a piece of every parameter, instead of the whole.
+    weights_are_split = False
+
+    def __init__(self, strategy: Strategy | None = None) -> None:
+        self.strategy = strategy
+        self.ranks: Ranks = SINGLE
+
+    def check(self, layout: DecoderLayout) -> None:
+        """Refuse a model that is laid out over ranks in a way that is not supported."""
+
+    @contextmanager
+    def calibrating(self, model: nn.Module) -> Iterator[None]:
+        """Context of calibration: evaluation mode, eager compiled modules, the fastest exact float32 products.
+
+        Training modes and the random state are restored at the end. Compiled modules run eagerly, because hooks inside a
+        compiled block never fire.
+        """
+        modes = {module: module.training for module in model.modules()}
+        stance = getattr(torch.compiler, "set_stance", None)
+        model.eval()
+        try:
+            eager = stance("force_eager") if stance else nullcontext()
+            with isolate_rng(), eager, fastest_float32(device_of(model)):
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context of the calibration forward, such as autocast."""
+        return nullcontext() if self.strategy is None else self.strategy.precision_plugin.forward_context()
+
+    def holding(self, block: nn.Module) -> AbstractContextManager[Any]:
+        """Context of several forwards of a block, between which no weight changes."""
+        return nullcontext()
+
+    def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        """Run the model so that its blocks are called. The head is left out where the strategy allows it."""
+        model.base_model(**inputs, use_cache=False)
+
+    def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
+        """Logits of this rank's part of an evaluation batch. None if the rank has no part of it."""
+        if not len(inputs["input_ids"]):
+            return None
+        with self.forward_context():
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits of the token after ``ids``, (batch, vocabulary).
+
+        Args:
+            model: with a language-model head.
+            ids: (batch, new) tokens that are not in the cache.
+            cache: keys and values of the tokens before. Those of ``ids`` are added in place.
+        """
+        # The argument's old name goes in transformers 5.40, the new one came after 5.20.
+        known = inspect.signature(model.forward).parameters
+        options: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
+        if "logits_to_keep" in known:
+            options["logits_to_keep"] = 1
+        with self.forward_context():
+            logits: Tensor = self._through_root(lambda: model(input_ids=ids, use_cache=True, **options)).logits
+        return logits[:, -1]
+
+    def _through_root(self, call: Callable[[], Any]) -> Any:
+        """Call a function inside a forward of the root module, if the strategy needs that."""
+        return call()
+
+    def read_rows(self, projection: Projection) -> Tensor:
+        """A copy of this rank's rows of a weight, (rows, in features) float32."""
+        rows = self.ranks.local_rows(projection.shape[0])
+        return as_rows(projection, projection.parameter.detach())[rows].to(torch.float32, copy=True).contiguous()
+
+    def write_rows(self, projection: Projection, rows: Tensor) -> None:
+        """Write this rank's rows into the parameter, in place, cast to its dtype. All ranks call this together."""
+        rows = rows.to(projection.parameter.dtype)
+        self.write_whole(projection, self.ranks.gather_rows(rows, projection.shape[0]))
+
+    def whole(self, projection: Projection) -> Tensor:
+        """The whole weight as float32, on every rank. To be held for one block at a time."""
+        return as_rows(projection, projection.parameter.detach()).to(torch.float32, copy=True).contiguous()
+
+    def write_whole(self, projection: Projection, weight: Tensor) -> None:
+        """Write a weight, whole on every rank, into the parameter, in place, cast to its dtype."""
+        with torch.no_grad():
+            projection.parameter.copy_(as_rows(projection, weight))
+
+    def whole_bias(self, projection: Projection) -> Tensor | None:
+        """The whole bias as float32, or None."""
+        return None if projection.bias is None else projection.bias.detach().float()
+
+    def count_zeros(self, projection: Projection) -> Tensor:
+        """Zeros in this rank's part of the weight. Summed over ranks, every entry is counted once."""
+        return (self.read_rows(projection) == 0).sum()
+
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+        """The model's whole state on rank 0. None where ``model.state_dict()`` is whole."""
+        return None
+
+    def finish(self, model: nn.Module) -> None:
+        """Restore the state that the strategy expects for training and checkpoints."""
+
+
+def as_rows(projection: Projection, weight: Tensor) -> Tensor:
+    """The (out, in) view of a stored weight, and the stored view of an (out, in) weight."""
+    return weight.T if projection.transposed else weight
+
+
+@contextmanager
+def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward inside this context. Hooks of the module still run around it."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, sharing its memory. The whole of a parameter that is not distributed."""
+    data = parameter.detach()
+    to_local = getattr(data, "to_local", None)
+    return data if to_local is None else to_local()

@@ -1,0 +1,71 @@
+"""``FSDPStrategy`` (FSDP1), which needs GPUs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import DecoderLayout, Projection
+from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
+from sparsellm_lightning.distributed.sharded import ShardedAdapter
+from sparsellm_lightning.errors import UserError
+
+
+class FSDP1Adapter(ShardedAdapter):
+    """Shards are flat pieces, so a weight is gathered to be read or written."""
+
+    def __init__(self, strategy: FSDPStrategy) -> None:
+        super().__init__(strategy)
+        if strategy.sharding_strategy is not None and "HYBRID" in strategy.sharding_strategy.name:
+            raise UserError(
+                f"Pruning supports FSDPStrategy with FULL_SHARD or SHARD_GRAD_OP, got {strategy.sharding_strategy.name}. "
+                "Set sharding_strategy='FULL_SHARD'."
+            )
+        self.ranks = ProcessGroupRanks(device=strategy.root_device)
+
+    def check(self, layout: DecoderLayout) -> None:
+        for block in layout.blocks:
+            if not isinstance(block.module, FullyShardedDataParallel):
+                raise UserError(
+                    f"Every decoder block must be wrapped on its own, but {block.name} is not: pruning it would gather the "
+                    "whole model. Pass FSDPStrategy(auto_wrap_policy={DecoderLayerClass})."
+                )
+
+    def read_rows(self, projection: Projection) -> Tensor:
+        return self.whole(projection)[self.ranks.local_rows(projection.shape[0])].contiguous()
+
+    def whole(self, projection: Projection) -> Tensor:
+        with self._summoned(projection, write=False):
+            return super().whole(projection)
+
+    def write_whole(self, projection: Projection, weight: Tensor) -> None:
+        with self._summoned(projection, write=True):
+            super().write_whole(projection, weight)
+
+    def whole_bias(self, projection: Projection) -> Tensor | None:
+        if projection.bias is None:
+            return None
+        with self._summoned(projection, write=False):
+            bias: Tensor = projection.bias.detach().to(torch.float32, copy=True)
+        return bias
+
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+
+    def _summoned(self, projection: Projection, write: bool) -> AbstractContextManager[Any]:
+        assert self.strategy is not None
+        assert self.strategy.model is not None
+        units = [
+            module
+            for module in self.strategy.model.modules()
+            if isinstance(module, FullyShardedDataParallel) and any(m is projection.module for m in module.modules())
+        ]
+        # The innermost unit that holds the projection comes last in the traversal.
+        return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False, writeback=write)

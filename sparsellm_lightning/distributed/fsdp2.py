@@ -1,0 +1,136 @@
+"""``ModelParallelStrategy`` with data parallelism only (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import DecoderLayout, Projection
+from sparsellm_lightning.distributed.adapter import as_rows
+from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
+from sparsellm_lightning.distributed.sharded import ShardedAdapter
+from sparsellm_lightning.errors import UserError
+
+
+class FSDP2Adapter(ShardedAdapter):
+    """Each rank solves its shard and edits it in place."""
+
+    def __init__(self, strategy: ModelParallelStrategy) -> None:
+        super().__init__(strategy)
+        mesh = strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise UserError(
+                "Pruning supports ModelParallelStrategy with data parallelism (FSDP2) only, got tensor_parallel_size "
+                f"{mesh['tensor_parallel'].size()}. Set tensor_parallel_size=1 and data_parallel_size to the number of devices."
+            )
+        self.ranks = ProcessGroupRanks(mesh["data_parallel"].get_group(), strategy.root_device)
+
+    def check(self, layout: DecoderLayout) -> None:
+        for block in layout.blocks:
+            if not any(isinstance(module, FSDPModule) for module in block.module.modules()):
+                raise UserError(
+                    f"Every decoder block must be sharded on its own, but {block.name} is not: pruning it would gather the "
+                    "whole model. Call fully_shard on each block, then on the model, in configure_model()."
+                )
+        for projection in layout.projections():
+            parameter = projection.parameter
+            if isinstance(parameter, DTensor) and tuple(parameter.placements) != (Shard(0),):
+                raise UserError(
+                    f"Pruning supports FSDP2 shards along dimension 0 of a one-dimensional mesh, got placements "
+                    f"{tuple(parameter.placements)} for {projection.name} (hybrid or tensor parallel). "
+                    "Use ModelParallelStrategy with tensor_parallel_size=1 and plain fully_shard."
+                )
+
+    @contextmanager
+    def holding(self, block: nn.Module) -> Iterator[None]:
+        # The block stays gathered for all batches.
+        modules = [module for module in block.modules() if isinstance(module, FSDPModule)]
+        settings = [_reshards_after_forward(module) for module in modules]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module, setting in zip(modules, settings, strict=True):
+                module.reshard()
+                module.set_reshard_after_forward(setting, recurse=False)
+
+    def read_rows(self, projection: Projection) -> Tensor:
+        local = _local_shard(projection)
+        if local is None:
+            rows = self.ranks.local_rows(projection.shape[0])
+            return self.whole(projection)[rows].contiguous()
+        return local.to(torch.float32, copy=True)
+
+    def write_rows(self, projection: Projection, rows: Tensor) -> None:
+        local = _local_shard(projection)
+        if local is None:
+            super().write_rows(projection, rows)
+        else:
+            local.copy_(rows)
+
+    def whole(self, projection: Projection) -> Tensor:
+        return as_rows(projection, self._gathered(projection.parameter)).float().contiguous()
+
+    def write_whole(self, projection: Projection, weight: Tensor) -> None:
+        parameter = projection.parameter.detach()
+        if not isinstance(parameter, DTensor):
+            super().write_whole(projection, weight)
+            return
+        stored = as_rows(projection, weight)
+        parameter.to_local().copy_(stored[self.ranks.local_rows(stored.shape[0])])
+
+    def whole_bias(self, projection: Projection) -> Tensor | None:
+        return None if projection.bias is None else self._gathered(projection.bias).float()
+
+    def count_zeros(self, projection: Projection) -> Tensor:
+        parameter = projection.parameter.detach()
+        return (parameter.to_local() == 0).sum() if isinstance(parameter, DTensor) else super().count_zeros(projection)
+
+    def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+        whole: dict[str, Tensor] = {}
+        seen: dict[int, Tensor | None] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:  # tied parameters travel once
+                seen[id(tensor)] = self._on_rank_zero(tensor.detach())
+            gathered = seen[id(tensor)]
+            if gathered is not None:
+                whole[name] = gathered
+        return whole
+
+    def finish(self, model: nn.Module) -> None:
+        assert self.strategy is not None
+        # The root keeps its parameters gathered after a forward, and then a full checkpoint fails.
+        for module in (self.strategy.model or model).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return self.ranks.gather_rows(tensor.to_local(), tensor.shape[0]) if isinstance(tensor, DTensor) else tensor
+
+    def _on_rank_zero(self, tensor: Tensor) -> Tensor | None:
+        """The whole of a tensor, on the CPU of rank 0 only."""
+        if isinstance(tensor, DTensor):
+            gathered = self.ranks.gather_rows_to_first(tensor.to_local(), tensor.shape[0])
+            return None if gathered is None else gathered.cpu()
+        return tensor.cpu() if self.ranks.rank == 0 else None
+
+
+def _local_shard(projection: Projection) -> Tensor | None:
+    """This rank's rows as stored. None if the parameter is not sharded by rows."""
+    parameter = projection.parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) and not projection.transposed else None
+
+
+def _reshards_after_forward(module: FSDPModule) -> bool:
+    """The setting that ``set_reshard_after_forward`` changes. torch has no public way to read it."""
+    group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+    return bool(getattr(group, "_reshard_after_forward", True))

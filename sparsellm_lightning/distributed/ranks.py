@@ -1,0 +1,99 @@
+"""The ranks of a ``torch.distributed`` process group."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsellm_lightning.solvers import Ranks, split_sizes
+
+log = logging.getLogger(__name__)
+
+_FAILURE, _HEARD = "sparsellm_lightning/failure", "sparsellm_lightning/heard"
+_SMALL = 2**15  # largest number of elements, over all ranks, that are gathered and added rather than reduced
+_PATIENCE = 10.0  # seconds that a failing rank waits for the others to read its message
+
+
+class PeerError(RuntimeError):
+    """Another rank failed while this one was pruning. The message is that rank's."""
+
+
+class ProcessGroupRanks(Ranks):
+    """The ranks of a data-parallel process group.
+
+    Args:
+        group: the process group. None: the default (world) group.
+        device: where tensors lie that travel between ranks.
+
+    Attributes:
+        elements: number of elements that this rank has sent, so that tests can bound the communication.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.device = torch.device(device)
+        self.elements = 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if tensor.numel() * self.size <= _SMALL:
+                # One exchange instead of the two of a reduction, because small messages cost latency.
+                tensor.copy_(torch.stack(self.gather(tensor)).sum(0))
+            else:
+                self.elements += tensor.numel()
+                dist.all_reduce(tensor, group=self.group)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        self.elements += tensor.numel() * self.size
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
+
+    def gather_rows(self, local: Tensor, rows: int) -> Tensor:
+        return self._join(self.gather(self._padded(local, rows)), rows)
+
+    def gather_rows_to_first(self, local: Tensor, rows: int) -> Tensor | None:
+        padded = self._padded(local, rows)
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, parts, group=self.group, group_dst=0)
+        return None if parts is None else self._join(parts, rows)
+
+    def _padded(self, local: Tensor, rows: int) -> Tensor:
+        """The local rows, padded to the length of the longest shard: collectives need equal shapes."""
+        padded = local.new_zeros((split_sizes(rows, self.size)[0], *local.shape[1:]))
+        padded[: local.shape[0]] = local
+        return padded
+
+    def _join(self, parts: list[Tensor], rows: int) -> Tensor:
+        return torch.cat([part[:size] for part, size in zip(parts, split_sizes(rows, self.size), strict=True)])
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        try:
+            yield
+        except BaseException as error:
+            if store.check([_FAILURE]):
+                # Another rank failed first and closed its connections. That caused the error here.
+                message = store.get(_FAILURE).decode()
+                log.error(message)
+                store.add(_HEARD, 1)
+                raise PeerError(message) from error
+            message = f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}"
+            log.error(message)
+            store.set(_FAILURE, message)
+            # Closing the connections wakes ranks that wait in a collective. They then need time to read the message, because
+            # the store may live in this process.
+            dist.destroy_process_group()
+            deadline = time.monotonic() + _PATIENCE
+            while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise

@@ -1,0 +1,43 @@
+"""What FSDP1 and FSDP2 have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, patched_forward
+
+
+class ShardedAdapter(StrategyAdapter):
+    """Every forward gathers parameters, and must go through the root module."""
+
+    forward_is_collective = True
+    weights_are_split = True
+
+    def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        # The root's forward gathers its own parameters, so the head cannot be left out, only cut to one position.
+        one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._through_root(lambda: model(**inputs, **one, use_cache=False))
+
+    def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
+        part = inputs if len(inputs["input_ids"]) else {"input_ids": inputs["input_ids"].new_zeros(1, 2)}
+        with self.forward_context():
+            logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits
+        return logits if len(inputs["input_ids"]) else None
+
+    def _through_root(self, call: Callable[[], Any]) -> Any:
+        """Call a function inside the forward of the outermost wrapped module, whose hooks gather its parameters."""
+        assert self.strategy is not None
+        module = self.strategy.lightning_module
+        outer = self.strategy.model
+        if not isinstance(outer, (FSDPModule, FullyShardedDataParallel)):
+            return call()
+        assert module is not None
+        assert outer is not None
+        with patched_forward(module, call):
+            return outer()

@@ -1,0 +1,103 @@
+"""FSDP2 for :class:`~sparsellm_lightning.CausalLM`: every decoder block is a unit, and one rank reads the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import decoder_blocks
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """``strategy: fsdp2``: Lightning's ``ModelParallelStrategy`` with all devices in one data-parallel group.
+
+    Args:
+        save_distributed_checkpoint: true: a folder with one file a rank. False: one file, assembled on rank 0.
+        process_group_backend: ``nccl``, ``gloo``, ... None: the accelerator's.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        # The number of processes is known from here on. "auto" would mean tensor parallelism inside each node.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, all devices in one data-parallel group")
+
+
+def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs."""
+    for block in decoder_blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def load_sharded(
+    load: Callable[[], PreTrainedModel],
+    mesh: DeviceMesh,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> PreTrainedModel:
+    """Load a model over the ranks of a mesh: rank 0 reads it and sends each rank its shards.
+
+    The other ranks never hold the whole model, neither on the host nor on the device.
+
+    Args:
+        load: returns the whole model. Called on rank 0.
+        mesh: one-dimensional.
+        prepare: changes the model in place before it is sharded (LoRA adapters). Called on every rank.
+
+    Raises:
+        UserError: rank 0 cannot load the model. Raised on every rank.
+    """
+    source: PreTrainedModel | None = None
+    described: tuple[Any, ...] | None = None
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            source = load()
+            described = _description(source)
+            prepare(source)
+        except Exception as error:
+            failure = error
+    message: list[Any] = [failure, described]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise message[0]
+    cls, config, generation_config, model_dtype, buffers = message[1]
+    with torch.device("meta"):
+        model: PreTrainedModel = cls(copy.deepcopy(config)).to(model_dtype)
+    model.tie_weights()
+    model.generation_config = generation_config
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.to(mesh.device_type)
+    with torch.device("meta"):
+        prepare(model)
+    shard_blocks(model, mesh)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, {} if source is None else source.state_dict(), options=options)
+    model.eval()
+    return model
+
+
+def _description(model: PreTrainedModel) -> tuple[Any, ...]:
+    buffers = dict(model.named_buffers())
+    return type(model), model.config, model.generation_config, model.dtype, buffers

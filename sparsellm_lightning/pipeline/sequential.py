@@ -1,0 +1,246 @@
+"""Block after block through the model: calibrate and solve, tune, advance.
+
+Each block sees the activations that the pruned blocks before it give. At most one block's statistics and auxiliaries are in
+memory, besides the activations in front of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.allocation import allocate
+from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.calibration import ActivationCache, Context, LayerSolver, capture, run_block
+from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, solve_block
+from sparsellm_lightning.pipeline.resume import Journal
+from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
+from sparsellm_lightning.reporting import BlockResult
+from sparsellm_lightning.runtime import Placement, Sizes, explaining_memory, phase, place, return_free_memory
+from sparsellm_lightning.solvers import Entrywise, Fused, TokenBuffer, preactivation_step, solve_feed_forward
+
+ALTERNATION_TOKENS = 5  # tokens that carry auxiliaries, per hidden feature
+WORTH_COMPILING = 2**29  # entries of a run's z and s steps from which compiling them (about ten seconds) pays
+
+OnIteration = Callable[[int, int, float], None]
+"""(block index, iteration, error): of the feed-forward output after each iteration of the alternation; then, as one more
+iteration, of the block's output after its reconstruction."""
+
+
+@torch.no_grad()
+def prune_blocks(
+    context: Context,
+    batches: Sequence[CalibrationBatch],
+    fitted: int,
+    journal: Journal | None = None,
+    on_iteration: OnIteration = lambda block, iteration, error: None,
+) -> Iterator[BlockResult]:
+    """Prune every block in place, yielding after each.
+
+    Args:
+        context: of the run.
+        batches: this rank's calibration windows, on the model's device.
+        fitted: number of windows that are fitted: the first ones. The others are held out.
+        journal: blocks in it are restored instead of solved. The others are written to it.
+        on_iteration: see :data:`OnIteration`.
+
+    Raises:
+        NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
+        OutOfMemoryError: no room for a block's solve.
+    """
+    cache = capture(context, batches, fitted)
+    windows = _alternation_windows(context, cache)
+    sizes = _sizes(context, cache, windows)
+    placement = place(context.config.memory, sizes, context.device)
+    cache.move_to(placement.activations)
+    solver = LayerSolver(context)
+    if context.config.allocation != "uniform" and context.config.requested_sparsity > 0:
+        explained = explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation"))
+        with phase("allocation"), explained:
+            solver = LayerSolver(context, allocate(context, cache, batches))
+    alternate = _alternation(context, cache, windows, placement)
+    # The dense model's activations advance beside the pruned model's only if they are a target.
+    dense = cache.copy() if context.config.target == "model" else None
+    for block in context.layout.blocks:
+        start = time.perf_counter()
+        with explaining_memory(partial(_explain_memory, context, cache, sizes, block.name)):
+            alternates = block.index in context.alternating_blocks
+            target = None if dense is None else _advance_dense(context, block, dense, alternates)
+            result = None if journal is None else journal.restore(block)
+            if result is None:
+                tuning = _plan_tuning(context, block, cache, dense)
+                result = solve_block(
+                    context,
+                    solver,
+                    block,
+                    cache,
+                    alternate if alternates else None,
+                    target,
+                    partial(_after_iteration, on_iteration, block.index),
+                )
+                if tuning is not None:
+                    _tune(context, block, *tuning, result)
+                    reconstruction = result.reconstruction or {}
+                    fitted_error, held_out_error = (reconstruction[key][1] for key in ("fitted", "held_out"))
+                    error = fitted_error if held_out_error is None else held_out_error
+                    _after_iteration(on_iteration, block.index, len(result.errors), error)
+                result.seconds = time.perf_counter() - start
+                if journal is not None:
+                    journal.write(block, result)
+            if block is not context.layout.blocks[-1]:
+                cache.hidden = run_block(context, block, cache)
+        cache.forget_arguments(block.index)
+        return_free_memory()
+        yield result
+
+
+def _after_iteration(on_iteration: OnIteration, block: int, iteration: int, error: float) -> None:
+    return_free_memory()
+    on_iteration(block, iteration, error)
+
+
+def _advance_dense(
+    context: Context, block: Block, dense: ActivationCache, alternates: bool
+) -> FeedForwardTarget | None:
+    """Move the dense model's activations behind a block that is still dense.
+
+    Returns:
+        the alternation's target: the output with which the block ends where the dense model does. If a norm follows the
+        feed-forward network, that output is not known, and the target is the dense model's own feed-forward output. None if the
+        block's feed-forward network is not alternated.
+    """
+    if not alternates:
+        dense.hidden = run_block(context, block, dense)
+        return None
+    if context.layout.additive:
+        dense.hidden = run_block(context, block, dense)
+        return partial(_corrected_output, dense)
+    down = block.feed_forward["down"]
+    y = TokenBuffer(dense.tokens, down.shape[0], dense.storage)
+    dense.hidden = run_block(context, block, dense, output=(down.module, y.add))
+    return lambda output, block_outputs: y.filled()
+
+
+def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: list[Tensor]) -> Tensor:
+    """The feed-forward output plus the difference between the dense model's block output and this one, in place."""
+    start = 0
+    for wanted, given, mask in zip(dense.hidden, block_outputs, dense.valid, strict=True):
+        difference = (wanted - given).flatten(0, 1) if mask is None else (wanted - given)[mask.to(wanted.device)]
+        output[start : start + len(difference)] += difference
+        start += len(difference)
+    return output
+
+
+def _plan_tuning(
+    context: Context, block: Block, cache: ActivationCache, dense: ActivationCache | None
+) -> tuple[ActivationCache, list[Tensor]] | None:
+    """The activations that tuning a block uses, and the outputs that it should give. None if the block is not tuned.
+
+    Args:
+        context: of the run.
+        block: still dense.
+        cache: activations in front of the block.
+        dense: the dense model's activations behind the block, if they are the target.
+    """
+    if not context.config.reconstruction_steps or not any(p.pruned for p in block.projections()):
+        return None
+    batches = batches_of_interest(context, cache)
+    used = cache.part(batches)
+    goal = run_block(context, block, used) if dense is None else [dense.hidden[index] for index in batches]
+    return used, goal
+
+
+def _tune(context: Context, block: Block, cache: ActivationCache, goal: list[Tensor], result: BlockResult) -> None:
+    """Tune a pruned block, and note its errors."""
+    with phase("reconstruction"):
+        (before, after), steps = Reconstructor(context, block, cache, goal).tune()
+    result.reconstruction = {
+        "steps": steps,
+        "fitted": [before[0], after[0]],
+        "held_out": [None if math.isnan(errors[1]) else errors[1] for errors in (before, after)],
+    }
+
+
+def _alternation(context: Context, cache: ActivationCache, windows: int | None, placement: Placement) -> Alternate:
+    """``solve_feed_forward`` with the arguments that are equal in every block.
+
+    Args:
+        windows: number of this rank's windows that carry auxiliaries. None: all that are fitted.
+    """
+    config = context.config
+    return partial(
+        solve_feed_forward,
+        iterations=config.num_iterations,
+        penalties=config.penalties,
+        damping=config.damping,
+        ranks=context.ranks,
+        chunks=cache.chunks(),
+        leading_chunks=None if windows is None else cache.chunks_of(windows),
+        fitted_chunks=cache.chunks_of(cache.fitted),
+        auxiliary_dtype=_auxiliary_dtype(context),
+        storage=placement.auxiliaries,
+        step=_step(context, cache),
+    )
+
+
+def _auxiliary_dtype(context: Context) -> torch.dtype:
+    # The raw objective takes p into the weight step, where its rounding is not averaged out.
+    return context.coarse_dtype if context.config.penalties.scale_free else torch.float32
+
+
+def _alternation_windows(context: Context, cache: ActivationCache) -> int | None:
+    """Number of this rank's windows that carry auxiliaries. None: all that are fitted.
+
+    They are the first of all windows, for any number of ranks: window i belongs to rank ``i mod size``.
+    """
+    wanted = ALTERNATION_TOKENS * context.layout.blocks[0].feed_forward["up"].shape[0]
+    fitted = cache.windows[: cache.fitted]
+    tokens, windows = context.ranks.total(sum(fitted), sum(tokens > 0 for tokens in fitted))
+    if wanted >= tokens:
+        return None
+    first = -(-wanted * windows // tokens)
+    return len(range(context.ranks.rank, first, context.ranks.size))
+
+
+def _step(context: Context, cache: ActivationCache) -> Entrywise | None:
+    """The z and s steps, compiled if that pays. None: not compiled. The tokens of all ranks decide, so that all agree."""
+    first = context.layout.blocks[0].feed_forward
+    (tokens,) = context.ranks.total(cache.tokens)
+    updates = len(context.alternating_blocks) * (context.config.num_iterations - 1)
+    if updates * tokens * first["up"].shape[0] < WORTH_COMPILING:
+        return None
+    return Fused(preactivation_step(context.layout.activation, "gate" in first))
+
+
+def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Sizes:
+    """Bytes that solving a block holds. ``windows``: see :func:`_alternation`."""
+    config, first = context.config, context.layout.blocks[0].feed_forward
+    dim, width = first["down"].shape
+    alternates = bool(context.alternating_blocks) and config.num_iterations > 1
+    carrying = cache.fitted if windows is None else windows
+    return Sizes.of_block(
+        cache.tokens,
+        dim,
+        width,
+        gated="gate" in first,
+        auxiliary_tokens=sum(cache.windows[:carrying]) if alternates else 0,
+        # Input and output of the block and of its feed-forward network; the goal; the dense model's activations.
+        copies=4 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
+        itemsize=max((h.element_size() for h in cache.hidden), default=4),
+        auxiliary_itemsize=_auxiliary_dtype(context).itemsize,
+    )
+
+
+def _explain_memory(context: Context, cache: ActivationCache, sizes: Sizes, where: str) -> str:
+    more = ", continuations" if context.config.continuations else ""
+    return (
+        f"In {where}: besides the model, pruning a block takes {sizes.describe()} for this rank's {cache.tokens} calibration "
+        f"tokens. memory is {context.config.memory!r}. Lower memory, to keep activations on the host, lower "
+        f"num_calibration_samples{more}, or use more ranks."
+    )

@@ -1,0 +1,272 @@
+"""Masked reconstruction: the kept weights of a pruned block, tuned by gradient on the block's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.architecture import Block, device_of
+from sparsellm_lightning.calibration import ActivationCache, Context
+from sparsellm_lightning.distributed import local_tensor
+from sparsellm_lightning.solvers import count
+
+LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
+BATCH_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
+MAX_CHECKS = 4  # of the held-out error while tuning, besides the one before
+STEPS_A_CHECK = 16  # smallest number of steps between two checks, each of which costs several steps
+WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
+LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
+BETAS = (0.9, 0.95)  # of Adam. The usual 0.999 averages over more steps than there are
+
+
+class Reconstructor:
+    """Tunes one block.
+
+    Minimises over the kept weights, norms and biases, with the mask fixed, by Adam,
+
+        Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²
+
+    where h are the hidden states in front of block B and g the goal behind it. Dividing by the goal's size measures a token's
+    error as the next block's norm sees it. Otherwise the few tokens with huge hidden states would dominate the sum.
+
+    A parameter's learning rate rises during :data:`WARM_UP` to ``learning_rate · rms / ρ`` and falls along a half cosine. rms
+    is the root mean square of its kept entries, ρ their share. So the rate fits the scale of the weights, and is larger where
+    fewer weights are left.
+
+    Gradients are summed over ranks, each of which has its own tokens. Parameters below float32 have float32 masters. Sharded
+    parameters are tuned shard by shard.
+
+    Args:
+        context: of the run. The settings give the number of steps and the seed of the order of batches.
+        block: pruned. Its zeros stay zero.
+        cache: hidden states in front of the block.
+        goal: hidden states that should come out, by batch of the cache.
+        learning_rate: in units of each parameter's scale.
+        batch_tokens: tokens of a step, over all ranks, in whole windows and at least one on each rank.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        block: Block,
+        cache: ActivationCache,
+        goal: Sequence[Tensor],
+        learning_rate: float = LEARNING_RATE,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        self.context, self.block, self.cache, self.goal = context, block, cache, goal
+        self.adapter, self.ranks = context.adapter, context.ranks
+        self.learning_rate, self.batch_tokens = learning_rate, batch_tokens
+        self.device = device_of(block.module)
+        self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
+        weights = {id(p.parameter) for p in block.projections()}
+        self.parameters = [
+            parameter
+            for name, parameter in block.module.named_parameters()
+            if id(parameter) in weights or "lora_" not in name
+        ]
+        pruned = {id(p.parameter) for p in block.projections() if p.pruned}
+        self.locals = [local_tensor(parameter) for parameter in self.parameters]
+        self.masters = [local.float() for local in self.locals]  # shares the memory of a float32 parameter
+        self.kept = [
+            local != 0 if id(parameter) in pruned else None
+            for local, parameter in zip(self.locals, self.parameters, strict=True)
+        ]
+        self.fitted = cache.fitted_by_batch()
+        self.tokens = cache.fitted_tokens_by_batch()
+        self.guarded = self.ranks.total(sum(cache.windows[cache.fitted :])) != [0]
+        exact = any(local.dtype != torch.float32 for local in self.locals)
+        self.autocast_dtype = None if exact else context.autocast_dtype
+
+    def tune(self) -> tuple[list[tuple[float, float]], int]:
+        """Tune the block in place and keep the best of the checked states.
+
+        The choice is made on held-out tokens, or on the fitted ones if there are none.
+
+        Returns:
+            the relative errors (fitted, held out) before and after, ``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)`` with
+            ``w = 1/‖g‖²``, NaN if nothing is held out; and the number of steps kept. A token counts for 1 at most, because
+            one that wrongly gets the huge hidden state of an attention sink would outweigh thousands of others.
+        """
+        steps = self.context.config.reconstruction_steps
+        groups = [
+            {"params": [master], "lr": self.learning_rate * scale}
+            for master, scale in zip(self.masters, self._scales(), strict=True)
+        ]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+        before = best_errors = self.errors()
+        checks = min(MAX_CHECKS, max(steps // STEPS_A_CHECK, 1)) if self.guarded else 1
+        best, best_step = [master.clone() for master in self.masters], 0
+        with self._trainable():
+            for step, batches in zip(range(steps), self._batches(), strict=False):
+                for master, gradient in zip(self.masters, self._gradients(batches), strict=True):
+                    master.grad = gradient
+                optimizer.step()
+                schedule.step()
+                self._store()
+                if (step + 1) * checks // steps > step * checks // steps:
+                    errors = self.errors(held_out_only=self.guarded and step + 1 < steps)
+                    if errors[int(self.guarded)] < best_errors[int(self.guarded)]:  # False for NaN
+                        best_errors, best_step = errors, step + 1
+                        best = [master.clone() for master in self.masters]
+        for master, kept in zip(self.masters, best, strict=True):
+            master.copy_(kept)
+        self._store()
+        return [before, self.errors() if 0 < best_step < steps else best_errors], best_step
+
+    @torch.no_grad()
+    def errors(self, held_out_only: bool = False) -> tuple[float, float]:
+        """Relative errors over all ranks of fitted tokens (NaN if not measured), and of held-out tokens.
+
+        If windows are held out, only about as many fitted batches are measured.
+        """
+        with_held_out = sum(fitted < len(goal) for fitted, goal in zip(self.fitted, self.goal, strict=True))
+        fitted_batches = 0 if held_out_only else max(with_held_out, 1) if self.guarded else len(self.fitted)
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # (fitted, held out) x (error, scale)
+        with self.adapter.holding(self.block.module):
+            for index, fitted in enumerate(self.fitted):
+                needed = index < fitted_batches or fitted < len(self.goal[index])
+                if not needed and not self.adapter.forward_is_collective:
+                    continue
+                with self.adapter.forward_context():
+                    output = self._forward(index)
+                self._count(index, 1)
+                hidden = self.cache.hidden[index].to(self.device)
+                parts = (slice(fitted if index < fitted_batches else 0), slice(fitted, None))
+                for part, rows in enumerate(parts):
+                    for column, state in enumerate((output, hidden)):
+                        sums[part, column] += self._distances(state, index, rows).clamp(max=1).sum().double()
+        self.ranks.sum_(sums)
+        (error, scale), (held_out_error, held_out_scale) = sums.tolist()
+        return (
+            math.nan if held_out_only else error / (scale or 1.0),
+            held_out_error / held_out_scale if held_out_scale else math.nan,
+        )
+
+    def _forward(self, index: int) -> Tensor:
+        args, kwargs = self.cache.arguments[self.block.index][index]
+        returned = self.block.module(self.cache.hidden[index].to(self.device, non_blocking=True), *args, **kwargs)
+        output: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return output
+
+    def _distances(self, output: Tensor, index: int, rows: slice) -> Tensor:
+        """``‖output − g‖² / ‖g‖²`` of the tokens of some rows of a batch, (rows, length). 0 for padding."""
+        goal = self.goal[index][rows].to(self.device, torch.float32, non_blocking=True)
+        distances = (output[rows].float() - goal).square().sum(-1) / goal.square().sum(-1).clamp(min=1e-12)
+        valid = self.cache.valid[index]
+        return distances if valid is None else distances * valid[rows].to(self.device)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
+        mine, together = _batches_of_a_step(self.context, self.cache, self.batch_tokens)
+        queue: list[int] = []
+        while True:
+            while mine and len(queue) < together:
+                queue += [mine[i] for i in torch.randperm(len(mine), generator=self.generator).tolist()]
+            chosen, queue = queue[:together], queue[together:]
+            yield chosen
+
+    def _gradients(self, batches: list[int]) -> list[Tensor]:
+        """Gradients of the mean relative error of these batches' fitted tokens over all ranks, float32, this rank's part."""
+        (tokens,) = self.ranks.total(sum(self.tokens[index] for index in batches))
+        # FSDP averages gradients over ranks when it scatters them.
+        scale = (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
+        for index in batches:
+            with torch.enable_grad(), self.adapter.forward_context(), self._autocast():
+                output = self._forward(index)
+                self._count(index, 3)  # the backward has two products for each product of the forward
+            with torch.enable_grad():
+                (self._distances(output, index, slice(self.fitted[index])).sum() * scale).backward()
+        gradients = []
+        for parameter, kept in zip(self.parameters, self.kept, strict=True):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = local_tensor(gradient).float()
+            parameter.grad = None
+            gradients.append(gradient if kept is None else gradient.mul_(kept))  # masked_fill_ takes four times as long
+        if self.ranks.size > 1 and not self.adapter.weights_are_split:
+            message = torch.cat([gradient.flatten() for gradient in gradients])
+            self.ranks.sum_(message)
+            for gradient, summed in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        return gradients
+
+    def _count(self, index: int, forwards: int) -> None:
+        tokens = self.cache.hidden[index].shape[:2].numel()
+        dtype = self.autocast_dtype if self.autocast_dtype and forwards > 1 else torch.float32
+        count(forwards * tokens * self.block.forward_work(max(self.cache.windows)), dtype)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _scales(self) -> list[float]:
+        """``rms / ρ`` of each parameter, over all of its shards."""
+        sums = [
+            [
+                float(master.square().sum(dtype=torch.float64)),
+                float(master.numel() if kept is None else kept.sum()),
+                master.numel(),
+            ]
+            for master, kept in zip(self.masters, self.kept, strict=True)
+        ]
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        if self.adapter.weights_are_split:
+            self.ranks.sum_(totals)
+        squares, entries, size = totals.clamp(min=1e-30).T
+        scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
+        return scales
+
+    def _store(self) -> None:
+        """Copy masters into parameters below float32."""
+        for local, master in zip(self.locals, self.masters, strict=True):
+            if master is not local:
+                local.copy_(master)
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        """Only the tuned parameters get gradients. Flags and gradients of all parameters are restored at the end."""
+        everything = list(self.block.module.parameters())
+        before = [(parameter.requires_grad, parameter.grad) for parameter in everything]
+        tuned = {id(parameter) for parameter in self.parameters}
+        for parameter in everything:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in tuned)
+        try:
+            yield
+        finally:
+            for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+
+
+def batches_of_interest(context: Context, cache: ActivationCache, batch_tokens: int = BATCH_TOKENS) -> list[int]:
+    """This rank's batches that tuning a block uses: those with held-out windows, and the fitted ones that its steps visit.
+
+    If forwards are collective, all batches, because ranks must make equally many forwards.
+    """
+    mine, together = _batches_of_a_step(context, cache, batch_tokens)
+    if context.adapter.forward_is_collective:
+        return list(range(len(cache.hidden)))
+    tuned = set(mine[: context.config.reconstruction_steps * together])
+    fitted = cache.fitted_by_batch()
+    return [i for i, hidden in enumerate(cache.hidden) if i in tuned or fitted[i] < len(hidden)]
+
+
+def _batches_of_a_step(context: Context, cache: ActivationCache, batch_tokens: int) -> tuple[list[int], int]:
+    """This rank's batches with fitted tokens, and the number of them that a step takes."""
+    tokens = cache.fitted_tokens_by_batch()
+    mine = [index for index, count in enumerate(tokens) if count]
+    mine = mine or list(range(len(tokens)))[:1]  # a rank without fitted tokens makes forwards too
+    shapes = context.ranks.gather_counts(max((tokens[index] for index in mine), default=0), len(mine))
+    largest, batches = zip(*shapes, strict=True)
+    # All ranks make equally many forwards. The rank with most batches sees none twice in a step.
+    return mine, min(max(1, round(batch_tokens / max(sum(largest), 1))), max(batches))
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """The learning rate at a step, as a fraction of the largest one."""
+    return min((step + 1) / max(WARM_UP * steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,216 @@
+"""The measurements of a run: a dataclass, its tables, and the rows that are counted in the model's weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from sparsellm_lightning.architecture import DecoderLayout
+from sparsellm_lightning.distributed import StrategyAdapter
+
+_PACKAGES = ("sparsellm-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics")
+
+
+@dataclass
+class BlockResult:
+    """Errors of one block, and the seconds it took.
+
+    Args:
+        index: of the block.
+        errors: relative error of the feed-forward output after each iteration of the alternation, ``‖Y − FFN(X)‖² / ‖Y‖²``, on
+            fitted tokens. Empty in blocks that the local solver solves.
+        held_out_errors: the same on held-out tokens. Empty if there are none.
+        layer_errors: by projection, ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` after its solve and before reconstruction, where X are the fitted
+            tokens of the input it was calibrated on.
+        reconstruction: ``"steps"`` that were kept, and relative errors of the block's output before and after, ``"fitted"`` and
+            ``"held_out"`` (None without held-out tokens). None without reconstruction.
+        seconds: wall time.
+    """
+
+    index: int
+    errors: list[float] = field(default_factory=list)
+    held_out_errors: list[float] = field(default_factory=list)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    reconstruction: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class PruningReport:
+    """The measurements of a run.
+
+    Args:
+        model: name of the model.
+        method, pattern: as in the settings.
+        sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
+        perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``. None where not measured.
+        layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
+            :class:`BlockResult`, None for a projection left dense.
+        blocks: the fields of :class:`BlockResult` by block, without the layers' errors.
+        calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
+            text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
+        phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
+            block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
+                In a
+            Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
+        work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
+            operations are not counted.
+        gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
+        wall_seconds: of pruning.
+        peak_memory_bytes: peak of this process (resident memory), or of its accelerator, during pruning, the model included.
+            None where the system does not say.
+        added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
+        versions: of Python and of the packages that decide the result.
+        config: the settings.
+        mask_check: after fine-tuning, ``{"checks", "layers", "zeros", "broken"}``: number of comparisons with the masks,
+            layers and zeros compared, and zeros that changed. A run with a changed zero stops.
+        stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``, with the perplexity before and after the stage.
+    """
+
+    model: str
+    method: str
+    pattern: str
+    sparsity: dict[str, float]
+    perplexity: dict[str, float | None]
+    layers: list[dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    calibration: dict[str, Any]
+    phases: dict[str, float]
+    wall_seconds: float
+    peak_memory_bytes: int | None
+    added_memory_bytes: int | None
+    config: dict[str, Any]
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
+    gemm_peak: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    mask_check: dict[str, int] | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The preset with its method in brackets, or the method alone for preset ``paper``."""
+        preset = self.config.get("preset", "paper")
+        return self.method if preset == "paper" else f"{preset} ({self.method})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+    def peak_share(self, *phases: str) -> float:
+        """Share of the measured GEMM peak that some phases reached (default: all of pruning). 0 if no work was counted.
+
+        Seconds that the products would take at the peak of their dtype, divided by the seconds that the phases took.
+        """
+        chosen = phases or tuple(self.work)
+        ideal = sum(
+            count / self.gemm_peak[dtype] for phase in chosen for dtype, count in self.work.get(phase, {}).items()
+        )
+        # Without phases, seconds that belong to no phase count too.
+        taken = sum(self.phases.get(phase, 0.0) for phase in phases) if phases else self.wall_seconds
+        return ideal / taken if taken else 0.0
+
+    def phase_table(self) -> str:
+        """Seconds by phase, TFLOP, and the share of the GEMM peak."""
+        rows: list[tuple[str, ...]] = [("phase", "seconds", "TFLOP", "of peak")]
+        for phase, seconds in self.phases.items():
+            work = sum(self.work.get(phase, {}).values())
+            share = f"{100 * self.peak_share(phase):.0f} %" if work else "-"
+            rows.append((phase, f"{seconds:.1f}", f"{work / 1e12:.2f}" if work else "-", share))
+        return format_table(rows)
+
+    def table(self) -> str:
+        """Perplexity and sparsity of the model: dense, pruned and fine-tuned."""
+        achieved = f"{100 * self.sparsity['achieved']:.2f} %"
+        rows = [
+            ("model", "method", "sparsity", "perplexity", "seconds"),
+            (self.model, "dense", "0 %", _number(self.perplexity.get("dense")), ""),
+            (self.model, self.label, achieved, _number(self.perplexity.get("pruned")), f"{self.wall_seconds:.0f}"),
+        ]
+        if "finetuned" in self.perplexity:
+            rows.append((self.model, f"{self.label} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), ""))
+        return format_table(rows)
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of text in aligned columns. The first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def count_zeros(layout: DecoderLayout, adapter: StrategyAdapter) -> dict[str, int]:
+    """Zeros of every projection, by name, over all ranks."""
+    projections = list(layout.projections())
+    totals = torch.stack([adapter.count_zeros(p) for p in projections])
+    adapter.ranks.sum_(totals)
+    return {p.name: int(total) for p, total in zip(projections, totals, strict=True)}
+
+
+def layer_rows(
+    layout: DecoderLayout, adapter: StrategyAdapter, errors: dict[str, float | None] | None = None
+) -> tuple[list[dict[str, Any]], float]:
+    """The report's ``layers``, and the sparsity over all of them, counted in the parameters as they are.
+
+    Args:
+        layout: the model's blocks.
+        adapter: of the strategy the model runs under. All ranks call this together.
+        errors: by projection, for the rows.
+    """
+    zeros = count_zeros(layout, adapter)
+    projections = list(layout.projections())
+    layers = [
+        {
+            "name": p.name,
+            "shape": list(p.shape),
+            "sparsity": zeros[p.name] / p.size,
+            "error": (errors or {}).get(p.name),
+        }
+        for p in projections
+    ]
+    return layers, sum(zeros.values()) / sum(p.size for p in projections)
+
+
+def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter, pattern: str) -> PruningReport:
+    """The report of a model that was sparse already. It has no errors and no seconds, because nothing was pruned.
+
+    Args:
+        layout: the model's blocks.
+        adapter: of the strategy the model runs under. All ranks call this together.
+        pattern: of the settings.
+    """
+    layers, achieved = layer_rows(layout, adapter)
+    return PruningReport(
+        model=layout.model.config.name_or_path or type(layout.model).__name__,
+        method="already sparse",
+        pattern=pattern,
+        sparsity={"requested": achieved, "achieved": achieved},
+        perplexity={"dense": None, "pruned": None},
+        layers=layers,
+        blocks=[],
+        calibration={"windows": 0, "tokens": 0},
+        phases={},
+        wall_seconds=0.0,
+        peak_memory_bytes=None,
+        added_memory_bytes=None,
+        config={},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,30 @@
+"""What the machine decides and shows: memory, the arithmetic of products, and where the time goes."""
+
+from sparsellm_lightning.runtime.memory import (
+    MemoryMeter,
+    Placement,
+    Sizes,
+    explaining_memory,
+    format_bytes,
+    peak_memory,
+    place,
+    return_free_memory,
+)
+from sparsellm_lightning.runtime.precision import coarse_dtype, fastest_float32
+from sparsellm_lightning.runtime.profiling import Profile, gemm_peak, phase
+
+__all__ = [
+    "MemoryMeter",
+    "Placement",
+    "Profile",
+    "Sizes",
+    "coarse_dtype",
+    "explaining_memory",
+    "fastest_float32",
+    "format_bytes",
+    "gemm_peak",
+    "peak_memory",
+    "phase",
+    "place",
+    "return_free_memory",
+]

@@ -1,0 +1,208 @@
+"""Memory: what a block's solve needs, where activations are kept, the peak that pruning reached, and what to say when it ran
+out.
+
+Statistics and factorisations have a size that the model gives. With the calibration set grow a block's inputs and outputs (d
+numbers a token each) and the alternation's auxiliaries (2 f numbers a token, f if the block is not gated).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsellm_lightning.errors import OutOfMemoryError, UserError
+
+_AUTO_FRACTION = 0.8  # of the free memory; the rest is for temporaries and fragmentation
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that solving one block holds on a rank, besides the model.
+
+    Args:
+        work: the feed-forward block's weights in float32, its statistics and their factorisations.
+        activations: inputs and outputs of the block and of its feed-forward network.
+        auxiliaries: z and s of the alternation. 0 without an alternation.
+    """
+
+    work: int
+    activations: int
+    auxiliaries: int
+
+    @classmethod
+    def of_block(
+        cls,
+        tokens: int,
+        dim: int,
+        width: int,
+        *,
+        gated: bool,
+        auxiliary_tokens: int,
+        copies: int,
+        itemsize: int,
+        auxiliary_itemsize: int,
+    ) -> Sizes:
+        """For a feed-forward block of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
+
+        Args:
+            gated: whether the block has a gate.
+            auxiliary_tokens: tokens that carry auxiliaries. 0: no alternation.
+            copies: number of (tokens, dim) tensors held at once.
+            itemsize: bytes of one number of the model's activations.
+            auxiliary_itemsize: bytes of one number of z and s.
+        """
+        matrices = 3 if gated else 2
+        return cls(
+            # Float32: dense, best, current and rounded weights, targets. Of each Gram matrix the float64 sum, a damped copy and
+            # the factor; in float32 the mean, the best iterate's, and factors.
+            work=5 * 4 * matrices * dim * width + (44 if auxiliary_tokens else 36) * width * width,
+            activations=copies * tokens * dim * itemsize,
+            auxiliaries=(matrices - 1) * auxiliary_tokens * width * auxiliary_itemsize,
+        )
+
+    def describe(self) -> str:
+        """The sizes that are not 0, in words."""
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(self).items() if size)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices on which a block's activations, and the alternation's auxiliaries, are kept between uses."""
+
+    activations: torch.device
+    auxiliaries: torch.device
+
+
+def place(budget: int | str, sizes: Sizes, device: torch.device) -> Placement:
+    """The fastest placement within a budget. First auxiliaries, then activations, move to pinned host memory.
+
+    On a CPU there is no other memory to move to.
+
+    Args:
+        budget: bytes on the device besides the model, or ``auto``: most of what is free now.
+        sizes: of the largest block.
+        device: that computes.
+
+    Raises:
+        UserError: not even the smallest placement fits the bytes asked for.
+    """
+    limit = _available(device) if budget == "auto" else float(budget)
+    host = torch.device("cpu")
+    least = sizes.work if device.type != "cpu" else sizes.work + sizes.activations + sizes.auxiliaries
+    if budget != "auto" and least > limit:
+        raise UserError(
+            f"memory must be at least {format_bytes(least)} for the largest block ({sizes.describe()}), got "
+            f"{format_bytes(limit)}. Raise it, or lower num_calibration_samples."
+        )
+    return Placement(
+        activations=device if sizes.work + sizes.activations <= limit else host,
+        auxiliaries=device if sizes.work + sizes.activations + sizes.auxiliaries <= limit else host,
+    )
+
+
+@contextmanager
+def explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
+    """Add an explanation to the allocator's message when there is no room.
+
+    Raises:
+        OutOfMemoryError: instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(f"Out of memory ({str(error).splitlines()[0][:200]}). {explain()}") from error
+
+
+class MemoryMeter:
+    """Peak memory since the meter was made: resident memory of this process, or memory allocated on a CUDA device.
+
+    On Linux the kernel's peak counter is reset, and on CUDA torch's. Elsewhere the peak since the process began is all that is
+    known, so :meth:`added` may be too large.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before: int | None = torch.cuda.memory_allocated(device)
+            return
+        with suppress(OSError):  # a kernel or a container that does not allow it
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS") or peak_memory(device)
+
+    def peak(self) -> int | None:
+        """Peak bytes, the model included. None where the system does not say."""
+        return peak_memory(self._device)
+
+    def added(self) -> int | None:
+        """Peak bytes above what was in use when the meter was made."""
+        peak = self.peak()
+        return None if peak is None or self._before is None else max(peak - self._before, 0)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes so far: allocated on a CUDA device, or resident on the host. None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if (found := _status("VmHWM")) is not None:  # getrusage would include the peak of the parent process
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def return_free_memory() -> None:
+    """Have the C library return freed memory to the system, where it can (glibc)."""
+    trim = _malloc_trim() if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def format_bytes(size: float) -> str:
+    """Such as ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def _status(key: str) -> int | None:
+    """Bytes that Linux reports for this process under a key of ``/proc/self/status``."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return _AUTO_FRACTION * (free + reusable)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: the system can swap
+        return float("inf")
+    return _AUTO_FRACTION * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

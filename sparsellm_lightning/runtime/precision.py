@@ -1,0 +1,65 @@
+"""The arithmetic of matrix products: float32 at full speed, and whether bfloat16 is worth its rounding.
+
+Both choices follow from the processor's capabilities, never from a timing, so that a resumed run makes the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+
+@contextmanager
+def fastest_float32(device: torch.device) -> Iterator[None]:
+    """Have oneDNN compute float32 products on CPUs where it does not round them.
+
+    By default torch gives float32 products to MKL, which reaches about half of oneDNN's speed on AMD processors. torch uses
+    oneDNN if reduced precision is allowed. On processors without reduced kernels oneDNN computes in float32 all the same. On
+    other processors nothing is changed.
+    """
+    if device.type != "cpu" or not _medium_is_exact():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def _medium_is_exact() -> bool:
+    """Whether float32 products keep float32's accuracy under torch's matmul precision ``medium``."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = a.double() @ b.double()
+    return bool((product - exact).norm() < 2e-6 * exact.norm())
+
+
+def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
+    """Dtype of products whose rounding is averaged out: bfloat16 where the hardware has matrix units for it, else float32.
+
+    Matrix units are a CUDA device's tensor cores with bfloat16, and a CPU's AMX tiles. A CPU with AVX512-BF16 alone counts as
+    having none, because such CPUs exist on which bfloat16 is slower than float32.
+
+    Args:
+        device: that multiplies.
+        exact: always float32.
+    """
+    if exact:
+        return torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return torch.bfloat16 if fast else torch.float32

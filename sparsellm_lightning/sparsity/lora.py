@@ -1,0 +1,184 @@
+"""LoRA adapters on sparse layers. Their product is masked by the layer's zeros, in training as in the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters for :class:`~sparsellm_lightning.CausalLM` (needs the extra ``lora``).
+
+    Args:
+        rank: r of ``A`` (r, in) and ``B`` (out, r).
+        alpha: the update is ``alpha / rank · BA``.
+        dropout: on the adapter's input.
+        target_modules: names or name endings of the layers that get an adapter. ``all-linear``: all but the head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"lora needs a rank of at least 1 and a dropout in [0, 1), got {self.rank} and {self.dropout}. "
+                "Rank 16 is usual."
+            )
+
+
+def add_adapters(model: nn.Module, options: LoraOptions) -> None:
+    """Put fresh adapters into a model, in place, and freeze everything else.
+
+    Raises:
+        UserError: ``peft`` is not installed, no layer matches, or one is an embedding.
+    """
+    peft = _peft()
+    if peft is None:
+        raise UserError(
+            "lora needs the package peft, which is not installed. Run: pip install 'sparsellm-lightning[lora]'"
+        )
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise UserError(
+            f"lora.target_modules must name layers of the model, got {options.target_modules}: {error}"
+        ) from error
+    _refuse_embeddings(model)
+
+
+def _refuse_embeddings(model: nn.Module) -> None:
+    """Refuse adapters on embeddings and tied heads: a merge into one would change the other."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and id(getattr(base, "weight", None)) in embeddings:
+            raise UserError(
+                f"LoRA adapters must be on linear layers of their own weight, got one on {name}, which is an embedding or tied "
+                "to one. Leave it out of target_modules."
+            )
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether any layer carries a ``peft`` adapter."""
+    return any(hasattr(child, "base_layer") and hasattr(child, "active_adapters") for child in module.modules())
+
+
+def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
+    """Have every LoRA adapter on a sparse layer compute ``x (W + M ⊙ s BA)ᵀ``, M being 1 where W is not zero.
+
+    The merged weight ``W + M ⊙ s BA`` has the zeros of W, and the merged model has the logits of the trained one. M is read
+    from W in every forward.
+
+    Args:
+        module: anything that may hold ``peft`` layers.
+        sparse: layers whose zeros are kept.
+
+    Raises:
+        UserError: an adapter of another kind, whose merge would fill the zeros.
+    """
+    if not has_adapters(module):
+        return
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora.layer import LoraVariant
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    class MaskedLora(LoraVariant):  # type: ignore[misc]
+        @staticmethod
+        def init(module: LoraLayer, adapter_name: str) -> None: ...
+
+        @staticmethod
+        def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+            return orig_weight + _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
+
+        @staticmethod
+        def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+            orig_weight.data += _masked(module, active_adapter, orig_weight.data).to(orig_weight.dtype)
+
+        @staticmethod
+        def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+            return orig_weight - _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
+
+        @staticmethod
+        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+            delta = _masked(module, active_adapter, module.get_base_layer().weight)
+            delta = delta.T if module.fan_in_fan_out else delta
+            return result + torch.nn.functional.linear(module.lora_dropout[active_adapter](x), delta.to(x.dtype))
+
+    for layer in module.modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() not in sparse:
+            continue
+        foreign = [v for v in getattr(layer, "lora_variant", {}).values() if type(v).__name__ != "MaskedLora"]
+        if isinstance(layer, IA3Layer):
+            continue  # scales rows or columns: zeros stay zero
+        if not isinstance(layer, Linear) or foreign:
+            kind = type(foreign[0] if foreign else layer).__name__
+            raise UserError(
+                f"Adapters on a sparse layer must be plain LoRA or IA3, whose merge can keep the zeros, got {kind}. "
+                "Use peft.LoraConfig without use_dora and the like."
+            )
+        for adapter in layer.lora_A:
+            layer.lora_variant[adapter] = MaskedLora()
+
+
+def _masked(layer: Any, adapter: str, weight: Tensor) -> Tensor:
+    delta: Tensor = layer.get_delta_weight(adapter)
+    return delta * (weight != 0)
+
+
+def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state with its LoRA adapters merged (masked by the zeros) and removed.
+
+    Args:
+        model: with adapters. Read for their names, their scales and whether they are merged already.
+        state: its whole state dict.
+
+    Returns:
+        the state of the plain model. Tensors without an adapter are shared with ``state``.
+
+    Raises:
+        UserError: an adapter on an embedding, or on a head tied to it.
+    """
+    _refuse_embeddings(model)
+    plain = dict(state)
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):
+            continue
+        layer: Any = module
+        prefix = f"{name}." if name else ""
+        base = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}base_layer.")}
+        own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
+        weight = base[f"{prefix}base_layer.weight"]
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A and adapter not in layer.merged_adapters:
+                a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
+                delta = (b @ a) * layer.scaling[adapter]
+                delta = delta.T if layer.fan_in_fan_out else delta
+                base[f"{prefix}base_layer.weight"] = weight = (weight + delta * (weight != 0)).to(weight.dtype)
+        plain |= {prefix + key.removeprefix(f"{prefix}base_layer."): value for key, value in base.items()}
+    return plain
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        return None
+    return peft

@@ -1,0 +1,873 @@
+"""Zeros held in training: by any optimizer, precision and compilation, beside other callbacks, in any LightningModule.
+
+The masks that are compared with are taken by a callback of these tests when training starts, not by the code under test.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from support.models import build_model
+from support.training import OwnModule, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+
+from sparsellm_lightning import (
+    CausalLM,
+    LoraOptions,
+    SparseFinetuning,
+    SparseLLMCallback,
+    UserError,
+    perplexity,
+)
+from sparsellm_lightning.architecture import Projection, describe
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import MaskError
+from sparsellm_lightning.solvers import Containing, NofM, Pattern, Stacked, Unstructured
+from sparsellm_lightning.sparsity import Masks, pack, unpack
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+class Mixing(torch.optim.Optimizer):
+    """Adds the row's mean gradient and noise to every entry: masked gradients cannot keep a zero, nor can moments."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-3) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = p.grad.mean(-1, keepdim=True).expand_as(p)
+                    p.add_(p.grad + mean + 0.1 * torch.randn_like(p), alpha=-group["lr"])
+        return loss
+
+
+def muon(parameters: Any) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.dim() == 2 and p.shape[0] < 512]  # not the embedding
+    return torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1)
+
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, fused=True),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, foreach=True),
+    "adamw-loop": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, foreach=False, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True, foreach=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3, weight_decay=0.1),
+    "mixing": Mixing,
+    "muon": muon,
+}
+
+
+@pytest.fixture
+def ids(calibration: list[dict[str, Tensor]]) -> Tensor:
+    return torch.cat([batch["input_ids"] for batch in calibration])
+
+
+@pytest.fixture
+def loader(ids: Tensor) -> DataLoader[Any]:
+    return DataLoader(ids, batch_size=4)
+
+
+def pruner(**settings: Any) -> SparseLLMCallback:
+    defaults = {"sparsity": 0.7, "finetune": True, "num_calibration_samples": 16, "num_iterations": 2}
+    return SparseLLMCallback(**{**defaults, **settings})
+
+
+def one_layer(weight: Tensor) -> tuple[nn.Linear, Masks]:
+    """Masks of the zeros of a single layer."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    return layer, Masks([Projection("layer", layer, pruned=True)], StrategyAdapter())
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (7,), (8,), (9,), (3, 5), (4, 4), (13, 17), (2, 3, 5)])
+def test_packed_bits(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.5
+    flat = mask.flatten().tolist()
+    expected = [0] * ((len(flat) + 7) // 8)
+    for index, bit in enumerate(flat):
+        expected[index // 8] |= bit << index % 8
+    packed = pack(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == expected
+    restored = unpack(packed, mask.shape)
+    assert restored.dtype == torch.bool
+    assert torch.equal(restored, mask)
+
+
+def test_packed_view() -> None:
+    """A transposed weight, as of GPT-2's Conv1D, is not contiguous."""
+    mask = torch.rand(6, 11) < 0.5
+    assert torch.equal(unpack(pack(mask.T), mask.T.shape), mask.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_kept_weight_at_zero_stays_distinguishable(dtype: torch.dtype) -> None:
+    layer, masks = one_layer(torch.tensor([[0.0, 1, 2, 0], [3, 0, 0, -4]], dtype=dtype))
+    layer.weight.data = torch.tensor([[5.0, 0, 2, -1], [-0.0, 6, 0, -4]], dtype=dtype)
+    masks.apply()
+    tiny = torch.finfo(dtype).tiny
+    assert torch.equal(layer.weight.data, torch.tensor([[0.0, tiny, 2, 0], [tiny, 0, 0, -4]], dtype=dtype))
+    assert masks.zeros == {"layer": 4}
+    assert int((layer.weight == 0).sum()) == 4
+    masks.check()
+
+
+def test_moments_are_cleared_by_shape_and_kind() -> None:
+    layer, masks = one_layer(torch.tensor([[0.0, 1], [2, 0]]))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1)
+    state = {"full": torch.ones(2, 2), "step": torch.tensor(3.0), "row": torch.ones(2), "name": "x"}
+    optimizer.state[layer.weight] = dict(state)
+    masks.clear_moments([optimizer])
+    assert torch.equal(optimizer.state[layer.weight]["full"], torch.tensor([[0.0, 1], [1, 0]]))
+    assert torch.equal(optimizer.state[layer.weight]["row"], torch.ones(2))
+    assert optimizer.state[layer.weight]["step"] == 3
+
+
+def test_check_names_the_layer_and_both_counts() -> None:
+    layer, masks = one_layer(torch.tensor([[0.0, 1, 2, 0], [3, 0, 0, -4]]))
+    masks.check()
+    with torch.no_grad():
+        layer.weight[0, 0] = 1e-30
+    with pytest.raises(MaskError, match=r"layer .*4 zeros \(50.0000 %\).*has 3 \(37.5000 %\), 1 of its weights"):
+        masks.check()
+    with torch.no_grad():  # as many zeros as before, elsewhere
+        layer.weight[0, 1] = 0
+    with pytest.raises(MaskError, match=r"layer .*4 zeros.*has 4 .*, 2 of its weights"):
+        masks.check()
+
+
+def test_a_kept_weight_that_an_optimizer_zeroes(trained, loader: DataLoader[Any]) -> None:
+    class Zeroing(torch.optim.SGD):
+        """Sets the first column of every matrix to zero."""
+
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    if p.dim() == 2:
+                        p[:, 0] = 0
+            return loss
+
+    module = Module(trained("llama"), lambda p: Zeroing(p, lr=0.01))
+    watch = ZeroWatch()
+    trainer(watch, pruner(), max_steps=2).fit(module, loader)
+    tiny = torch.finfo(torch.float32).tiny
+    for name, weight in linear_weights(module).items():
+        start = watch.start[name][:, 0]
+        assert torch.equal(weight.detach()[:, 0], torch.where(start == 0, 0.0, tiny))
+        assert 0 < int((start != 0).sum()) < len(start)
+
+
+def test_zeros_that_an_optimizer_moves(trained, loader: DataLoader[Any]) -> None:
+    """As many zeros as before, in other places."""
+
+    class Rolling(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    if p.dim() == 2:
+                        p.copy_(p.roll(1, -1))
+            return loss
+
+    watch = ZeroWatch()
+    trainer(watch, pruner(measure=False), max_steps=2).fit(
+        Module(trained("llama"), lambda p: Rolling(p, lr=1e-3)), loader
+    )
+    assert watch.steps == 2
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_watch_sees_lost_zeros(trained, loader: DataLoader[Any]) -> None:
+    """Without the callback these tests fail."""
+    for make in (OPTIMIZERS["adamw"], Mixing):
+        model = trained("llama")
+        prune_by_hand(model)
+        with pytest.raises(AssertionError, match="look"):
+            trainer(ZeroWatch(), max_steps=2).fit(Module(model, make), loader)
+
+
+COMBINATIONS: list[tuple[str, dict[str, Any], bool]] = [
+    *((name, {}, False) for name in OPTIMIZERS),
+    ("adamw", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, False),
+    ("sgd", {"accumulate_grad_batches": 3}, False),
+    ("mixing", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, False),
+    ("muon", {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, False),
+    ("adamw", {"precision": "bf16-mixed"}, False),
+    ("adamw-fused", {"precision": "bf16-mixed", "accumulate_grad_batches": 3}, False),
+    ("adamw", {"precision": "bf16-true", "gradient_clip_val": 0.1}, False),
+    ("sgd", {"precision": "bf16-true"}, False),
+    ("mixing", {"precision": "bf16-true"}, False),
+    ("adamw", {}, True),
+    ("mixing", {"precision": "bf16-mixed"}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "compiled"),
+    COMBINATIONS,
+    ids=["-".join([o, *map(str, s.values()), *(["compiled"] if c else [])]) for o, s, c in COMBINATIONS],
+)
+def test_zeros_hold_after_every_step(
+    trained, loader: DataLoader[Any], optimizer: str, settings: dict[str, Any], compiled: bool
+) -> None:
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = trained("llama")
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    # bfloat16 holds 8 bits: a step has to be large to move a weight at all.
+    make = OPTIMIZERS[optimizer]
+    if settings.get("precision") == "bf16-true":
+        make = scaled(make, 10)
+    module = Module(model, make)
+    first, last = ZeroWatch(), ZeroWatch()
+    held = pruner(measure=False)
+    fit = trainer(first, held, last, max_steps=4, **settings)
+    fit.fit(module, loader)
+    for watch in (first, last):
+        assert watch.steps == 4
+        # Two looks a batch and one a step; and at the end.
+        assert watch.looks == 4 * settings.get("accumulate_grad_batches", 1) * 2 + 4 + 1
+        assert watch.sparsity() == pytest.approx(0.7, abs=0.002)
+        assert watch.moved(module) > (0.3 if settings.get("precision") == "bf16-true" else 0.98)
+    moments = last.moments(module, fit.optimizers[0])
+    assert len(moments) >= (0 if optimizer in ("mixing", "adafactor") else 21)
+    assert all(bool((pruned == 0).all()) and bool((kept != 0).any()) for pruned, kept in moments)
+    assert held.report is not None
+    assert held.report.mask_check == {"checks": 2, "layers": 21, "zeros": sum_of_zeros(last.start), "broken": 0}
+
+
+def scaled(make: MakeOptimizer, factor: float) -> MakeOptimizer:
+    """The optimizer with a higher learning rate."""
+
+    def scaled_optimizer(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = make(parameters)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        return optimizer
+
+    return scaled_optimizer
+
+
+def sum_of_zeros(weights: dict[str, Tensor]) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights.values())
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_zeros_hold_under_an_8_bit_optimizer(trained, loader: DataLoader[Any], library: str) -> None:
+    """Its moments are quantised, which the callback leaves alone."""
+    if library == "bitsandbytes":
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        make: MakeOptimizer = lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3, weight_decay=0.1)  # noqa: E731
+    else:
+        low_bit = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+        make = lambda p: low_bit.AdamW8bit(p, lr=1e-3, weight_decay=0.1)  # noqa: E731
+    module = Module(trained("llama"), make)
+    watch = ZeroWatch()
+    trainer(watch, pruner(measure=False), max_steps=4).fit(module, loader)
+    assert watch.steps == 4
+    assert watch.moved(module) > 0.9
+
+
+def test_zeros_hold_in_manual_optimization(trained, ids: Tensor) -> None:
+    """Two optimizers, stepped by the module itself."""
+
+    class Manual(OwnModule):
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__(model)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.backbone(batch, labels=batch).loss)
+                optimizer.step()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            attention, others = [], []
+            for name, p in self.named_parameters():
+                (attention if "self_attn" in name else others).append(p)
+            return [Mixing(attention), torch.optim.AdamW(others, lr=1e-3)]
+
+    module = Manual(trained("llama"))
+    prune_by_hand(module.backbone)
+    watch = ZeroWatch()
+    fit = trainer(watch, SparseFinetuning(), max_steps=6)
+    fit.fit(module, DataLoader(ids, batch_size=4))
+    assert fit.global_step == 6
+    assert watch.moved(module) > 0.98
+    moments = watch.moments(module, fit.optimizers[1])
+    assert len(moments) == 18
+    assert all(bool((pruned == 0).all()) for pruned, _ in moments)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_measures_kept_weights_only(trained, ids: Tensor, accumulate: int) -> None:
+    model = trained("llama")
+    prune_by_hand(model)
+    norms: dict[str, float] = {}
+
+    class Clipped(Module):
+        def norm(self) -> float:
+            return float(torch.stack([p.grad.double().square().sum() for p in self.parameters()]).sum().sqrt())
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            norms["before"] = self.norm()
+
+        def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            norms["clipped over"] = self.norm()
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            norms["after"] = self.norm()
+
+    reference = copy.deepcopy(model).train()
+    for batch in ids[: 4 * accumulate].split(4):
+        (reference(batch, labels=batch).loss / accumulate).backward()
+    squares = {"kept": 0.0, "all": 0.0}
+    pruned_layers = {id(weight) for weight in linear_weights(reference).values()}
+    for p in reference.parameters():
+        squares["all"] += float(p.grad.double().square().sum())
+        if id(p) in pruned_layers:
+            p.grad *= p.detach() != 0
+        squares["kept"] += float(p.grad.double().square().sum())
+    expected = squares["kept"] ** 0.5
+    assert squares["all"] ** 0.5 > 1.05 * expected, "otherwise nothing is tested"
+    clip = 0.5 * expected
+
+    module = Clipped(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    start = {name: p.detach().clone() for name, p in module.backbone.named_parameters()}
+    # The callback comes last: another callback sees masked gradients all the same.
+    settings = {"max_steps": 1, "gradient_clip_val": clip, "accumulate_grad_batches": accumulate}
+    trainer(SparseFinetuning(), **settings).fit(module, DataLoader(ids, batch_size=4))
+    assert norms["before"] == pytest.approx(expected, rel=1e-5)
+    assert norms["clipped over"] == pytest.approx(expected, rel=1e-5)
+    assert norms["after"] == pytest.approx(clip, rel=1e-5)
+    for (name, p), q in zip(module.backbone.named_parameters(), reference.parameters(), strict=True):
+        stepped = start[name] - 0.1 * q.grad * clip / (expected + 1e-6)
+        assert torch.allclose(p.detach(), stepped, atol=1e-6), name
+
+
+# -- any sparse model -------------------------------------------------------------------------------------------------
+
+
+class Regression(pl.LightningModule):
+    """Nothing of transformers in it: a small network, with its head tied to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(16, 12)
+        self.network = nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 8), nn.Linear(8, 1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return (self.network(self.embedding(x)).squeeze(-1) - y).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("pattern", ["random", "2:4"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "own"])
+def test_sparse_finetuning_alone(ids: Tensor, name: str, pattern: str) -> None:
+    """A model that something else pruned."""
+    if name == "own":
+        module: pl.LightningModule = Regression()
+        data = DataLoader([(torch.tensor(i % 16), torch.tensor(i % 3.0)) for i in range(64)], batch_size=8)
+    else:
+        module = Module(build_model(name), OPTIMIZERS["adamw"])
+        data = DataLoader(ids, batch_size=4)
+    prune_by_hand(module, pattern)
+    first, held, last = ZeroWatch(), SparseFinetuning(), ZeroWatch()
+    trainer(first, held, last, max_steps=4).fit(module, data)
+    assert first.looks == last.looks == 4 * 3 + 1
+    assert last.moved(module) > 0.9
+    assert last.sparsity() == pytest.approx(0.6 if pattern == "random" else 0.5, abs=0.03)
+    assert held.checks == 2, "at the end of the epoch and of the fit"
+    if pattern == "2:4":
+        for weight in linear_weights(module).values():
+            stored = weight.T if name == "gpt2" else weight
+            for row in stored.tolist()[:16]:
+                for start in range(0, len(row), 4):
+                    assert sum(value == 0 for value in row[start : start + 4]) == 2
+
+
+def test_layers_that_are_dense_stay_free(ids: Tensor) -> None:
+    """Only layers with zeros are held: exact zeros may come and go elsewhere."""
+    model = build_model("llama")
+    sparse = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        sparse[:, ::2] = 0
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 0  # a single zero is no pruning
+    module = Module(model, OPTIMIZERS["adamw"])
+    trainer(SparseFinetuning(), max_steps=2).fit(module, DataLoader(ids, batch_size=4))
+    assert bool((sparse[:, ::2] == 0).all())
+    assert not bool((sparse[:, 1::2] == 0).any())
+    assert model.model.layers[0].mlp.up_proj.weight[0, 0] != 0
+
+
+def test_frozen_layers_are_left_alone(ids: Tensor) -> None:
+    model = build_model("llama")
+    prune_by_hand(model)
+    for p in model.model.layers[0].parameters():
+        p.requires_grad_(False)
+    module = Module(model, lambda p: Mixing([q for q in p if q.requires_grad]))
+    frozen = copy.deepcopy(model.model.layers[0].state_dict())
+    watch = ZeroWatch()
+    trainer(watch, SparseFinetuning(), max_steps=2).fit(module, DataLoader(ids, batch_size=4))
+    assert all(torch.equal(value, frozen[key]) for key, value in model.model.layers[0].state_dict().items())
+    assert watch.looks
+
+
+def test_a_dense_model_is_refused(ids: Tensor) -> None:
+    with pytest.raises(UserError, match=r"no linear layer of Module has 1 % of zeros.*SparseLLMCallback"):
+        trainer(SparseFinetuning(), max_steps=1).fit(Module(build_model("llama"), Mixing), DataLoader(ids))
+
+
+@pytest.mark.parametrize("held", [SparseFinetuning, pruner])
+def test_lightnings_own_pruning_is_refused(ids: Tensor, held: Callable[[], pl.Callback]) -> None:
+    for callbacks in (
+        [held(), ModelPruning("l1_unstructured", amount=0.5)],
+        [ModelPruning("random_unstructured"), held()],
+    ):
+        model = build_model("llama")
+        prune_by_hand(model)
+        with pytest.raises(UserError, match=r"ModelPruning.*Remove one"):
+            trainer(*callbacks, max_steps=1).fit(Module(model, Mixing), DataLoader(ids))
+
+
+# -- beside other callbacks -------------------------------------------------------------------------------------------
+
+
+class Validated(Module):
+    """Logs its losses and a schedule, as the usual callbacks want."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.backbone(batch, labels=batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def stacked(kind: str, folder: Path) -> dict[str, pl.Callback]:
+    average = EMAWeightAveraging(decay=0.5) if kind == "ema" else WeightAveraging()
+    return {
+        "held": SparseFinetuning(),
+        "stopping": EarlyStopping("val_loss", patience=1),
+        "checkpoint": ModelCheckpoint(folder, "{step}", monitor="val_loss", save_top_k=-1, save_last=True),
+        "rates": LearningRateMonitor(),
+        "average": average,
+        "watch": ZeroWatch(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [
+        ("held stopping checkpoint rates average watch", "ema"),
+        ("watch average rates checkpoint stopping held", "ema"),
+        ("average held watch checkpoint stopping rates", "swa"),
+        ("stopping watch held average checkpoint rates", "swa"),
+    ],
+)
+def test_any_order_of_callbacks(tmp_path: Path, ids: Tensor, order: str, kind: str) -> None:
+    model = build_model("llama")
+    prune_by_hand(model)
+    module = Validated(model, Mixing)
+    callbacks = stacked(kind, tmp_path)
+    fit = trainer(
+        *(callbacks[name] for name in order.split()),
+        max_epochs=2,
+        limit_train_batches=3,
+        enable_checkpointing=True,
+        logger=CSVLogger(tmp_path, name="", version="run"),
+        log_every_n_steps=1,
+    )
+    data = DataLoader(ids, batch_size=4)
+    fit.fit(module, data, DataLoader(ids[:8], batch_size=4))
+    watch = callbacks["watch"]
+    assert isinstance(watch, ZeroWatch)
+    # Per epoch three batches, looked at thrice, and two of validation; and at the end.
+    assert watch.looks == 2 * (3 * 3 + 2) + 1
+    assert watch.moved(module) > 0.98
+    watch.look(module)  # after the fit: the averages
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for file in files:
+        checkpoint = torch.load(file, weights_only=True)
+        for state in ("state_dict", "current_model_state"):
+            for name, start in watch.start.items():
+                assert torch.equal(checkpoint[state][f"{name}.weight"] == 0, start == 0), (
+                    f"{file.name}, {state}, {name}"
+                )
+    assert "lr-Mixing" in (tmp_path / "run" / "metrics.csv").read_text()
+
+
+def test_averages_that_start_late(trained, ids: Tensor) -> None:
+    """Weight averaging copies the model at setup, while it is dense, and puts the copy in place for validation."""
+    model = trained("llama")
+    module = Validated(model, OPTIMIZERS["adamw"])
+    watch = ZeroWatch()
+    average = EMAWeightAveraging(decay=0.5, update_starting_at_step=2)
+    fit = trainer(pruner(measure=False), average, watch, max_steps=4, limit_val_batches=1, val_check_interval=1)
+    fit.fit(module, DataLoader(ids, batch_size=4), DataLoader(ids[:4], batch_size=4))
+    watch.look(module)
+
+
+class Rogue(pl.Callback):
+    """Writes one weight behind everyone's back."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        weight = pl_module.backbone.model.layers[1].mlp.down_proj.weight.data.view(-1)
+        index = int(((weight == 0) != (self.value == 0)).nonzero()[0])
+        weight[index] = self.value
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("value", [0.5, 0.0], ids=["a zero comes back", "a kept weight goes"])
+def test_a_rogue_callback_is_found(trained, loader: DataLoader[Any], value: float, first: bool) -> None:
+    module = Module(trained("llama"), OPTIMIZERS["adamw"])
+    watch = ZeroWatch()
+    held = pruner(measure=False)
+    callbacks = [Rogue(value), held] if first else [held, Rogue(value)]
+    with pytest.raises(MaskError) as caught:
+        trainer(*callbacks, watch_start := StartOnly(watch), max_epochs=2, limit_train_batches=1).fit(module, loader)
+    assert watch_start.epochs == 1, "found at the end of the epoch in which it happened"
+    name = "model.layers.1.mlp.down_proj"
+    zeros, size = int((watch.start[f"backbone.{name}"] == 0).sum()), 64 * 128
+    now = zeros + (1 if value == 0 else -1)
+    message = str(caught.value)
+    assert message.startswith(f"{name} must keep the {zeros} zeros ({100 * zeros / size:.4f} %)")
+    assert f"has {now} ({100 * now / size:.4f} %), 1 of its weights" in message
+
+
+class StartOnly(pl.Callback):
+    """Takes the zeros of a watch that is not in the Trainer, and counts epochs."""
+
+    def __init__(self, watch: ZeroWatch) -> None:
+        self.watch, self.epochs = watch, 0
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self.epochs += 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.watch.on_train_batch_start(trainer, pl_module)
+
+
+# -- prune and fine-tune ----------------------------------------------------------------------------------------------
+
+
+def test_two_to_four_after_training(trained, loader: DataLoader[Any]) -> None:
+    module = Module(trained("llama"), OPTIMIZERS["adamw"])
+    watch = ZeroWatch()
+    trainer(watch, pruner(sparsity=None, pattern="2:4", measure=False), max_steps=5).fit(module, loader)
+    assert watch.moved(module) > 0.98
+    for weight in linear_weights(module).values():
+        for row in weight.tolist()[:16]:
+            for start in range(0, len(row), 4):
+                assert sum(value == 0 for value in row[start : start + 4]) == 2
+
+
+def test_report_of_a_finetuned_model(tmp_path: Path, trained, text, loader: DataLoader[Any]) -> None:
+    module = Module(trained("llama"), lambda p: torch.optim.AdamW(p, lr=3e-4))
+    held = pruner(export_dir=str(tmp_path / "out"))
+    watch = ZeroWatch()
+    trainer(held, watch, max_epochs=2, limit_train_batches=8).fit(module, loader, text.test_dataloader())
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    assert max(report["perplexity"]["dense"], report["perplexity"]["finetuned"]) < report["perplexity"]["pruned"]
+    zeros = sum_of_zeros(watch.start)
+    assert report["mask_check"] == {"checks": 3, "layers": 21, "zeros": zeros, "broken": 0}, "two epochs and the end"
+    assert report["stages"] == []
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum_of_zeros({n: w.detach() for n, w in linear_weights(exported).items()}) == zeros
+    measured = perplexity(exported, text.test_dataloader())
+    assert report["perplexity"]["finetuned"] == pytest.approx(measured, rel=1e-5)
+
+
+def test_measured_where_the_model_was_trained(trained, text, loader: DataLoader[Any], monkeypatch) -> None:
+    """Lightning moves the model to the CPU when training is over: measuring it there is slow, and NCCL cannot sum there."""
+    module = Module(trained("llama"), OPTIMIZERS["adamw"])
+    away = {"now": False, "measured": []}
+    cpu, to = nn.Module.cpu, nn.Module.to
+
+    def to_cpu(self: nn.Module) -> nn.Module:
+        away["now"] |= self is module
+        return cpu(self)
+
+    def to_device(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        away["now"] &= self is not module
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "cpu", to_cpu)
+    monkeypatch.setattr(nn.Module, "to", to_device)
+    check = Masks.check
+    monkeypatch.setattr(Masks, "check", lambda masks: away["measured"].append(away["now"]) or check(masks))
+    held = pruner()
+    monkeypatch.setattr(held, "_perplexity", lambda *args: away["measured"].append(away["now"]))
+    trainer(held, max_steps=1).fit(module, loader, text.test_dataloader())
+    assert len(away["measured"]) == 5, "dense, pruned, and fine-tuned; the masks at the epoch's end and at the end"
+    assert not any(away["measured"])
+
+
+def test_two_keepers_are_refused(trained, loader: DataLoader[Any]) -> None:
+    for callbacks in ([pruner(), SparseFinetuning()], [SparseFinetuning(), pruner(finetune=False)]):
+        with pytest.raises(UserError, match="another SparseFinetuning or SparseLLMCallback"):
+            trainer(*callbacks, max_steps=1).fit(Module(trained("llama"), Mixing), loader)
+    for twice in (SparseFinetuning, pruner):
+        with pytest.raises(RuntimeError, match="more than one stateful callback"):  # Lightning's own rule
+            trainer(twice(), twice())
+
+
+class MaskRecorder(pl.Callback):
+    """The zeros directly after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        now = {n: w.detach() == 0 for n, w in linear_weights(pl_module).items()}
+        self.by_step.setdefault(trainer.global_step, now)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("sparsellm", {}),
+        ("sparsellm", {"accumulate_grad_batches": 2}),
+        ("wanda", {}),
+        ("magnitude", {"precision": "bf16-true"}),
+    ],
+)
+def test_gradual_pruning(trained, text, loader: DataLoader[Any], method: str, settings: dict[str, Any]) -> None:
+    module = Module(trained("llama"), OPTIMIZERS["adamw"])
+    recorder = MaskRecorder()
+    held = pruner(sparsity=None, schedule={0: 0.5, 4: 0.6, 8: 0.7}, method=method)
+    fit = trainer(
+        recorder, held, max_steps=12, limit_train_batches=8 * settings.get("accumulate_grad_batches", 1), **settings
+    )
+    fit.fit(module, loader, text.test_dataloader())
+    masks = recorder.by_step
+    masks.pop(0, None)  # batches before the first step, of an accumulated gradient
+    assert list(masks) == list(range(1, 13))
+    tolerance = 0.006 if method == "wanda" else 0.003  # it rounds in every row
+    for step, mask in masks.items():
+        stage = min((step - 1) // 4, 2)
+        zeros, size = sum(int(m.sum()) for m in mask.values()), sum(m.numel() for m in mask.values())
+        assert zeros / size == pytest.approx((0.5, 0.6, 0.7)[stage], abs=tolerance), f"step {step}"
+        if step > 1:
+            for name, m in mask.items():
+                before = masks[step - 1][name]
+                assert bool((m | ~before).all()), f"{name} lost zeros at step {step}"
+                assert torch.equal(m, before) == (step not in (5, 9)), f"{name} changed at step {step}"
+    report = held.report
+    assert report is not None
+    assert [stage["step"] for stage in report.stages] == [0, 4, 8]
+    assert [stage["sparsity"] for stage in report.stages] == pytest.approx([0.5, 0.6, 0.7], abs=tolerance)
+    assert all(stage["before"] < stage["after"] for stage in report.stages[:1])
+    assert report.perplexity["dense"] == report.stages[0]["before"]
+    assert report.perplexity["pruned"] == report.stages[-1]["after"]
+    assert report.sparsity["achieved"] == pytest.approx(0.7, abs=tolerance)
+    assert report.mask_check is not None
+    assert report.mask_check["zeros"] == sum(int(m.sum()) for m in masks[12].values())
+    watch = ZeroWatch()
+    watch.start = {name: (~m).float() for name, m in masks[12].items()}
+    moments = watch.moments(module, fit.optimizers[0])
+    assert len(moments) == 42
+    assert all(bool((pruned == 0).all()) for pruned, _ in moments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": {2: 0.5}}, "begin at step 0"),
+        ({"schedule": {}}, "begin at step 0"),
+        ({"schedule": {0: 0.5, 4: 0.4}}, "rise"),
+        ({"schedule": {0: 0.5, 4: 0.5}}, "rise"),
+        ({"schedule": {0: 0.5, 4: 1.0}}, r"within \(0, 1\)"),
+        ({"schedule": {0: 0.5, 4: 0.6}, "finetune": False}, "finetune is false"),
+        ({"schedule": {0: 0.5, 4: 0.6}, "pattern": "2:4"}, "pattern unstructured"),
+        ({"schedule": {0: 0.5, 4: 0.6}, "sparsity": 0.7}, "sparsity 0.7"),
+    ],
+)
+def test_refused_schedules(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pruner(**{"sparsity": None, **settings})
+
+
+def test_schedules_that_do_not_fit_the_run(trained, loader: DataLoader[Any], model_dir: Path, text) -> None:
+    def gradual() -> SparseLLMCallback:
+        return pruner(sparsity=None, schedule={0: 0.5, 4: 0.6})
+
+    for steps in (4, 2):
+        with pytest.raises(UserError, match=f"stage at step 4, but the run ends at max_steps {steps}"):
+            trainer(gradual(), max_steps=steps).fit(Module(trained("llama"), Mixing), loader)
+    with pytest.warns(UserWarning, match=r"ended at step 3, before the schedule's stages at 4\. Train longer"):
+        trainer(gradual(), max_epochs=1, limit_train_batches=3).fit(Module(trained("llama"), Mixing), loader)
+    for callbacks in ([gradual(), EMAWeightAveraging()], [WeightAveraging(), gradual()]):
+        with pytest.raises(UserError, match="weight averaging"):
+            trainer(*callbacks, max_steps=6).fit(Module(trained("llama"), Mixing), loader)
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match="LoRA"):
+        trainer(gradual(), max_steps=6).fit(CausalLM(str(model_dir), lora=LoraOptions(rank=2)), text)
+
+
+# -- Containing -------------------------------------------------------------------------------------------------------
+
+
+def brute_force(scores: Tensor, given: Tensor, count: int) -> Tensor:
+    """Kept entries when the given ones are pruned first, then the smallest, until ``count`` are."""
+    flat = [
+        (not g, s, i) for i, (s, g) in enumerate(zip(scores.flatten().tolist(), given.flatten().tolist(), strict=True))
+    ]
+    pruned = {i for _, _, i in sorted(flat)[:count]} | {i for free, _, i in flat if not free}
+    return torch.tensor([i not in pruned for i in range(len(flat))]).view(scores.shape)
+
+
+def scores_with_ties(rows: int, columns: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(rows * columns)
+    scores = torch.rand(rows, columns, generator=generator)
+    yield scores
+    yield (scores * 4).floor()  # ties, and zeros that are not pruned
+    yield torch.zeros(rows, columns)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.75])
+def test_containing(sparsity: float, fraction: float) -> None:
+    """The given ones are pruned whatever their score; where that is more than the pattern's number, all of them."""
+    for scores in scores_with_ties(6, 20):
+        given = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < fraction
+        kept = Containing(Unstructured(sparsity), given).select(scores)
+        assert torch.equal(kept, brute_force(scores, given, round(sparsity * 120)))
+        assert int((~kept).sum()) == max(round(sparsity * 120), int(given.sum()))
+        per_row = Containing(Unstructured(sparsity), given).select(scores, per_row=True)
+        for row in range(6):
+            assert torch.equal(per_row[row], brute_force(scores[row], given[row], round(sparsity * 20)))
+
+
+def test_containing_by_columns_and_groups() -> None:
+    """A sweep asks for some columns at a time; stacked matrices and groups of four decide on their own."""
+    for scores in scores_with_ties(6, 20):
+        given = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) < 0.3
+        stacked_pattern: Pattern = Stacked([Unstructured(0.5), Unstructured(0.75)], [2, 4])
+        for first in (0, 8):
+            columns = slice(first, first + 8)
+            part, wanted = scores[:, columns], given[:, columns]
+            kept = Containing(Unstructured(0.5), given).select(part, first_column=first)
+            assert torch.equal(kept, brute_force(part, wanted, 24))
+            both = Containing(stacked_pattern, given).select(part, first_column=first)
+            assert torch.equal(both[:2], brute_force(part[:2], wanted[:2], 8))
+            assert torch.equal(both[2:], brute_force(part[2:], wanted[2:], 24))
+            grouped = Containing(NofM(2, 4), given)
+            assert grouped.group == 4
+            chosen = grouped.select(part, first_column=first)
+            for row in range(6):
+                for start in range(0, 8, 4):
+                    group = slice(start, start + 4)
+                    assert torch.equal((~chosen[row, group]).sum(), torch.tensor(max(2, int(wanted[row, group].sum()))))
+                    assert not bool((chosen[row, group] & wanted[row, group]).any())
+
+
+# -- any task ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier(trained, ids: Tensor) -> None:
+    """A head for sequences: pruned and trained as it is; there is no perplexity to report."""
+    base = trained("llama")
+    config = copy.deepcopy(base.config)
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(base.model.state_dict())
+    labels = ids[:, 0] % 3
+
+    class Classifier(Module):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.backbone(**batch).loss
+
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    module = Classifier(model, OPTIMIZERS["adamw"])
+    head = model.score.weight.detach().clone()
+    watch, held = ZeroWatch(), pruner()
+    trainer(watch, held, max_steps=6).fit(module, DataLoader(data, batch_size=8), DataLoader(data[:8], batch_size=8))
+    assert watch.looks == 6 * 3 + 1
+    assert watch.moved(module) > 0.98
+    assert watch.sparsity() == pytest.approx(0.7, abs=0.002)
+    assert not torch.equal(model.score.weight, head)
+    assert held.report is not None
+    assert held.report.perplexity == {"dense": None, "pruned": None, "finetuned": None}
+    assert held.report.mask_check is not None
+    assert held.report.mask_check["zeros"] == sum_of_zeros(watch.start)
+    assert "-" in held.report.table()
+
+
+def test_instruction_tuning(model_dir: Path, ids: Tensor) -> None:
+    """Prompts labelled -100 are padded and do not count; the answers are learned, the zeros kept."""
+    prompt, answer = ids[:32, :20], torch.arange(5, 13).repeat(32, 1)
+    rows = torch.cat([prompt, answer, torch.zeros(32, 4, dtype=torch.long)], 1)
+    mask = torch.ones_like(rows)
+    mask[:, 28:] = 0
+    labels = rows.masked_fill(mask == 0, -100)
+    labels[:, :20] = -100
+    data = [{"input_ids": r, "attention_mask": m, "labels": y} for r, m, y in zip(rows, mask, labels, strict=True)]
+    module = CausalLM(str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    watch, held = ZeroWatch(), pruner()
+    validation = DataLoader(data[:8], batch_size=8)
+    trainer(watch, held, max_steps=12).fit(module, DataLoader(data, batch_size=8), validation)
+    assert watch.moved(module) > 0.98
+    assert held.report is not None
+    measured = held.report.perplexity
+    assert measured["finetuned"] < 0.1 * measured["pruned"]
+    # By hand: only the answers' tokens.
+    with torch.no_grad():
+        logits = module.model.eval()(rows[:8], attention_mask=mask[:8]).logits[:, 19:27].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answer[:8].flatten()).exp()
+    assert measured["finetuned"] == pytest.approx(float(expected), rel=1e-4)
+    assert (held.report.calibration["windows"], held.report.calibration["tokens"]) == (16, 16 * 28)
+
+
+def test_described_layers_are_the_watched_ones(trained) -> None:
+    """The helper of these tests finds what the package prunes."""
+    for name in ("llama", "opt", "gpt2"):
+        model = build_model(name)
+        described = {p.name for p in describe(model).projections()}
+        assert set(linear_weights(model)) == described

@@ -1,0 +1,223 @@
+"""The callback inside a Trainer, in this package's module and in a user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule, UserError, perplexity
+from sparsellm_lightning.architecture import describe
+
+
+@pytest.fixture
+def ids(calibration) -> torch.Tensor:
+    return torch.cat([batch["input_ids"] for batch in calibration])
+
+
+def zeros(model: PreTrainedModel) -> float:
+    weights = [p.parameter for p in describe(model).projections()]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def test_prune_only_in_own_module(trained, ids: torch.Tensor) -> None:
+    module = OwnModule(trained("opt"))
+    dense_head = module.backbone.lm_head.weight.clone()
+    pruner = SparseLLMCallback(preset="paper", sparsity=0.6, num_calibration_samples=32)
+    trainer(pruner).fit(module, DataLoader(ids, batch_size=8))
+    assert module.batches_seen == 0, "no batch is trained"
+    assert zeros(module.backbone) == pytest.approx(0.6, abs=0.002)
+    assert torch.equal(module.backbone.lm_head.weight, dense_head)
+    assert pruner.report is not None
+    assert pruner.report.perplexity == {"dense": None, "pruned": None}
+
+
+def test_finetune_trains_on_and_keeps_the_zeros(trained, text, ids: torch.Tensor) -> None:
+    module = OwnModule(trained("llama"))
+    pruner = SparseLLMCallback(preset="paper", sparsity=0.7, finetune=True, num_calibration_samples=32)
+    fit = trainer(pruner, max_steps=30)
+    fit.fit(module, DataLoader(ids, batch_size=8), text.test_dataloader())
+    assert module.batches_seen == 30
+    assert pruner.report is not None
+    assert zeros(module.backbone) == pytest.approx(pruner.report.sparsity["achieved"])
+    measured = pruner.report.perplexity
+    assert measured["dense"] < measured["finetuned"] < measured["pruned"]
+    assert measured["finetuned"] == pytest.approx(perplexity(module.backbone, text.test_dataloader()), rel=1e-5)
+
+
+def test_models_are_found_by_type(trained, ids: torch.Tensor) -> None:
+    module = OwnModule(trained("llama"), teacher=trained("llama"))
+    with pytest.raises(UserError, match=r"found backbone, teacher.*model_attribute"):
+        trainer(SparseLLMCallback(preset="paper")).fit(module, DataLoader(ids))
+    with pytest.raises(UserError, match="student is missing"):
+        trainer(SparseLLMCallback(preset="paper", model_attribute="student")).fit(module, DataLoader(ids))
+    trainer(SparseLLMCallback(preset="paper", model_attribute="teacher", num_calibration_samples=8)).fit(
+        module, DataLoader(ids)
+    )
+    assert zeros(module.teacher) > 0.45 > 0.01 > zeros(module.backbone)
+
+    class Empty(OwnModule):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match="found none"):
+        trainer(SparseLLMCallback(preset="paper")).fit(Empty(), DataLoader(ids))
+
+
+def test_a_resumed_run_does_not_prune_again(tmp_path: Path, trained, ids: torch.Tensor, monkeypatch) -> None:
+    first = OwnModule(trained("llama"))
+    loader = DataLoader(ids, batch_size=8)
+    run = trainer(
+        SparseLLMCallback(preset="paper", sparsity=0.6, finetune=True, num_calibration_samples=16), max_steps=3
+    )
+    run.fit(first, loader)
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    monkeypatch.setattr("sparsellm_lightning.callback.prune_model", lambda *a, **k: pytest.fail("pruned again"))
+    second = OwnModule(trained("llama"))
+    pruner = SparseLLMCallback(preset="paper", sparsity=0.6, finetune=True, num_calibration_samples=16)
+    trainer(pruner, max_steps=6).fit(second, loader, ckpt_path=tmp_path / "stopped.ckpt")
+    assert second.batches_seen == 3
+    assert zeros(second.backbone) == pytest.approx(0.6, abs=0.002)
+    assert pruner.report is not None, "the report came with the checkpoint"
+
+
+def test_calibration_comes_from_the_datamodule(model_dir: Path, monkeypatch) -> None:
+    data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=8)
+    asked = []
+    original = data.calibration_dataloader
+    monkeypatch.setattr(
+        data,
+        "calibration_dataloader",
+        lambda num_samples, seed: asked.append((num_samples, seed)) or original(num_samples, seed),
+    )
+    trainer(SparseLLMCallback(preset="paper", method="wanda", num_calibration_samples=8, seed=5)).fit(
+        CausalLM(str(model_dir)), data
+    )
+    assert asked == [(8, 5)]
+
+
+def test_seed_chooses_other_windows(model_dir: Path) -> None:
+    def pruned_with(seed: int) -> torch.Tensor:
+        module = CausalLM(str(model_dir))
+        data = TextDataModule(sequence_length=32, batch_size=4)
+        trainer(SparseLLMCallback(preset="paper", num_calibration_samples=8, seed=seed, measure=False)).fit(
+            module, data
+        )
+        return module.model.model.layers[0].mlp.up_proj.weight
+
+    assert torch.equal(pruned_with(1), pruned_with(1))
+    assert not torch.equal(pruned_with(1), pruned_with(2))
+
+
+def test_seed_orders_a_shuffled_train_loader(trained, ids: torch.Tensor) -> None:
+    def pruned_with(seed: int) -> torch.Tensor:
+        module = OwnModule(trained("llama"))
+        pruner = SparseLLMCallback(preset="paper", method="wanda", num_calibration_samples=8, seed=seed)
+        trainer(pruner).fit(module, DataLoader(ids, batch_size=4, shuffle=True))
+        return module.backbone.model.layers[0].mlp.up_proj.weight
+
+    assert torch.equal(pruned_with(1), pruned_with(1))
+    assert not torch.equal(pruned_with(1), pruned_with(2))
+
+
+def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
+    """What plain transformers reads back is what the report says."""
+    target = tmp_path / "out"
+    data = TextDataModule(sequence_length=64, batch_size=8, max_eval_windows=16)
+    pruner = SparseLLMCallback(preset="paper", sparsity=0.7, num_calibration_samples=16, export_dir=str(target))
+    trainer(pruner).fit(CausalLM(str(model_dir)), data)
+
+    model = AutoModelForCausalLM.from_pretrained(target)
+    report = json.loads((target / "pruning_report.json").read_text())
+    assert set(report) >= {
+        *("model", "method", "pattern", "sparsity", "perplexity", "layers", "blocks"),
+        *("wall_seconds", "peak_memory_bytes", "versions", "config"),
+    }
+    for layer in report["layers"]:
+        weight = model.get_submodule(layer["name"]).weight
+        assert list(weight.shape) == layer["shape"]
+        assert float((weight == 0).double().mean()) == pytest.approx(layer["sparsity"], abs=1e-12)
+    assert report["sparsity"]["requested"] == 0.7
+    assert report["sparsity"]["achieved"] == pytest.approx(zeros(model))
+    assert [len(block["errors"]) for block in report["blocks"]] == [4, 4, 4]
+
+    # Perplexity by hand: plain transformers, plain cross-entropy over the same windows.
+    losses = []
+    for batch in data.test_dataloader():
+        with torch.no_grad():
+            logits = model(batch["input_ids"]).logits[:, :-1].double()
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
+            )
+        )
+    assert report["perplexity"]["pruned"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
+    assert report["perplexity"]["dense"] < report["perplexity"]["pruned"]
+    assert AutoTokenizer.from_pretrained(target)("for x in y")["input_ids"]
+    for name in ("stages.png", "layers.png"):
+        assert (target / name).stat().st_size > 5000
+
+
+def test_export_directory_in_use(tmp_path: Path, model_dir: Path) -> None:
+    (tmp_path / "precious.txt").write_text("x")
+    data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2)
+    options = {"method": "magnitude", "num_calibration_samples": 4, "export_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=r"must be empty.*overwrite"):
+        trainer(SparseLLMCallback(**options)).fit(CausalLM(str(model_dir)), data)
+    assert (tmp_path / "precious.txt").exists()
+    trainer(SparseLLMCallback(**options, overwrite=True)).fit(CausalLM(str(model_dir)), data)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_iteration_errors_reach_the_logger(tmp_path: Path, trained, ids: torch.Tensor) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    pruner = SparseLLMCallback(preset="paper", sparsity=0.6, num_calibration_samples=32)
+    trainer(pruner, logger=logger, log_every_n_steps=1).fit(OwnModule(trained("llama")), DataLoader(ids, batch_size=8))
+    logger.save()
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert pruner.report is not None
+    column = lines[0].split(",").index("prune/block_001_error")
+    logged = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
+    assert logged == pytest.approx(pruner.report.blocks[1]["errors"])
+
+
+@pytest.mark.parametrize("setting", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_nothing_would_run(trained, ids: torch.Tensor, setting: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="nothing would run"):
+        trainer(SparseLLMCallback(preset="paper"), **setting).fit(OwnModule(trained("llama")), DataLoader(ids))
+
+
+def test_min_steps_contradicts_prune_only(trained, ids: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="finetune"):
+        trainer(SparseLLMCallback(preset="paper"), min_steps=5).fit(OwnModule(trained("llama")), DataLoader(ids))
+
+
+def test_validation_of_causal_lm_agrees_with_perplexity(model_dir: Path) -> None:
+    module = CausalLM(str(model_dir))
+    data = TextDataModule(sequence_length=64, batch_size=8, max_eval_windows=20)
+    (measured,) = trainer().validate(module, data, verbose=False)
+    assert measured["val_perplexity"] == pytest.approx(perplexity(module.model, data.val_dataloader()), rel=1e-5)
+
+
+def test_padding_and_labels_in_perplexity(trained, ids: torch.Tensor) -> None:
+    model = trained("llama")
+    plain = perplexity(model, [{"input_ids": ids[:8]}])
+    padded = torch.nn.functional.pad(ids[:8], (0, 9))
+    mask = torch.nn.functional.pad(torch.ones_like(ids[:8]), (0, 9))
+    assert perplexity(model, [{"input_ids": padded, "attention_mask": mask}]) == pytest.approx(plain, rel=1e-5)
+    labels = ids[:8].clone()
+    labels[:, :32] = -100
+    expected = []
+    with torch.no_grad():
+        logits = model(ids[:8]).logits.double()
+    for row in range(8):
+        for position in range(32, ids.shape[1]):
+            expected.append(-torch.log_softmax(logits[row, position - 1], 0)[ids[row, position]])
+    measured = perplexity(model, [{"input_ids": ids[:8], "labels": labels}])
+    assert measured == pytest.approx(float(torch.stack(expected).mean().exp()), rel=1e-4)

@@ -1,0 +1,208 @@
+"""Windows written from the calibration windows, against a loop without a cache, and against being given as data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.models import VOCABULARY, build_model
+from support.ranks import on_ranks
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
+
+from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, prune_model
+from sparsellm_lightning.config import Reconstruction
+from sparsellm_lightning.data import CalibrationBatch, add_written_windows, equally_many, rewrite_windows
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.solvers import SINGLE, Ranks
+
+Trained = Callable[[str], PreTrainedModel]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _without_measuring_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsellm_lightning.pruning.gemm_peak", lambda *args: 1e12)
+
+
+def random_ids(windows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def naive(model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]], name: str) -> list[int]:
+    """Each part of a window as a prompt, run through the model whole for every token."""
+    written: list[int] = []
+    for number, (start, end) in enumerate(cuts):
+        generator = torch.Generator().manual_seed(random.Random(f"{name}/{number}").getrandbits(63))
+        ids = window[start:end]
+        for _ in range(end - start):
+            chances = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().softmax(-1)
+            clocks = -torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).log()
+            ids = [*ids, int((chances / clocks).argmax())]
+        written += ids[end - start :]
+    return written[: len(window)]
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "cuts"),
+    [
+        (48, 16, [(0, 16), (16, 32), (32, 48)]),
+        (41, 16, [(0, 14), (14, 28), (27, 41)]),  # three parts of 14, the last of which overlaps
+        (9, 128, [(0, 9)]),
+        (100, 128, [(0, 50), (50, 100)]),  # a window and its continuation would not fit into the context of 128
+    ],
+)
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_what_is_written(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, name: str, length: int, prompt: int, cuts: list[tuple[int, int]]
+) -> None:
+    """Also past the sliding window (16) of those that have one, and in several batches."""
+    model = trained(name)
+    windows, names = random_ids(2, length), ["a", "b"]
+    monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", prompt)
+    expected = [naive(model, window, cuts, name) for window, name in zip(windows.tolist(), names, strict=True)]
+    a_token = 2 * 3 * 64 * 4  # keys and values of three layers, at most as wide as the model, in float32
+    for tokens, held in [(10_000, 2**30), (60, 2**30), (10_000, 60 * a_token), (1, 1)]:
+        monkeypatch.setattr("sparsellm_lightning.generation.HELD_TOKENS", tokens)
+        monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held)
+        assert rewrite_windows(model, windows, names, StrategyAdapter()).tolist() == expected
+
+
+@pytest.mark.parametrize(("held", "at_once"), [(5 * 32, 5), (3 * 32 - 1, 2), (1, 1), (1000 * 32, 6)])
+def test_what_they_hold(trained: Trained, monkeypatch: pytest.MonkeyPatch, held: int, at_once: int) -> None:
+    """Six prompts of 16 tokens and their continuations, so many at a time as have room for 2 x 16 tokens each."""
+    model = trained("llama")
+    a_token = sum(
+        2 * layer.self_attn.k_proj.out_features * layer.self_attn.k_proj.weight.itemsize for layer in model.model.layers
+    )
+    monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", 16)
+    monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held * a_token)
+    batches: list[int] = []
+
+    def sample(model: PreTrainedModel, prompts: Tensor, *args: Any) -> Tensor:
+        batches.append(len(prompts))
+        return prompts
+
+    monkeypatch.setattr("sparsellm_lightning.generation._sample", sample)
+    rewrite_windows(model, random_ids(2, 48), ["a", "b"], StrategyAdapter())
+    assert sum(batches) == 6
+    assert max(batches) == at_once
+
+
+def echo(windows: Tensor, names: list[str]) -> Tensor:
+    """Stands for the model: the window's first token, then its own number and the copy's."""
+    numbers = torch.tensor([[int(part) for part in name.split("/")] for name in names])
+    return torch.cat([windows[:, :1], numbers, windows[:, 3:]], 1)
+
+
+def rows_of(batches: list[CalibrationBatch]) -> list[list[int]]:
+    return [row.tolist() for batch in batches for row in batch.inputs["input_ids"]]
+
+
+def test_where_they_go() -> None:
+    """Behind the fitted windows, in front of those held out, though these share a batch."""
+    ids = random_ids(7, 8)
+    positions = torch.arange(8)[None]
+    batches = [CalibrationBatch({"input_ids": part, "position_ids": positions}, None) for part in ids.split(3)]
+    found, fitted, written = add_written_windows(batches, 5, 2, echo, SINGLE, CPU)
+    more = [[ids[i, 0].item(), i, copy, *ids[i, 3:].tolist()] for copy in range(2) for i in range(5)]
+    assert (fitted, written) == (15, 10)
+    assert rows_of(found) == [*ids[:5].tolist(), *more, *ids[5:].tolist()]
+    assert max(batch.windows for batch in found) <= 3
+    assert all(
+        torch.equal(batch.inputs["position_ids"], positions) for batch in found if "position_ids" in batch.inputs
+    )
+
+
+def test_windows_with_padding_or_shorter_are_left_out() -> None:
+    ids, short = random_ids(4, 8), random_ids(2, 6, seed=1)
+    valid = torch.ones(4, 8, dtype=torch.bool)
+    valid[1, :3] = False
+    batches = [CalibrationBatch({"input_ids": ids}, valid), CalibrationBatch({"input_ids": short}, None)]
+    found, fitted, written = add_written_windows(batches, 6, 1, echo, SINGLE, CPU)
+    assert (fitted, written) == (9, 3)
+    assert [row[0] for row in rows_of(found)[6:]] == ids[[0, 2, 3], 0].tolist()
+    assert found[0].valid is not None
+    assert torch.equal(found[0].valid, valid)
+    nothing = [CalibrationBatch({"input_ids": ids}, torch.zeros_like(valid))]
+    assert add_written_windows(nothing, 4, 1, echo, SINGLE, CPU) == (nothing, 4, 0)
+
+
+@pytest.mark.parametrize("windows", [7, 1])
+def test_ranks_write_what_one_process_does(windows: int) -> None:
+    """With one window, the second rank has none, and takes part all the same."""
+    ids = random_ids(windows, 8)
+
+    def write(ranks: Ranks) -> tuple[list[list[int]], int, int]:
+        calls = []
+
+        def counted(rows: Tensor, names: list[str]) -> Tensor:
+            calls.append(len(rows))
+            return echo(rows, names)
+
+        mine = ids[ranks.rank :: ranks.size]
+        batches = [CalibrationBatch({"input_ids": mine}, None)] if len(mine) else []
+        found, fitted, written = add_written_windows(batches, len(mine), 2, counted, ranks, CPU)
+        assert fitted == 3 * len(mine)
+        level = equally_many(found, ranks, CPU)
+        lengths = ranks.gather(torch.tensor([len(level)]))
+        assert len({int(length) for length in lengths}) == 1
+        assert rows_of(level)[: len(rows_of(found))] == rows_of(found)
+        assert all(batch.valid is not None and not batch.valid.any() for batch in level[len(found) :])
+        return rows_of(found), calls[0], written
+
+    one, two = write(SINGLE), on_ranks(2, write)
+    assert sorted(two[0][0] + two[1][0]) == sorted(one[0])
+    assert two[0][1] == two[1][1] == 2 * -(-windows // 2), "as many forwards on every rank"
+    assert [result[2] for result in two] == [one[2]] * 2 == [2 * windows] * 2
+
+
+def test_pruning_fits_them_like_any_other(trained: Trained) -> None:
+    """The same as a run whose calibration windows hold them."""
+    windows = random_ids(8, 32)
+    options: dict[str, Any] = {
+        "sparsity": 0.6,
+        "method": "sparsegpt",
+        "target": "model",
+        "reconstruct": Reconstruction(steps=8, batch_tokens=64),
+        "seed": 4,
+        "solver_precision": "float32",
+    }
+    names = [f"4/{window}/{copy}" for copy in range(2) for window in range(6)]
+    ours, theirs = trained("llama"), trained("llama")
+    written = rewrite_windows(theirs, windows[:6].repeat(2, 1), names, StrategyAdapter())
+    both = torch.cat([windows[:6], written, windows[6:]])
+    config = PruningConfig(**options, calibration_val_fraction=0.25, continuations=2, num_calibration_samples=8)
+    report = prune_model(ours, windows.split(2), config)
+    expected = prune_model(
+        theirs, both.split(2), PruningConfig(**options, calibration_val_fraction=0.1, num_calibration_samples=20)
+    )
+    for (name, found), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
+    assert report.calibration == {"windows": 8, "held_out": 2, "written": 12, "tokens": 20 * 32}
+    assert expected.calibration == {"windows": 20, "held_out": 2, "written": 0, "tokens": 20 * 32}
+    assert report.phases["generation"] > 0
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    headless = AutoModelForSequenceClassification.from_config(config)
+    settings = PruningConfig(preset="paper", sparsity=0.5, method="wanda", continuations=1, num_calibration_samples=1)
+    with pytest.raises(UserError, match=r"language-model head, which LlamaForSequenceClassification .*continuations 0"):
+        prune_model(headless, [torch.ones(1, 4, dtype=torch.long)], settings)
+    model = build_model("llama")
+    embedded = {"inputs_embeds": torch.zeros(1, 4, model.config.hidden_size)}
+    with pytest.raises(UserError, match=r"hold inputs_embeds\. Set continuations to 0"):
+        prune_model(model, [embedded], settings)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_setting(value: Any) -> None:
+    assert PruningConfig().continuations == 0
+    assert SparseLLMCallback(preset="best", continuations=3).config.continuations == 3
+    with pytest.raises(UserError, match="continuations must be an integer of at least 0, got"):
+        PruningConfig(preset="paper", continuations=value)

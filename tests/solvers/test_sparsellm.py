@@ -1,0 +1,473 @@
+"""The alternation against a naive float64 rewrite of its equations, one token at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import on_ranks
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from sparsellm_lightning.errors import NumericalError
+from sparsellm_lightning.solvers import (
+    LOCAL_SOLVERS,
+    SINGLE,
+    FeedForward,
+    InputStatistics,
+    NofM,
+    Pattern,
+    Penalties,
+    Ranks,
+    Unstructured,
+    find_activation,
+    solve_feed_forward,
+)
+
+Targets = dict[str, Tensor]
+TOKENS, DIM, WIDTH = 70, 5, 9
+
+
+def brute_minimum(objective: Callable[[Tensor], Tensor], middle: Tensor, radius: Tensor) -> Tensor:
+    """Entrywise minimiser: a grid of 801 points on middle ± radius, then ever finer grids around the best point."""
+    points = torch.linspace(-1, 1, 801).double()
+    for _ in range(5):
+        candidates = middle[..., None] + radius[..., None] * points
+        best = objective(candidates.movedim(-1, 0)).argmin(0)
+        middle = candidates.gather(-1, best[..., None])[..., 0]
+        radius = radius / 200
+    return middle
+
+
+def ridge_regression(weight: Tensor, x: Tensor, target: Tensor, damping: float) -> Tensor:
+    """Least squares of [x; √(nλ) I] Ŵᵀ = [target; √(nλ) Wᵀ]."""
+    n, columns = x.shape
+    fraction = max(damping, 2 * columns / n)
+    root = (n * fraction * x.square().mean(0).mean()).sqrt() * torch.eye(columns).double()
+    return torch.linalg.lstsq(torch.cat([x, root]), torch.cat([target, root @ weight.T])).solution.T
+
+
+def naive_alternation(
+    block: FeedForward, x: Tensor, y: Tensor, masks: Targets, iterations: int, penalties: Penalties, damping: float
+) -> tuple[list[Targets], list[float]]:
+    """Targets of every pruning (by ``masks``) and the errors, from the docstring's equations, in float64."""
+    x, y = x.double(), y.double()
+    tensors = {f.name: getattr(block, f.name) for f in fields(block) if f.name != "activation"}
+    dense = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+    bias = {name: 0.0 if dense[f"{name}_bias"] is None else dense[f"{name}_bias"] for name in ("up", "gate", "down")}
+    phi, gated = ACT2FN[block.activation.name], block.gate is not None
+    first = ["gate", "up"] if gated else ["up"]
+    y_without_bias = y - bias["down"]
+
+    def hidden(values: Targets) -> Tensor:
+        return phi(values["gate"]) * values["up"] if gated else phi(values["up"])
+
+    aux = {name: x @ dense[name].T + bias[name] for name in first}  # z is aux["up"], s is aux["gate"]
+    squares = {**aux, "y": y_without_bias, "p": hidden(aux)}
+    size = {name: float(t.square().mean()) if penalties.scale_free else 1.0 for name, t in squares.items()}
+    alpha = {name: penalties.alpha / size[name] for name in first}
+    beta, gamma = penalties.beta / size["y"], penalties.gamma / size["p"]
+
+    history, errors, p = [], [], None
+    targets: Targets = {name: dense[name] for name in first}
+    for _ in range(iterations):
+        weights = {name: targets[name] * masks[name] for name in first}
+        predicted = {name: x @ weights[name].T + bias[name] for name in first}
+        h = hidden(predicted)
+        regressor = h if penalties.scale_free else p
+        down = dense["down"] if p is None else ridge_regression(dense["down"], regressor, y_without_bias, damping)
+        history.append({**targets, "down": down})
+        down = down * masks["down"]
+        errors.append(float((y - h @ down.T - bias["down"]).square().sum() / y.square().sum()))
+
+        q, p = hidden(aux), torch.empty_like(h)
+        normal = beta * down.T @ down + gamma * torch.eye(h.shape[1]).double()
+        for token in range(len(x)):
+            p[token] = torch.linalg.solve(normal, beta * down.T @ y_without_bias[token] + gamma * q[token])
+        wanted, z_predicted = p, predicted["up"]
+        if gated:
+            f = phi(aux["gate"])
+            for token, entry in itertools.product(range(len(x)), range(h.shape[1])):
+                # The two terms as a least-squares problem of two equations.
+                a = torch.stack([torch.tensor(alpha["up"]).double().sqrt(), gamma**0.5 * f[token, entry]])
+                b = torch.stack([a[0] * z_predicted[token, entry], gamma**0.5 * p[token, entry]])
+                aux["up"][token, entry] = (a @ b) / (a @ a)
+        name, c = ("gate", aux["up"]) if gated else ("up", torch.ones_like(p))
+
+        def objective(
+            t: Tensor, m: Tensor = predicted[name], c: Tensor = c, w: Tensor = wanted, a: float = alpha[name]
+        ):
+            return a * (t - m).square() + gamma * (w - c * phi(t)).square()
+
+        radius = (objective(predicted[name]) / alpha[name]).sqrt()
+        aux[name] = brute_minimum(objective, predicted[name], radius)
+        targets = {k: ridge_regression(dense[k], x, aux[k] - bias[k], damping) for k in first}
+    return history, errors
+
+
+def random_masks(block: FeedForward, keep: float = 0.6) -> Targets:
+    generator = torch.Generator().manual_seed(5)
+    layers = {"up": block.up, "gate": block.gate, "down": block.down}
+    return {k: torch.rand(w.shape, generator=generator) < keep for k, w in layers.items() if w is not None}
+
+
+# The package is exact for relu: only float32 rounding remains. For silu a few of its entries end in another local minimum
+# than the brute force finds, which shows in the targets of the gate.
+@pytest.mark.parametrize(
+    ("activation", "gated", "tolerance"), [("relu", False, 1e-4), ("relu", True, 1e-4), ("silu", True, 0.1)]
+)
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(
+    ("penalties", "damping"),
+    [
+        (Penalties(), 0.01),
+        (Penalties(alpha=0.5, beta=3.0, gamma=2.0), 0.6),
+        (Penalties(alpha=2.0, beta=5.0, gamma=0.7, scale_free=False), 0.01),
+    ],
+)
+def test_against_the_naive_alternation(
+    activation: str,
+    gated: bool,
+    tolerance: float,
+    biases: bool,
+    penalties: Penalties,
+    damping: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sparsellm_lightning.solvers.feed_forward.CHUNK", 32)  # three chunks, the last one short
+    block = make_block(activation, gated, biases)
+    x, y = make_tokens(block)
+    masks, history = random_masks(block), []
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        history.append({name: target.clone() for name, target in targets.items()})
+        return {name: target * masks[name] for name, target in targets.items()}
+
+    solution = solve_feed_forward(block, x, y, prune, iterations=3, penalties=penalties, damping=damping)
+    expected, errors = naive_alternation(block, x, y, masks, 3, penalties, damping)
+    assert solution.errors == pytest.approx(errors, rel=tolerance / 2)
+    assert len(history) == 6
+    for index, targets in enumerate(expected):
+        seen = {**history[2 * index], **history[2 * index + 1]}
+        assert list(history[2 * index]) == (["gate", "up"] if gated else ["up"])
+        assert list(history[2 * index + 1]) == ["down"]
+        for name, target in targets.items():
+            scale = float(target.abs().max())
+            assert float((seen[name] - target).abs().max()) < tolerance * scale, (index, name)
+
+
+@pytest.mark.parametrize("solver", LOCAL_SOLVERS)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NofM(2, 4)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_first_iteration_is_the_local_solver(solver: str, pattern: Pattern, gated: bool) -> None:
+    block = make_block(gated=gated, biases=True, dim=8, width=16)
+    x, y = make_tokens(block, n=200)
+
+    def by_hand(weight: Tensor, inputs: Tensor) -> Tensor:
+        gram = (inputs.double().T @ inputs.double() / len(inputs)).float()
+        return LOCAL_SOLVERS[solver](weight, InputStatistics(gram, 0.03), pattern, 4)
+
+    expected = replace(block, up=by_hand(block.up, x), gate=by_hand(block.gate, x) if block.gate is not None else None)
+    h = expected.hidden(x)
+    expected = replace(expected, down=by_hand(block.down, h))
+    one = solve_feed_forward(block, x, y, prune_with(pattern, solver), iterations=1, damping=0.03)
+    four = solve_feed_forward(block, x, y, prune_with(pattern, solver), iterations=4, damping=0.03)
+    assert len(one.errors) == 1
+    assert len(four.errors) == 4
+    assert one.errors[0] == pytest.approx(four.errors[0], rel=1e-5)  # measured on the tokens, and from the statistics
+    assert one.errors[0] == pytest.approx(true_error(expected, x, y), rel=1e-3)
+    for name in ("up", "gate", "down"):
+        ours, theirs = getattr(one.feed_forward, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert torch.equal(ours == 0, theirs == 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale_free", [True, False])
+def test_the_best_iterate_is_returned(scale_free: bool) -> None:
+    """A prune that is best in its second round."""
+    block = make_block(biases=True)
+    x, y = make_tokens(block, noise=0.02)
+    # Two calls a round: gate and up, then down.
+    calls, factors, reported = itertools.count(), [0.7, 0.95, 0.5, 0.9], []
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        factor = factors[next(calls) // 2]
+        return {name: getattr(block, name) * factor for name in targets}
+
+    solution = solve_feed_forward(
+        block, x, y, prune, penalties=Penalties(scale_free=scale_free), on_iteration=lambda *seen: reported.append(seen)
+    )
+    scaled = [replace(block, **{name: getattr(block, name) * f for name in ("up", "gate", "down")}) for f in factors]
+    assert solution.errors == pytest.approx([true_error(iterate, x, y) for iterate in scaled], rel=1e-3)
+    assert reported == list(enumerate(solution.errors))
+    for name in ("up", "gate", "down"):
+        assert torch.equal(getattr(solution.feed_forward, name), getattr(scaled[1], name))
+    assert true_error(solution.feed_forward, x, y) == pytest.approx(min(solution.errors), rel=1e-3)
+    h = scaled[1].hidden(x).double()
+    torch.testing.assert_close(solution.hidden.gram.double(), h.T @ h / TOKENS, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solution.inputs.gram.double(), x.double().T @ x.double() / TOKENS, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", LOCAL_SOLVERS)
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False), ("gelu", False)])
+def test_the_alternation_lowers_the_error(solver: str, activation: str, gated: bool) -> None:
+    block = make_block(activation, gated, biases=True, dim=16, width=48)
+    both, _ = make_tokens(block, n=3000, noise=0.0)
+    x, held_out = both.split(1500)
+    y = naive_forward(block, x).float()
+    solution = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16))
+    assert min(solution.errors) < 0.95 * solution.errors[0]
+    assert true_error(solution.feed_forward, x, y) == pytest.approx(min(solution.errors), rel=1e-3)
+    for name in ("up", "down", *(["gate"] if gated else [])):
+        weight = getattr(solution.feed_forward, name)
+        assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=0.02)  # wanda rounds per row
+    local = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16), iterations=1).feed_forward
+    target = naive_forward(block, held_out)
+    assert true_error(solution.feed_forward, held_out, target) < true_error(local, held_out, target)
+
+
+def solve_scaled(factor: float, scale_free: bool, gated: bool = True) -> FeedForward:
+    """Second iteration of a block whose output is ``factor`` times as large."""
+    block = make_block("silu" if gated else "relu", gated, dim=16, width=32)
+    x, y = make_tokens(block, n=400)
+    block, y = replace(block, down=block.down * factor), y * factor
+    seen: list[Targets] = []
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        seen.append(prune_with(Unstructured(0.6))(targets, inputs))
+        return seen[-1]
+
+    solve_feed_forward(block, x, y, prune, iterations=2, penalties=Penalties(scale_free=scale_free))
+    return replace(block, **seen[2], **seen[3])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_scale_free_penalties_do_not_see_the_scale_of_the_output(gated: bool) -> None:
+    one, hundred = solve_scaled(1, True, gated), solve_scaled(100, True, gated)
+    raw, raw_hundred = solve_scaled(1, False, gated), solve_scaled(100, False, gated)
+    for name in ("up", "gate") if gated else ("up",):
+        free, free_hundred, paper, paper_hundred = (getattr(block, name) for block in (one, hundred, raw, raw_hundred))
+        assert torch.equal(free != 0, free_hundred != 0)
+        assert float((free - free_hundred).norm()) < 1e-3 * float(free.norm())
+        assert float((paper - paper_hundred).norm()) > 5e-3 * float(paper.norm())
+        assert float((paper - free).norm()) > 5e-3 * float(free.norm())
+    torch.testing.assert_close(hundred.down, 100 * one.down, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_bfloat16_tokens(gated: bool) -> None:
+    block = make_block("silu" if gated else "relu", gated, True, dim=16, width=32)
+    x, y = (t.bfloat16() for t in make_tokens(block, n=600))
+    prune = prune_with(Unstructured(0.6))
+    low, full = (solve_feed_forward(block, a, b, prune) for a, b in ((x, y), (x.float(), y.float())))
+    assert low.errors[0] == pytest.approx(full.errors[0], rel=1e-6)
+    assert low.errors[1:] == pytest.approx(full.errors[1:], rel=0.03)
+    assert low.feed_forward.up.dtype == low.inputs.gram.dtype == torch.float32
+    assert true_error(low.feed_forward, x, y) == pytest.approx(min(low.errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_auxiliaries_are_kept_in_the_dtype_asked_for(gated: bool) -> None:
+    """The activation sees the stored auxiliaries; whatever the dtype of the tokens, only then are its arguments rounded."""
+    block, rounded = make_block("silu", gated), []
+
+    def spy(t: Tensor) -> Tensor:
+        rounded.append(len(t.unique()) > 10 and torch.equal(t, t.bfloat16().float()))
+        return torch.nn.functional.silu(t)
+
+    block = replace(block, activation=replace(block.activation, function=spy))
+    x, y = make_tokens(block)
+    for tokens, dtype in itertools.product([(x, y), (x.bfloat16(), y.bfloat16())], [torch.float32, torch.bfloat16]):
+        rounded.clear()
+        solve_feed_forward(block, *tokens, prune_with(Unstructured(0.5)), iterations=3, auxiliary_dtype=dtype)
+        assert any(rounded) == (dtype == torch.bfloat16)
+
+
+def test_default_penalties() -> None:
+    assert Penalties() == Penalties(alpha=1.0, beta=10.0, gamma=1.0, scale_free=True)
+
+
+# Two ranks of which one has no tokens; three of which the last has no rows of down (4 rows: 2, 2, 0).
+@pytest.mark.parametrize("split", [[300, 0], [0, 300], [100, 0, 200]])
+@pytest.mark.parametrize("scale_free", [True, False])
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False)])
+def test_ranks_give_the_result_of_one_process(split: list[int], scale_free: bool, activation: str, gated: bool) -> None:
+    block = make_block(activation, gated, True, dim=4, width=10)
+    x, y = make_tokens(block, n=300)
+
+    def solve(ranks: Ranks) -> Any:
+        x_r, y_r = (x, y) if ranks is SINGLE else (x.split(split)[ranks.rank], y.split(split)[ranks.rank])
+        prune, penalties = prune_with(Unstructured(0.5, ranks)), Penalties(scale_free=scale_free)
+        return solve_feed_forward(block, x_r, y_r, prune, ranks=ranks, iterations=3, penalties=penalties)
+
+    single = solve(SINGLE)
+    for solution in on_ranks(len(split), solve):
+        assert solution.errors == pytest.approx(single.errors, rel=1e-3)
+        for name in ("up", "down", *(["gate"] if gated else [])):
+            ours, theirs = getattr(solution.feed_forward, name), getattr(single.feed_forward, name)
+            assert torch.equal(ours != 0, theirs != 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(solution.hidden.gram, single.hidden.gram, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("owners", [[[0, 1, 2, 3, 4, 5], []], [[5, 0], [3, 1, 2, 4]], [[4], [], [0, 1, 2, 3, 5]]])
+@pytest.mark.parametrize("gated", [True, False])
+def test_it_does_not_matter_which_rank_has_which_window(owners: list[list[int]], gated: bool) -> None:
+    block = make_block("silu" if gated else "relu", gated, True, dim=4, width=10)
+    lengths = [50, 30, 50, 64, 1, 50]
+    windows = list(zip(*(t.split(lengths) for t in make_tokens(block, n=sum(lengths))), strict=True))
+
+    def solve(ranks: Ranks) -> Any:
+        mine = owners[ranks.rank] if ranks.size > 1 else range(6)
+        x, y = (torch.cat([torch.zeros(0, 4), *(windows[i][k] for i in mine)]) for k in (0, 1))
+        prune, chunks = prune_with(Unstructured(0.5, ranks)), [lengths[i] for i in mine]
+        return solve_feed_forward(block, x, y, prune, ranks=ranks, iterations=3, chunks=chunks)
+
+    single = solve(SINGLE)
+    for solution in on_ranks(len(owners), solve):
+        assert torch.equal(solution.inputs.gram, single.inputs.gram)
+        assert solution.errors == pytest.approx(single.errors, rel=1e-5)
+        for name in ("up", "down", *(["gate"] if gated else [])):
+            ours, theirs = getattr(solution.feed_forward, name), getattr(single.feed_forward, name)
+            assert torch.equal(ours != 0, theirs != 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [["up"], ["gate"], ["down"], ["gate", "up"], ["gate", "up", "down"]])
+def test_a_layer_left_dense_keeps_its_weights(left: list[str]) -> None:
+    block = make_block(biases=True, dim=8, width=16)
+    before = {f.name: getattr(block, f.name).clone() for f in fields(block) if f.name != "activation"}
+    x, y = make_tokens(block, n=200)
+    solve = prune_with(Unstructured(0.5))
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        return {k: getattr(block, k) if k in left else solve({k: w}, inputs)[k] for k, w in targets.items()}
+
+    solution = solve_feed_forward(block, x, y, prune)
+    for name, tensor in before.items():
+        assert torch.equal(getattr(block, name), tensor), f"the dense {name} was changed"
+        if name in left or name.endswith("bias"):
+            assert torch.equal(getattr(solution.feed_forward, name), tensor)
+        else:
+            assert int((getattr(solution.feed_forward, name) == 0).sum()) == 64
+    assert true_error(solution.feed_forward, x, y) == pytest.approx(min(solution.errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_rank_with_one_row_does_not_change_the_dense_block(gated: bool) -> None:
+    block = make_block("silu", gated, dim=1, width=2)
+    before = {name: getattr(block, name).clone() for name in ("up", "gate", "down") if getattr(block, name) is not None}
+    x, y = make_tokens(block, n=50)
+
+    def solve(ranks: Ranks) -> Any:
+        def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+            return {k: LOCAL_SOLVERS["sparsegpt"](w, inputs, Unstructured(0.5, ranks), 8) for k, w in targets.items()}
+
+        return solve_feed_forward(block, x.split(25)[ranks.rank], y.split(25)[ranks.rank], prune, ranks=ranks)
+
+    on_ranks(2, solve)
+    for name, tensor in before.items():
+        assert torch.equal(getattr(block, name), tensor), name
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("where", "layer"), [("x", "gate"), ("up", "down"), ("y", "")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(where: str, layer: str, value: float, iterations: int) -> None:
+    block = make_block()
+    x, y = make_tokens(block)
+    {"x": x, "y": y, "up": block.up}[where][3, 2] = value
+    with pytest.raises(NumericalError, match=rf"layers\.7\.mlp\.{layer}"):
+        solve_feed_forward(block, x, y, lambda targets, _: targets, iterations=iterations, name="layers.7.mlp.")
+
+
+def test_values_that_are_not_finite_in_a_plain_block_name_its_up_projection() -> None:
+    block = make_block(gated=False)
+    x, y = make_tokens(block)
+    x[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.7\.up "):
+        solve_feed_forward(block, x, y, prune_with(Unstructured(0.5)), name="layers.7.")
+
+
+def test_stops_at_error_zero() -> None:
+    block = replace(make_block(), down=torch.zeros(DIM, WIDTH))
+    x, _ = make_tokens(make_block())
+    solution = solve_feed_forward(block, x, torch.zeros(TOKENS, DIM), prune_with(Unstructured(0.5)))
+    assert solution.errors == [0.0]
+
+
+def test_an_activation_that_returns_its_argument() -> None:
+    """A bilinear gated block: ``linear`` hands back the tensor it is given."""
+    x, y = make_tokens(make_block("linear"), n=200)
+    prune = prune_with(Unstructured(0.5))
+    errors = [
+        solve_feed_forward(replace(make_block("linear"), activation=activation), x, y, prune, iterations=3).errors
+        for activation in (find_activation("linear"), replace(find_activation("linear"), function=lambda t: t.clone()))
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_ridge_of_the_regression_follows_the_number_of_tokens() -> None:
+    """The targets of the second iteration stay nearer to the dense weights when the same tokens come only a few times."""
+    block, moved = make_block(dim=8, width=16), []
+    x, y = make_tokens(block, n=40)
+    for repeats in (1, 50):
+        seen: list[Targets] = []
+
+        def prune(targets: Targets, inputs: InputStatistics, seen: list[Targets] = seen) -> Targets:
+            seen.append(targets)
+            return prune_with(Unstructured(0.5))(targets, inputs)
+
+        solve_feed_forward(block, x.repeat(repeats, 1), y.repeat(repeats, 1), prune, iterations=2)
+        moved.append(float((seen[2]["up"] - block.up).norm()))
+    assert moved[0] < 0.9 * moved[1]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_auxiliaries_of_leading_tokens_only(gated: bool) -> None:
+    """The first and the last error are over all tokens, those between over the leading ones; the better of the two is kept."""
+    block = make_block(gated=gated, biases=True, dim=16, width=32)
+    x, y = make_tokens(block, n=900)
+    chunks, seen = [200, 100, 300, 300], []
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        seen.append(prune_with(Unstructured(0.6))(targets, inputs))
+        return seen[-1]
+
+    def solve(leading: int | None) -> tuple[list[FeedForward], Any]:
+        seen.clear()
+        solution = solve_feed_forward(block, x, y, prune, chunks=chunks, leading_chunks=leading)
+        return [replace(block, **seen[2 * k], **seen[2 * k + 1]) for k in range(4)], solution
+
+    iterates, solution = solve(2)
+    assert solution.errors[0] == pytest.approx(true_error(iterates[0], x, y), rel=1e-3)
+    assert solution.errors[1] == pytest.approx(true_error(iterates[1], x[:300], y[:300]), rel=1e-3)
+    assert solution.errors[2] == pytest.approx(true_error(iterates[2], x[:300], y[:300]), rel=1e-3)
+    assert solution.errors[3] == pytest.approx(true_error(iterates[3], x, y), rel=1e-3)
+    kept = iterates[3 if solution.errors[3] < solution.errors[0] else 0]
+    assert torch.equal(solution.feed_forward.down, kept.down)
+    torch.testing.assert_close(solution.change, kept(x) - y, rtol=1e-4, atol=1e-5)
+
+    _, everything = solve(4)
+    _, default = solve(None)
+    assert everything.errors == default.errors
+
+
+def test_the_local_solution_is_kept_where_leading_tokens_mislead() -> None:
+    block = make_block(dim=16, width=32)
+    x, y = make_tokens(block, n=900, noise=0.0)
+    calls = itertools.count()
+
+    def prune(targets: Targets, inputs: InputStatistics) -> Targets:
+        factor = [0.9, 0.99, 0.99, 0.5][next(calls) // 2]
+        return {name: getattr(block, name) * factor for name in targets}
+
+    solution = solve_feed_forward(block, x, y, prune, chunks=[300] * 3, leading_chunks=1)
+    assert torch.equal(solution.feed_forward.up, block.up * 0.9)
+    assert min(solution.errors) < solution.errors[0] < solution.errors[3]

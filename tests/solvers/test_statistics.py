@@ -1,0 +1,169 @@
+"""Gram matrices and their factorisation against float64 closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.ranks import on_ranks
+from torch import Tensor
+
+from sparsellm_lightning.errors import NumericalError
+from sparsellm_lightning.solvers import SINGLE, Cross, Gram, Ranks, check_finite, factorize, relative_error
+
+
+def tokens(n: int, d: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator) @ (torch.eye(d) + 0.3 * torch.randn(d, d, generator=generator))
+
+
+def naive_gram(x: Tensor) -> Tensor:
+    x = x.double()
+    return sum((torch.outer(row, row) for row in x), torch.zeros(x.shape[1], x.shape[1]).double()) / max(len(x), 1)
+
+
+def inverse_of(gram: Tensor, fraction: float) -> Tensor:
+    h = gram.double()
+    return torch.linalg.inv(h + fraction * h.diagonal().mean() * torch.eye(len(h)).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_gram_is_the_mean_outer_product(dtype: torch.dtype) -> None:
+    x = tokens(50, 6).to(dtype)
+    gram = Gram(6)
+    for chunk in x.split([20, 0, 29, 1]):
+        gram.add(chunk)
+    mean = gram.mean(SINGLE)
+    assert mean.dtype == torch.float32
+    assert gram.tokens == 50
+    torch.testing.assert_close(mean.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
+
+
+def test_cross_is_the_mean_outer_product() -> None:
+    a, b = tokens(50, 6), tokens(50, 4, seed=1)
+    cross = Cross(6, 4)
+    for part in (slice(0, 31), slice(31, 31), slice(31, 50)):
+        cross.add(a[part], b[part])
+    mean = cross.mean(SINGLE)
+    assert (mean.dtype, cross.tokens) == (torch.float32, 50)
+    expected = sum(torch.outer(i, j) for i, j in zip(a.double(), b.double(), strict=True)) / 50
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_order_of_the_chunks() -> None:
+    chunks = list((tokens(640, 16) * torch.logspace(-2, 2, 640)[:, None]).split(10))
+    means = []
+    for order in (chunks, chunks[::-1], chunks[1::2] + chunks[::2]):
+        gram = Gram(16)
+        for chunk in order:
+            gram.add(chunk)
+        means.append(gram.mean(SINGLE))
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
+
+
+def test_gram_without_tokens_is_zero() -> None:
+    assert torch.equal(Gram(3).mean(SINGLE), torch.zeros(3, 3))
+
+
+def test_gram_over_ranks() -> None:
+    x = tokens(50, 6)
+
+    def mean(ranks: Ranks) -> tuple[Tensor, int]:
+        gram = Gram(6)
+        gram.add(x.split([13, 0, 37])[ranks.rank])
+        return gram.mean(ranks), gram.tokens
+
+    results = on_ranks(3, mean)
+    for total, count in results:
+        assert count == 50
+        assert torch.equal(total, results[0][0])
+        torch.testing.assert_close(total.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("d", [1, 2, 9])
+def test_factorize(d: int, damping: float) -> None:
+    gram = naive_gram(tokens(80, d)).float() * 7
+    before = gram.clone()
+    factor = factorize(gram, damping)
+    assert torch.equal(gram, before)
+    assert not factor.dead.any()
+    assert torch.equal(factor.upper, factor.upper.triu())
+    inverse = inverse_of(gram, damping)
+    torch.testing.assert_close((factor.upper.T @ factor.upper).double(), inverse, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factor.upper.double(), torch.linalg.cholesky(inverse, upper=True), rtol=1e-4, atol=1e-5)
+    rows = tokens(4, d, seed=1)
+    torch.testing.assert_close(factor.solve(rows).double(), rows.double() @ inverse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("damping", [0.0, 0.02])
+def test_dead_features_stay_apart(damping: float) -> None:
+    x = tokens(40, 6)
+    x[:, [1, 4]] = 0
+    live = torch.tensor([0, 2, 3, 5])
+    gram = naive_gram(x).float()
+    factor = factorize(gram, damping)
+    assert factor.dead.tolist() == [False, True, False, False, True, False]
+    inverse = (factor.upper.T @ factor.upper).double()
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(6).double()
+    expected = torch.linalg.inv(damped[live][:, live])
+    torch.testing.assert_close(inverse[live][:, live], expected, rtol=1e-4, atol=1e-5)
+    assert (inverse[1].nonzero().flatten().tolist(), inverse[4].nonzero().flatten().tolist()) == ([1], [4])
+
+
+def test_all_features_dead() -> None:
+    factor = factorize(torch.zeros(3, 3), 0.01)
+    assert factor.dead.all()
+    assert torch.isfinite(factor.upper).all()
+    assert (factor.upper.diagonal() > 0).all()
+
+
+# Eigenvalues: 0 (exactly singular), -0.05 and -5, for a mean diagonal of 1; damping is raised tenfold from at least 1e-4.
+@pytest.mark.parametrize(
+    ("gram", "damping", "final", "warned"),
+    [
+        (torch.ones(4, 4), 0.0, 1e-3, 1),
+        (torch.tensor([[1, 1.05], [1.05, 1]]), 0.01, 0.1, 1),
+        (torch.tensor([[1, 6.0], [6, 1]]), 0.01, 10.0, 3),
+        (torch.tensor([[1, 6.0], [6, 1]]), 0.0, 10.0, 5),
+    ],
+)
+def test_damping_is_raised_with_a_warning(gram: Tensor, damping: float, final: float, warned: int) -> None:
+    before = gram.clone()
+    with pytest.warns(UserWarning, match=r"layers\.0\.up: Cholesky.*damping") as record:
+        factor = factorize(gram, damping, "layers.0.up")
+    assert len(record) == warned
+    assert torch.equal(gram, before)
+    inverse = (factor.upper.T @ factor.upper).double()
+    torch.testing.assert_close(inverse, inverse_of(gram, final), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*Cholesky")
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), 1e7])
+def test_hopeless_matrix_is_refused(entry: float) -> None:
+    gram = torch.eye(3)
+    gram[0, 1] = gram[1, 0] = entry
+    with pytest.raises(NumericalError, match=r"layers\.0\.up: not positive definite"):
+        factorize(gram, 0.01, "layers.0.up")
+    gram.diagonal().fill_(float("nan"))
+    with pytest.raises(NumericalError, match="Gram matrix: not positive definite"):
+        factorize(gram, 0.01)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_check_finite(value: float) -> None:
+    gram = torch.eye(3)
+    check_finite(gram, "fc1")
+    gram[2, 1] = value
+    with pytest.raises(NumericalError, match="input of fc1 holds NaN or infinity"):
+        check_finite(gram, "fc1")
+
+
+def test_relative_error() -> None:
+    x, dense, pruned = tokens(60, 5), tokens(4, 5, seed=1), tokens(4, 5, seed=2)
+    numerator, denominator = relative_error(dense, pruned, naive_gram(x).float())
+    expected = (x @ (dense - pruned).T).square().sum() / (x @ dense.T).square().sum()
+    assert float(numerator / denominator) == pytest.approx(float(expected), rel=1e-4)
+    assert float(denominator) == pytest.approx(float((x @ dense.T).square().sum() / 60), rel=1e-4)
+    assert float(relative_error(dense, dense, naive_gram(x).float())[0]) == 0

@@ -1,0 +1,250 @@
+"""LoRA on sparse layers: what trains is what merges, and the merge keeps the zeros."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training import OwnModule, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsellm_lightning import (
+    CausalLM,
+    Distillation,
+    LoraOptions,
+    SparseFinetuning,
+    SparseLLMCallback,
+    TextDataModule,
+    UserError,
+)
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.sparsity import keep_zeros, merged_state, sparse_projections
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def ids(calibration) -> Tensor:
+    return torch.cat([batch["input_ids"] for batch in calibration])
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {p.name: p.parameter.detach() for p in describe(model).projections()}
+
+
+def prune_by_hand(model: PreTrainedModel) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights(model).values():
+        weight.masked_fill_(torch.rand(weight.shape, generator=generator) < 0.6, 0)
+    return model
+
+
+def disturb_adapters(model: nn.Module) -> None:
+    """As if trained: B is zero at first, and an adapter then changes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids[:4]).logits
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_prune_train_export(tmp_path: Path, model_dir: Path, ids: Tensor, dropout: float) -> None:
+    module = CausalLM(
+        str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), lora=LoraOptions(rank=4, dropout=dropout)
+    )
+    data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=32)
+    pruner = SparseLLMCallback(
+        preset="paper",
+        sparsity=0.7,
+        finetune=True,
+        num_calibration_samples=16,
+        num_iterations=2,
+        export_dir=str(tmp_path / "out"),
+    )
+    pruned: dict[str, Tensor] = {}
+    original = pruner.hold
+    pruner.hold = lambda *args: (original(*args), pruned.update(copy.deepcopy(weights(module.model))))[0]  # type: ignore[method-assign, func-returns-value]
+    trainer(pruner, max_steps=40).fit(module, data)
+
+    assert pruner.report is not None
+    assert pruner.report.perplexity["finetuned"] < pruner.report.perplexity["pruned"]
+    assert all(torch.equal(weight, pruned[name]) for name, weight in weights(module.model).items())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids), logits(module.model, ids), rtol=1e-4, atol=1e-4)
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight == 0, pruned[name] == 0), name
+        assert not torch.equal(weight, pruned[name]), "the adapter is in it"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
+    """The user's own peft model, merged by peft; GPT-2 stores its weights transposed."""
+    model = prune_by_hand(trained(name))
+    zeros = {key: weight == 0 for key, weight in weights(model).items()}
+    sparse = {p.module for p in describe(model).projections()}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=name == "gpt2")
+    model = peft.get_peft_model(model, config)
+    disturb_adapters(model)
+    filled = copy.deepcopy(model).merge_and_unload()
+    assert any((weight[zeros[key]] != 0).any() for key, weight in weights(filled).items()), "plain LoRA fills the zeros"
+
+    keep_zeros(model, sparse)
+    before = logits(model, ids)
+    state = merged_state(model.get_base_model(), model.get_base_model().state_dict())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged, ids), before, rtol=1e-4, atol=1e-4)
+    for key, weight in weights(merged).items():
+        assert (weight[zeros[key]] == 0).all(), key
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_finetuning_masks_adapters(trained, ids: Tensor) -> None:
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = peft.get_peft_model(
+                prune_by_hand(trained("llama")), peft.LoraConfig(r=4, target_modules="all-linear")
+            )
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+
+    module = Module()
+    trainer(SparseFinetuning(), max_steps=10).fit(module, DataLoader(ids, batch_size=8))
+    expected = logits(module.net, ids)
+    merged = module.net.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    original = prune_by_hand(trained("llama"))
+    for name, weight in weights(merged).items():
+        assert torch.equal(weight == 0, weights(original)[name] == 0), name
+        assert not torch.equal(weight, weights(original)[name]), name
+
+
+def test_dora_is_refused(trained) -> None:
+    model = prune_by_hand(trained("llama"))
+    sparse = {p.module for p in describe(model).projections()}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    with pytest.raises(UserError, match="plain LoRA"):
+        keep_zeros(model, sparse)
+
+
+def test_options(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="rank of at least 1"):
+        LoraOptions(rank=0)
+    with pytest.raises(UserError, match="must name layers"):
+        CausalLM(str(model_dir), lora=LoraOptions(target_modules=["no_such_layer"])).configure_model()
+
+
+class Peft(OwnModule):
+    """A user's module around a user's own peft model."""
+
+    def __init__(self, model: PreTrainedModel, config: Any) -> None:
+        super().__init__(model)
+        self.backbone = peft.get_peft_model(model, config)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.backbone(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+
+
+def test_pruning_a_peft_model_in_an_own_module(tmp_path: Path, trained, ids: Tensor) -> None:
+    """Pruned, trained and exported as plain weights, dropout on the adapters."""
+    module = Peft(trained("llama"), peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
+    pruner = SparseLLMCallback(
+        preset="paper",
+        sparsity=0.7,
+        finetune=True,
+        num_calibration_samples=16,
+        num_iterations=2,
+        export_dir=str(tmp_path / "out"),
+    )
+    trainer(pruner, max_steps=10).fit(module, DataLoader(ids, batch_size=8))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids), logits(module.backbone, ids), rtol=1e-4, atol=1e-4)
+    for name, weight in weights(module.backbone.get_base_model()).items():
+        assert torch.equal(weights(plain)[name] == 0, weight == 0), name
+        assert not torch.equal(weights(plain)[name], weight), name
+
+
+def test_distillation_into_a_peft_model(trained, ids: Tensor) -> None:
+    """peft calls the model's ``forward``, past its hooks."""
+    module = Peft(prune_by_hand(trained("llama")), peft.LoraConfig(r=4, target_modules="all-linear"))
+    fit = trainer(SparseFinetuning(), Distillation(trained("llama")), max_steps=2)
+    fit.fit(module, DataLoader(ids, batch_size=8))
+    assert float(fit.callback_metrics["distillation_logit_loss"]) > 0
+
+
+def test_adapters_are_not_taken_for_sparse_layers(trained) -> None:
+    """Rows of B stay zero where nothing flows back, as behind units that are never active: no pruning, and not to be held."""
+    model = prune_by_hand(trained("opt"))
+    expected = {p.name for p in describe(model).projections()}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    disturb_adapters(model)
+    for name, parameter in model.named_parameters():
+        if "fc1.lora_B" in name:
+            parameter.data[:32] = 0
+    found = {p.name.removeprefix("base_model.model.") for p in sparse_projections(model, StrategyAdapter())}
+    assert found == expected
+
+
+def test_ia3_is_let_through(trained, ids: Tensor) -> None:
+    """It scales rows and columns, which keeps every zero."""
+    module = Peft(prune_by_hand(trained("llama")), peft.IA3Config(task_type="CAUSAL_LM"))
+    trainer(SparseFinetuning(), max_steps=3).fit(module, DataLoader(ids, batch_size=8))
+    expected = logits(module.backbone, ids)
+    merged = module.backbone.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    original = weights(prune_by_hand(trained("llama")))
+    changed = 0
+    for name, weight in weights(merged).items():
+        assert torch.equal(weight == 0, original[name] == 0), name
+        changed += not torch.equal(weight, original[name])
+    assert changed >= 3
+
+
+def test_adapters_on_embeddings_are_refused(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="embedding"):
+        CausalLM(str(model_dir), lora=LoraOptions(target_modules=["q_proj", "embed_tokens"])).configure_model()
+
+
+def test_adapters_outside_the_blocks(tmp_path: Path, model_dir: Path, ids: Tensor) -> None:
+    """An adapter on a head that is not tied is in the exported weights as well."""
+    module = CausalLM(
+        str(model_dir),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3),
+        lora=LoraOptions(rank=4, target_modules=["q_proj", "lm_head"]),
+    )
+    pruner = SparseLLMCallback(
+        preset="paper",
+        sparsity=0.7,
+        finetune=True,
+        num_calibration_samples=8,
+        num_iterations=2,
+        export_dir=str(tmp_path / "out"),
+    )
+    trainer(pruner, max_steps=5).fit(module, TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=4))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(plain, ids), logits(module.model, ids), rtol=1e-4, atol=1e-4)

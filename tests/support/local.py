@@ -1,0 +1,42 @@
+"""Pruning problems of one matrix, and naive solutions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    """Prune the round(sparsity * n) smallest, ties from the front: the order of a stable Python sort."""
+    flat = scores.flatten().tolist()
+    mask = torch.ones(len(flat), dtype=torch.bool)
+    mask[sorted(range(len(flat)), key=flat.__getitem__)[: round(sparsity * len(flat))]] = False
+    return mask.view(scores.shape)
+
+
+DAMPING = 0.01
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Gram matrix of correlated inputs of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(columns) + torch.randn(columns, columns, generator=generator) * 1.5 / columns**0.5
+    x = (
+        torch.randn(4 * columns, columns, generator=generator)
+        @ mixing
+        * torch.rand(columns, generator=generator).add(0.2)
+    )
+    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
+
+
+def damped(gram: Tensor) -> Tensor:
+    return gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram)).double()
+
+
+def least_squares(weight: Tensor, h: Tensor, keep: Tensor) -> Tensor:
+    """The best weights on a support, a row at a time."""
+    result = torch.zeros_like(weight).double()
+    for row, support in enumerate(keep):
+        wanted = (h @ weight[row].double())[support]
+        result[row, support] = torch.linalg.solve(h[support][:, support], wanted)
+    return result
