@@ -1,4 +1,7 @@
-"""Tiny models that the session trains on the Python documentation, well under a minute each."""
+"""Session fixtures: a tokenizer, tiny models trained on the Python documentation, and processes for the distributed tests.
+
+The workers of pytest-xdist share the trained models: the first worker that needs a model trains it and saves it.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +11,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before torch is loaded: workers would otherwise each use every core.
+# Before torch is loaded: each worker would otherwise use every core.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from support.models import SEQUENCE, load_or_train, train_tokenizer
+from support.pool import RankPool
+from support.text import tokenised_once
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsellm_lightning.data import TextDataModule
-
-# vocab_size, and token ids inside it: the defaults of some configs lie outside a tiny vocabulary.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _tokenised_once() -> Iterator[None]:
-    """Hundreds of datamodules of this session tokenise the same documentation with the same tokenizer, a second each."""
-    original, seen = TextDataModule._tokenise, {}
-
-    def tokenise(data: TextDataModule, text: str) -> torch.Tensor:
-        tokenizer = data._get_tokenizer()
-        if len(text) < 10_000 or not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return original(data, text)
-        key = text, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token
-        if key not in seen:
-            seen[key] = original(data, text)
-        return seen[key].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextDataModule, "_tokenise", tokenise)
+    with tokenised_once():
         yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    import pydoc_data.topics
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(list(pydoc_data.topics.topics.values()), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    return train_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +44,22 @@ def text(tokenizer: PreTrainedTokenizerFast) -> TextDataModule:
 
 
 @pytest.fixture(scope="session")
-def _trained(text: TextDataModule) -> Callable[[str], PreTrainedModel]:
-    cache: dict[str, PreTrainedModel] = {}
+def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of trained models, which all workers of the session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _trained(_models: Path, text: TextDataModule) -> Callable[[str], PreTrainedModel]:
+    loaded: dict[str, PreTrainedModel] = {}
 
     def get(name: str) -> PreTrainedModel:
-        if name not in cache:
-            cache[name] = _train(name, text)
-        return cache[name]
+        if name not in loaded:
+            loaded[name] = load_or_train(_models, name, text)
+        return loaded[name]
 
     return get
 
@@ -87,18 +71,35 @@ def trained(_trained: Callable[[str], PreTrainedModel]) -> Callable[[str], PreTr
 
 
 @pytest.fixture(scope="session")
-def model_dir(
-    tmp_path_factory: pytest.TempPathFactory,
-    _trained: Callable[[str], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    """The trained tiny LLaMA as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    _trained("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def folder_of(_models: Path, _trained: Callable[[str], PreTrainedModel]) -> Callable[[str], str]:
+    """``folder_of(name)``: the trained tiny model of that name as a Hugging Face folder. Tests must not write to it."""
+
+    def get(name: str) -> str:
+        _trained(name)
+        return str(_models / name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def model_dir(folder_of: Callable[[str], str]) -> Path:
+    """The trained tiny LLaMA as a Hugging Face folder. Tests must not write to it."""
+    return Path(folder_of("llama"))
 
 
 @pytest.fixture
 def calibration(text: TextDataModule) -> list[dict[str, torch.Tensor]]:
     return list(text.calibration_dataloader(num_samples=64, seed=0))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """``ranks(n)``: n processes that run the jobs of ``support.jobs``. They are started on first use and kept."""
+    pools: dict[int, RankPool] = {}
+
+    def get(size: int) -> RankPool:
+        return pools.setdefault(size, RankPool(size))
+
+    yield get
+    for pool in pools.values():
+        pool.close()

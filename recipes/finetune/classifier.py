@@ -2,8 +2,8 @@
 
     python recipes/finetune/classifier.py [--pretrained MODEL] [--sparsity 0.7] [--steps 100]
 
-The callback finds the transformers model by itself, calibrates on the training batches, prunes, and keeps the zeros while
-the module trains in its own way.
+The callback finds the transformers model, calibrates on the training batches, prunes, and keeps the zeros while the module
+trains.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Classifier(L.LightningModule):
 
 
 def labelled(windows: DataLoader[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Windows as they are, class 0, and with every other token drawn at random from the vocabulary, class 1, in turn."""
+    """Alternating windows: undamaged (class 0), and with every second token replaced by a random one (class 1)."""
     ids = torch.cat([batch["input_ids"] for batch in windows])[:count]
     generator = torch.Generator().manual_seed(0)
     damaged = ids.clone()

@@ -1,6 +1,6 @@
 """Where a model keeps its decoder blocks and their projections."""
 
-from sparsellm_lightning.architecture.describe import (
+from sparsellm_lightning.architecture.discovery import (
     decoder_blocks,
     describe,
     device_of,

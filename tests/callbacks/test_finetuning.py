@@ -1,13 +1,12 @@
-"""Zeros held in training: by any optimizer, precision and compilation, beside other callbacks, in any LightningModule.
+"""Zeros are kept in training: with any optimizer, precision and compilation, beside other callbacks, in any LightningModule.
 
-The masks that are compared with are taken by a callback of these tests when training starts, not by the code under test.
+``ZeroWatch`` takes the reference masks from the weights when training starts. The code under test has no part in them.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from support.models import build_model
-from support.training import OwnModule, trainer
+from support.training import MakeOptimizer, Module, OwnModule, ZeroWatch, linear_weights, prune_by_hand, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
@@ -37,17 +36,13 @@ from sparsellm_lightning import (
     UserError,
     perplexity,
 )
-from sparsellm_lightning.architecture import Projection, describe
-from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.errors import MaskError
-from sparsellm_lightning.solvers import Containing, NofM, Pattern, Stacked, Unstructured
-from sparsellm_lightning.sparsity import Masks, pack, unpack
-
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+from sparsellm_lightning.sparsity import Masks
 
 
 class Mixing(torch.optim.Optimizer):
-    """Adds the row's mean gradient and noise to every entry: masked gradients cannot keep a zero, nor can moments."""
+    """Adds the row's mean gradient and noise to every entry, so masked gradients and moments alone keep no zero."""
 
     def __init__(self, parameters: Any, lr: float = 1e-3) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -71,10 +66,8 @@ def muon(parameters: Any) -> torch.optim.Optimizer:
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, fused=True),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, foreach=True),
     "adamw-loop": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, foreach=False, amsgrad=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True, foreach=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True, foreach=True),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3, weight_decay=0.1),
     "mixing": Mixing,
     "muon": muon,
@@ -92,142 +85,38 @@ def loader(ids: Tensor) -> DataLoader[Any]:
 
 
 def pruner(**settings: Any) -> SparseLLMCallback:
-    defaults = {"sparsity": 0.7, "finetune": True, "num_calibration_samples": 16, "num_iterations": 2}
+    defaults = {
+        "preset": "paper",
+        "sparsity": 0.7,
+        "finetune": True,
+        "num_calibration_samples": 16,
+        "num_iterations": 2,
+    }
     return SparseLLMCallback(**{**defaults, **settings})
-
-
-def one_layer(weight: Tensor) -> tuple[nn.Linear, Masks]:
-    """Masks of the zeros of a single layer."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    layer.weight.data.copy_(weight)
-    return layer, Masks([Projection("layer", layer, pruned=True)], StrategyAdapter())
-
-
-# -- masks ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (7,), (8,), (9,), (3, 5), (4, 4), (13, 17), (2, 3, 5)])
-def test_packed_bits(shape: tuple[int, ...]) -> None:
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.5
-    flat = mask.flatten().tolist()
-    expected = [0] * ((len(flat) + 7) // 8)
-    for index, bit in enumerate(flat):
-        expected[index // 8] |= bit << index % 8
-    packed = pack(mask)
-    assert packed.dtype == torch.uint8
-    assert packed.tolist() == expected
-    restored = unpack(packed, mask.shape)
-    assert restored.dtype == torch.bool
-    assert torch.equal(restored, mask)
-
-
-def test_packed_view() -> None:
-    """A transposed weight, as of GPT-2's Conv1D, is not contiguous."""
-    mask = torch.rand(6, 11) < 0.5
-    assert torch.equal(unpack(pack(mask.T), mask.T.shape), mask.T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_kept_weight_at_zero_stays_distinguishable(dtype: torch.dtype) -> None:
-    layer, masks = one_layer(torch.tensor([[0.0, 1, 2, 0], [3, 0, 0, -4]], dtype=dtype))
-    layer.weight.data = torch.tensor([[5.0, 0, 2, -1], [-0.0, 6, 0, -4]], dtype=dtype)
-    masks.apply()
-    tiny = torch.finfo(dtype).tiny
-    assert torch.equal(layer.weight.data, torch.tensor([[0.0, tiny, 2, 0], [tiny, 0, 0, -4]], dtype=dtype))
-    assert masks.zeros == {"layer": 4}
-    assert int((layer.weight == 0).sum()) == 4
-    masks.check()
-
-
-def test_moments_are_cleared_by_shape_and_kind() -> None:
-    layer, masks = one_layer(torch.tensor([[0.0, 1], [2, 0]]))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1)
-    state = {"full": torch.ones(2, 2), "step": torch.tensor(3.0), "row": torch.ones(2), "name": "x"}
-    optimizer.state[layer.weight] = dict(state)
-    masks.clear_moments([optimizer])
-    assert torch.equal(optimizer.state[layer.weight]["full"], torch.tensor([[0.0, 1], [1, 0]]))
-    assert torch.equal(optimizer.state[layer.weight]["row"], torch.ones(2))
-    assert optimizer.state[layer.weight]["step"] == 3
-
-
-def test_check_names_the_layer_and_both_counts() -> None:
-    layer, masks = one_layer(torch.tensor([[0.0, 1, 2, 0], [3, 0, 0, -4]]))
-    masks.check()
-    with torch.no_grad():
-        layer.weight[0, 0] = 1e-30
-    with pytest.raises(MaskError, match=r"layer .*4 zeros \(50.0000 %\).*has 3 \(37.5000 %\), 1 of its weights"):
-        masks.check()
-    with torch.no_grad():  # as many zeros as before, elsewhere
-        layer.weight[0, 1] = 0
-    with pytest.raises(MaskError, match=r"layer .*4 zeros.*has 4 .*, 2 of its weights"):
-        masks.check()
-
-
-def test_a_kept_weight_that_an_optimizer_zeroes(trained, loader: DataLoader[Any]) -> None:
-    class Zeroing(torch.optim.SGD):
-        """Sets the first column of every matrix to zero."""
-
-        def step(self, closure: Any = None) -> Any:
-            loss = super().step(closure)
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    if p.dim() == 2:
-                        p[:, 0] = 0
-            return loss
-
-    module = Module(trained("llama"), lambda p: Zeroing(p, lr=0.01))
-    watch = ZeroWatch()
-    trainer(watch, pruner(), max_steps=2).fit(module, loader)
-    tiny = torch.finfo(torch.float32).tiny
-    for name, weight in linear_weights(module).items():
-        start = watch.start[name][:, 0]
-        assert torch.equal(weight.detach()[:, 0], torch.where(start == 0, 0.0, tiny))
-        assert 0 < int((start != 0).sum()) < len(start)
-
-
-def test_zeros_that_an_optimizer_moves(trained, loader: DataLoader[Any]) -> None:
-    """As many zeros as before, in other places."""
-
-    class Rolling(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            loss = super().step(closure)
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    if p.dim() == 2:
-                        p.copy_(p.roll(1, -1))
-            return loss
-
-    watch = ZeroWatch()
-    trainer(watch, pruner(measure=False), max_steps=2).fit(
-        Module(trained("llama"), lambda p: Rolling(p, lr=1e-3)), loader
-    )
-    assert watch.steps == 2
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_watch_sees_lost_zeros(trained, loader: DataLoader[Any]) -> None:
-    """Without the callback these tests fail."""
+def test_the_watch_sees_lost_zeros(loader: DataLoader[Any]) -> None:
+    """``ZeroWatch`` fails without the callback under test."""
     for make in (OPTIMIZERS["adamw"], Mixing):
-        model = trained("llama")
+        model = build_model("llama")
         prune_by_hand(model)
         with pytest.raises(AssertionError, match="look"):
             trainer(ZeroWatch(), max_steps=2).fit(Module(model, make), loader)
 
 
 COMBINATIONS: list[tuple[str, dict[str, Any], bool]] = [
-    *((name, {}, False) for name in OPTIMIZERS),
-    ("adamw", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, False),
+    ("adamw", {}, False),
+    ("adamw-loop", {}, False),
+    ("adafactor", {}, False),
     ("sgd", {"accumulate_grad_batches": 3}, False),
     ("mixing", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, False),
     ("muon", {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, False),
-    ("adamw", {"precision": "bf16-mixed"}, False),
     ("adamw-fused", {"precision": "bf16-mixed", "accumulate_grad_batches": 3}, False),
     ("adamw", {"precision": "bf16-true", "gradient_clip_val": 0.1}, False),
-    ("sgd", {"precision": "bf16-true"}, False),
     ("mixing", {"precision": "bf16-true"}, False),
-    ("adamw", {}, True),
     ("mixing", {"precision": "bf16-mixed"}, True),
 ]
 
@@ -246,7 +135,7 @@ def test_zeros_hold_after_every_step(
     if compiled:
         for layer in model.model.layers:
             layer.compile(backend="eager")
-    # bfloat16 holds 8 bits: a step has to be large to move a weight at all.
+    # bfloat16 has 8 significant bits, so that small steps leave most weights as they are.
     make = OPTIMIZERS[optimizer]
     if settings.get("precision") == "bf16-true":
         make = scaled(make, 10)
@@ -257,7 +146,7 @@ def test_zeros_hold_after_every_step(
     fit.fit(module, loader)
     for watch in (first, last):
         assert watch.steps == 4
-        # Two looks a batch and one a step; and at the end.
+        # Two looks in every batch, one in every step, and one at the end of training.
         assert watch.looks == 4 * settings.get("accumulate_grad_batches", 1) * 2 + 4 + 1
         assert watch.sparsity() == pytest.approx(0.7, abs=0.002)
         assert watch.moved(module) > (0.3 if settings.get("precision") == "bf16-true" else 0.98)
@@ -286,7 +175,7 @@ def sum_of_zeros(weights: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
 def test_zeros_hold_under_an_8_bit_optimizer(trained, loader: DataLoader[Any], library: str) -> None:
-    """Its moments are quantised, which the callback leaves alone."""
+    """Its moments are quantised. The callback does not touch them."""
     if library == "bitsandbytes":
         bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         make: MakeOptimizer = lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3, weight_decay=0.1)  # noqa: E731
@@ -301,7 +190,7 @@ def test_zeros_hold_under_an_8_bit_optimizer(trained, loader: DataLoader[Any], l
 
 
 def test_zeros_hold_in_manual_optimization(trained, ids: Tensor) -> None:
-    """Two optimizers, stepped by the module itself."""
+    """The module itself steps two optimizers."""
 
     class Manual(OwnModule):
         def __init__(self, model: PreTrainedModel) -> None:
@@ -361,12 +250,11 @@ def test_clipping_measures_kept_weights_only(trained, ids: Tensor, accumulate: i
             p.grad *= p.detach() != 0
         squares["kept"] += float(p.grad.double().square().sum())
     expected = squares["kept"] ** 0.5
-    assert squares["all"] ** 0.5 > 1.05 * expected, "otherwise nothing is tested"
+    assert squares["all"] ** 0.5 > 1.05 * expected, "gradients of pruned weights are part of the whole norm"
     clip = 0.5 * expected
 
     module = Clipped(model, lambda p: torch.optim.SGD(p, lr=0.1))
     start = {name: p.detach().clone() for name, p in module.backbone.named_parameters()}
-    # The callback comes last: another callback sees masked gradients all the same.
     settings = {"max_steps": 1, "gradient_clip_val": clip, "accumulate_grad_batches": accumulate}
     trainer(SparseFinetuning(), **settings).fit(module, DataLoader(ids, batch_size=4))
     assert norms["before"] == pytest.approx(expected, rel=1e-5)
@@ -377,11 +265,52 @@ def test_clipping_measures_kept_weights_only(trained, ids: Tensor, accumulate: i
         assert torch.allclose(p.detach(), stepped, atol=1e-6), name
 
 
+def test_a_kept_weight_that_an_optimizer_zeroes(trained, loader: DataLoader[Any]) -> None:
+    class Zeroing(torch.optim.SGD):
+        """Sets the first column of every matrix to zero."""
+
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    if p.dim() == 2:
+                        p[:, 0] = 0
+            return loss
+
+    module = Module(trained("llama"), lambda p: Zeroing(p, lr=0.01))
+    watch = ZeroWatch()
+    trainer(watch, pruner(), max_steps=2).fit(module, loader)
+    tiny = torch.finfo(torch.float32).tiny
+    for name, weight in linear_weights(module).items():
+        start = watch.start[name][:, 0]
+        assert torch.equal(weight.detach()[:, 0], torch.where(start == 0, 0.0, tiny))
+        assert 0 < int((start != 0).sum()) < len(start)
+
+
+def test_zeros_that_an_optimizer_moves(trained, loader: DataLoader[Any]) -> None:
+    """An optimizer that moves zeros leaves their number as it was."""
+
+    class Rolling(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    if p.dim() == 2:
+                        p.copy_(p.roll(1, -1))
+            return loss
+
+    watch = ZeroWatch()
+    trainer(watch, pruner(measure=False), max_steps=2).fit(
+        Module(trained("llama"), lambda p: Rolling(p, lr=1e-3)), loader
+    )
+    assert watch.steps == 2
+
+
 # -- any sparse model -------------------------------------------------------------------------------------------------
 
 
 class Regression(pl.LightningModule):
-    """Nothing of transformers in it: a small network, with its head tied to nothing."""
+    """A small network without any module of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,10 +326,9 @@ class Regression(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("pattern", ["random", "2:4"])
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "own"])
+@pytest.mark.parametrize(("name", "pattern"), [("llama", "random"), ("gpt2", "2:4"), ("own", "random")])
 def test_sparse_finetuning_alone(ids: Tensor, name: str, pattern: str) -> None:
-    """A model that something else pruned."""
+    """The callback keeps the zeros of a model that something else pruned. GPT-2 stores its weights transposed."""
     if name == "own":
         module: pl.LightningModule = Regression()
         data = DataLoader([(torch.tensor(i % 16), torch.tensor(i % 3.0)) for i in range(64)], batch_size=8)
@@ -423,12 +351,12 @@ def test_sparse_finetuning_alone(ids: Tensor, name: str, pattern: str) -> None:
 
 
 def test_layers_that_are_dense_stay_free(ids: Tensor) -> None:
-    """Only layers with zeros are held: exact zeros may come and go elsewhere."""
+    """Layers without a share of zeros are not held. A zero in them may come and go."""
     model = build_model("llama")
     sparse = model.model.layers[1].mlp.up_proj.weight
     with torch.no_grad():
         sparse[:, ::2] = 0
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = 0  # a single zero is no pruning
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 0  # a single zero does not make a layer sparse
     module = Module(model, OPTIMIZERS["adamw"])
     trainer(SparseFinetuning(), max_steps=2).fit(module, DataLoader(ids, batch_size=4))
     assert bool((sparse[:, ::2] == 0).all())
@@ -454,11 +382,10 @@ def test_a_dense_model_is_refused(ids: Tensor) -> None:
         trainer(SparseFinetuning(), max_steps=1).fit(Module(build_model("llama"), Mixing), DataLoader(ids))
 
 
-@pytest.mark.parametrize("held", [SparseFinetuning, pruner])
-def test_lightnings_own_pruning_is_refused(ids: Tensor, held: Callable[[], pl.Callback]) -> None:
+def test_lightnings_own_pruning_is_refused(ids: Tensor) -> None:
     for callbacks in (
-        [held(), ModelPruning("l1_unstructured", amount=0.5)],
-        [ModelPruning("random_unstructured"), held()],
+        [SparseFinetuning(), ModelPruning("l1_unstructured", amount=0.5)],
+        [ModelPruning("random_unstructured"), pruner()],
     ):
         model = build_model("llama")
         prune_by_hand(model)
@@ -470,7 +397,7 @@ def test_lightnings_own_pruning_is_refused(ids: Tensor, held: Callable[[], pl.Ca
 
 
 class Validated(Module):
-    """Logs its losses and a schedule, as the usual callbacks want."""
+    """Logs its losses and has a learning-rate schedule, which the usual callbacks need."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -503,7 +430,6 @@ def stacked(kind: str, folder: Path) -> dict[str, pl.Callback]:
         ("held stopping checkpoint rates average watch", "ema"),
         ("watch average rates checkpoint stopping held", "ema"),
         ("average held watch checkpoint stopping rates", "swa"),
-        ("stopping watch held average checkpoint rates", "swa"),
     ],
 )
 def test_any_order_of_callbacks(tmp_path: Path, ids: Tensor, order: str, kind: str) -> None:
@@ -523,10 +449,10 @@ def test_any_order_of_callbacks(tmp_path: Path, ids: Tensor, order: str, kind: s
     fit.fit(module, data, DataLoader(ids[:8], batch_size=4))
     watch = callbacks["watch"]
     assert isinstance(watch, ZeroWatch)
-    # Per epoch three batches, looked at thrice, and two of validation; and at the end.
+    # Three looks in each of three batches and one in each of two validation batches, per epoch. One at the end.
     assert watch.looks == 2 * (3 * 3 + 2) + 1
     assert watch.moved(module) > 0.98
-    watch.look(module)  # after the fit: the averages
+    watch.look(module)  # after the fit the module has the averaged weights
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 3
     for file in files:
@@ -540,7 +466,7 @@ def test_any_order_of_callbacks(tmp_path: Path, ids: Tensor, order: str, kind: s
 
 
 def test_averages_that_start_late(trained, ids: Tensor) -> None:
-    """Weight averaging copies the model at setup, while it is dense, and puts the copy in place for validation."""
+    """The averaged copy is made at setup, from the dense model, and validation uses it before the first update."""
     model = trained("llama")
     module = Validated(model, OPTIMIZERS["adamw"])
     watch = ZeroWatch()
@@ -551,7 +477,7 @@ def test_averages_that_start_late(trained, ids: Tensor) -> None:
 
 
 class Rogue(pl.Callback):
-    """Writes one weight behind everyone's back."""
+    """Sets one weight to a value that its mask forbids."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -562,8 +488,9 @@ class Rogue(pl.Callback):
         weight[index] = self.value
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("value", [0.5, 0.0], ids=["a zero comes back", "a kept weight goes"])
+@pytest.mark.parametrize(
+    ("value", "first"), [(0.5, True), (0.0, False)], ids=["a zero becomes 0.5", "a kept weight becomes zero"]
+)
 def test_a_rogue_callback_is_found(trained, loader: DataLoader[Any], value: float, first: bool) -> None:
     module = Module(trained("llama"), OPTIMIZERS["adamw"])
     watch = ZeroWatch()
@@ -581,7 +508,7 @@ def test_a_rogue_callback_is_found(trained, loader: DataLoader[Any], value: floa
 
 
 class StartOnly(pl.Callback):
-    """Takes the zeros of a watch that is not in the Trainer, and counts epochs."""
+    """Gives a watch the weights at the first batch, without its later comparisons, and counts epochs."""
 
     def __init__(self, watch: ZeroWatch) -> None:
         self.watch, self.epochs = watch, 0
@@ -615,7 +542,9 @@ def test_report_of_a_finetuned_model(tmp_path: Path, trained, text, loader: Data
     report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     assert max(report["perplexity"]["dense"], report["perplexity"]["finetuned"]) < report["perplexity"]["pruned"]
     zeros = sum_of_zeros(watch.start)
-    assert report["mask_check"] == {"checks": 3, "layers": 21, "zeros": zeros, "broken": 0}, "two epochs and the end"
+    assert report["mask_check"] == {"checks": 3, "layers": 21, "zeros": zeros, "broken": 0}, (
+        "one check at the end of each epoch and of training"
+    )
     assert report["stages"] == []
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum_of_zeros({n: w.detach() for n, w in linear_weights(exported).items()}) == zeros
@@ -624,7 +553,10 @@ def test_report_of_a_finetuned_model(tmp_path: Path, trained, text, loader: Data
 
 
 def test_measured_where_the_model_was_trained(trained, text, loader: DataLoader[Any], monkeypatch) -> None:
-    """Lightning moves the model to the CPU when training is over: measuring it there is slow, and NCCL cannot sum there."""
+    """Perplexity and masks are measured before Lightning moves the model to the CPU.
+
+    On the CPU the measurement would be slow, and NCCL could not sum over ranks.
+    """
     module = Module(trained("llama"), OPTIMIZERS["adamw"])
     away = {"now": False, "measured": []}
     cpu, to = nn.Module.cpu, nn.Module.to
@@ -644,7 +576,7 @@ def test_measured_where_the_model_was_trained(trained, text, loader: DataLoader[
     held = pruner()
     monkeypatch.setattr(held, "_perplexity", lambda *args: away["measured"].append(away["now"]))
     trainer(held, max_steps=1).fit(module, loader, text.test_dataloader())
-    assert len(away["measured"]) == 5, "dense, pruned, and fine-tuned; the masks at the epoch's end and at the end"
+    assert len(away["measured"]) == 5, "perplexity dense, pruned and fine-tuned, and two checks of the masks"
     assert not any(away["measured"])
 
 
@@ -653,12 +585,12 @@ def test_two_keepers_are_refused(trained, loader: DataLoader[Any]) -> None:
         with pytest.raises(UserError, match="another SparseFinetuning or SparseLLMCallback"):
             trainer(*callbacks, max_steps=1).fit(Module(trained("llama"), Mixing), loader)
     for twice in (SparseFinetuning, pruner):
-        with pytest.raises(RuntimeError, match="more than one stateful callback"):  # Lightning's own rule
+        with pytest.raises(RuntimeError, match="more than one stateful callback"):  # a rule of Lightning
             trainer(twice(), twice())
 
 
 class MaskRecorder(pl.Callback):
-    """The zeros directly after every optimizer step."""
+    """The zeros directly after every optimizer step, by step."""
 
     def __init__(self) -> None:
         self.by_step: dict[int, dict[str, Tensor]] = {}
@@ -671,7 +603,6 @@ class MaskRecorder(pl.Callback):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("sparsellm", {}),
         ("sparsellm", {"accumulate_grad_batches": 2}),
         ("wanda", {}),
         ("magnitude", {"precision": "bf16-true"}),
@@ -686,9 +617,9 @@ def test_gradual_pruning(trained, text, loader: DataLoader[Any], method: str, se
     )
     fit.fit(module, loader, text.test_dataloader())
     masks = recorder.by_step
-    masks.pop(0, None)  # batches before the first step, of an accumulated gradient
+    masks.pop(0, None)  # the batches before the first step, if gradients are accumulated
     assert list(masks) == list(range(1, 13))
-    tolerance = 0.006 if method == "wanda" else 0.003  # it rounds in every row
+    tolerance = 0.006 if method == "wanda" else 0.003  # wanda rounds the number of zeros in every row
     for step, mask in masks.items():
         stage = min((step - 1) // 4, 2)
         zeros, size = sum(int(m.sum()) for m in mask.values()), sum(m.numel() for m in mask.values())
@@ -750,68 +681,11 @@ def test_schedules_that_do_not_fit_the_run(trained, loader: DataLoader[Any], mod
         trainer(gradual(), max_steps=6).fit(CausalLM(str(model_dir), lora=LoraOptions(rank=2)), text)
 
 
-# -- Containing -------------------------------------------------------------------------------------------------------
-
-
-def brute_force(scores: Tensor, given: Tensor, count: int) -> Tensor:
-    """Kept entries when the given ones are pruned first, then the smallest, until ``count`` are."""
-    flat = [
-        (not g, s, i) for i, (s, g) in enumerate(zip(scores.flatten().tolist(), given.flatten().tolist(), strict=True))
-    ]
-    pruned = {i for _, _, i in sorted(flat)[:count]} | {i for free, _, i in flat if not free}
-    return torch.tensor([i not in pruned for i in range(len(flat))]).view(scores.shape)
-
-
-def scores_with_ties(rows: int, columns: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(rows * columns)
-    scores = torch.rand(rows, columns, generator=generator)
-    yield scores
-    yield (scores * 4).floor()  # ties, and zeros that are not pruned
-    yield torch.zeros(rows, columns)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.75])
-def test_containing(sparsity: float, fraction: float) -> None:
-    """The given ones are pruned whatever their score; where that is more than the pattern's number, all of them."""
-    for scores in scores_with_ties(6, 20):
-        given = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < fraction
-        kept = Containing(Unstructured(sparsity), given).select(scores)
-        assert torch.equal(kept, brute_force(scores, given, round(sparsity * 120)))
-        assert int((~kept).sum()) == max(round(sparsity * 120), int(given.sum()))
-        per_row = Containing(Unstructured(sparsity), given).select(scores, per_row=True)
-        for row in range(6):
-            assert torch.equal(per_row[row], brute_force(scores[row], given[row], round(sparsity * 20)))
-
-
-def test_containing_by_columns_and_groups() -> None:
-    """A sweep asks for some columns at a time; stacked matrices and groups of four decide on their own."""
-    for scores in scores_with_ties(6, 20):
-        given = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) < 0.3
-        stacked_pattern: Pattern = Stacked([Unstructured(0.5), Unstructured(0.75)], [2, 4])
-        for first in (0, 8):
-            columns = slice(first, first + 8)
-            part, wanted = scores[:, columns], given[:, columns]
-            kept = Containing(Unstructured(0.5), given).select(part, first_column=first)
-            assert torch.equal(kept, brute_force(part, wanted, 24))
-            both = Containing(stacked_pattern, given).select(part, first_column=first)
-            assert torch.equal(both[:2], brute_force(part[:2], wanted[:2], 8))
-            assert torch.equal(both[2:], brute_force(part[2:], wanted[2:], 24))
-            grouped = Containing(NofM(2, 4), given)
-            assert grouped.group == 4
-            chosen = grouped.select(part, first_column=first)
-            for row in range(6):
-                for start in range(0, 8, 4):
-                    group = slice(start, start + 4)
-                    assert torch.equal((~chosen[row, group]).sum(), torch.tensor(max(2, int(wanted[row, group].sum()))))
-                    assert not bool((chosen[row, group] & wanted[row, group]).any())
-
-
 # -- any task ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_classifier(trained, ids: Tensor) -> None:
-    """A head for sequences: pruned and trained as it is; there is no perplexity to report."""
+    """A model with a classification head is pruned and trained. It has no perplexity."""
     base = trained("llama")
     config = copy.deepcopy(base.config)
     config.num_labels = 3
@@ -841,7 +715,7 @@ def test_a_classifier(trained, ids: Tensor) -> None:
 
 
 def test_instruction_tuning(model_dir: Path, ids: Tensor) -> None:
-    """Prompts labelled -100 are padded and do not count; the answers are learned, the zeros kept."""
+    """Prompts are labelled -100 and answers are padded. Only the answers are learned and measured, and the zeros are kept."""
     prompt, answer = ids[:32, :20], torch.arange(5, 13).repeat(32, 1)
     rows = torch.cat([prompt, answer, torch.zeros(32, 4, dtype=torch.long)], 1)
     mask = torch.ones_like(rows)
@@ -857,7 +731,7 @@ def test_instruction_tuning(model_dir: Path, ids: Tensor) -> None:
     assert held.report is not None
     measured = held.report.perplexity
     assert measured["finetuned"] < 0.1 * measured["pruned"]
-    # By hand: only the answers' tokens.
+    # The perplexity of the answers' tokens alone, by hand.
     with torch.no_grad():
         logits = module.model.eval()(rows[:8], attention_mask=mask[:8]).logits[:, 19:27].double()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answer[:8].flatten()).exp()
@@ -866,7 +740,7 @@ def test_instruction_tuning(model_dir: Path, ids: Tensor) -> None:
 
 
 def test_described_layers_are_the_watched_ones(trained) -> None:
-    """The helper of these tests finds what the package prunes."""
+    """``linear_weights`` of these tests names the layers that the package prunes."""
     for name in ("llama", "opt", "gpt2"):
         model = build_model(name)
         described = {p.name for p in describe(model).projections()}

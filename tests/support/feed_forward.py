@@ -1,4 +1,4 @@
-"""Random feed-forward blocks, tokens for them, and naive versions of what is computed on them."""
+"""Random feed-forward blocks, tokens for them, and naive float64 computations on them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
-from sparsellm_lightning.solvers import FeedForward, InputStatistics, Pattern
+from sparsellm_lightning.solvers import LOCAL_SOLVERS, FeedForward, InputStatistics, Pattern, find_activation
+
+Targets = dict[str, Tensor]
+TOKENS, DIM, WIDTH = 70, 5, 9
 
 
 def make_block(
@@ -18,6 +22,7 @@ def make_block(
     width: int = WIDTH,
     seed: int = 0,
 ) -> FeedForward:
+    """A random block."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -35,7 +40,7 @@ def make_block(
 
 
 def make_tokens(block: FeedForward, n: int = TOKENS, noise: float = 0.1, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Correlated inputs, and the dense output plus noise, so that no block reaches the target."""
+    """Correlated inputs, and the dense output plus noise. Because of the noise no weights reach the target."""
     generator = torch.Generator().manual_seed(seed)
     dim = block.up.shape[1]
     mixing = torch.eye(dim) + torch.randn(dim, dim, generator=generator) * 1.5 / dim**0.5
@@ -45,6 +50,8 @@ def make_tokens(block: FeedForward, n: int = TOKENS, noise: float = 0.1, seed: i
 
 
 def naive_forward(block: FeedForward, x: Tensor) -> Tensor:
+    """The block's output, in float64."""
+
     def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return t @ weight.double().T + (0 if bias is None else bias.double())
 
@@ -55,11 +62,11 @@ def naive_forward(block: FeedForward, x: Tensor) -> Tensor:
 
 
 def true_error(block: FeedForward, x: Tensor, y: Tensor) -> float:
+    """``‖Y − FFN(X)‖² / ‖Y‖²``, in float64."""
     return float((y.double() - naive_forward(block, x)).square().sum() / y.double().square().sum())
 
 
-def prune_with(
-    pattern: Pattern, solver: str = "sparsegpt", block_size: int = 4
-) -> Callable[[Targets, InputStatistics], Targets]:
+def prune_with(pattern: Pattern, solver: str = "sparsegpt") -> Callable[[Targets, InputStatistics], Targets]:
+    """A ``Prune`` that gives every matrix to a local solver alone."""
     solve = LOCAL_SOLVERS[solver]
-    return lambda targets, inputs: {k: solve(w.clone(), inputs, pattern, block_size) for k, w in targets.items()}
+    return lambda targets, inputs: {name: solve(target.clone(), inputs, pattern) for name, target in targets.items()}

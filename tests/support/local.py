@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DAMPING = 0.01
+
 
 def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
-    """Prune the round(sparsity * n) smallest, ties from the front: the order of a stable Python sort."""
+    """Mask without the round(sparsity * n) smallest scores. Equal scores are pruned in the order of a stable Python sort."""
     flat = scores.flatten().tolist()
     mask = torch.ones(len(flat), dtype=torch.bool)
     mask[sorted(range(len(flat)), key=flat.__getitem__)[: round(sparsity * len(flat))]] = False
     return mask.view(scores.shape)
-
-
-DAMPING = 0.01
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,11 +29,12 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def damped(gram: Tensor) -> Tensor:
+    """The Gram matrix with :data:`DAMPING`, in float64."""
     return gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram)).double()
 
 
 def least_squares(weight: Tensor, h: Tensor, keep: Tensor) -> Tensor:
-    """The best weights on a support, a row at a time."""
+    """The best weights on a support, row by row, in float64."""
     result = torch.zeros_like(weight).double()
     for row, support in enumerate(keep):
         wanted = (h @ weight[row].double())[support]

@@ -1,12 +1,16 @@
-"""Tiny models: their configurations, random ones and trained ones."""
+"""Tiny models: their configurations, random ones and trained ones, and their tokenizer."""
 
 from __future__ import annotations
 
 import copy
+import pydoc_data.topics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,6 +22,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -25,14 +30,10 @@ from transformers import (
 from sparsellm_lightning import TextDataModule
 
 VOCABULARY = 512
-
-
 SEQUENCE = 64
 
-
+# The defaults of some configurations lie outside a tiny vocabulary.
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-
 _LLAMA_LIKE: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 64,
@@ -43,8 +44,6 @@ _LLAMA_LIKE: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 128,
 }
-
-
 _OPT: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 64,
@@ -55,7 +54,6 @@ _OPT: dict[str, Any] = {
     "word_embed_proj_dim": 64,
     "dropout": 0.0,
 }
-
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_LLAMA_LIKE),
@@ -90,6 +88,21 @@ def build_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of the Python documentation, equal in every process."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(list(pydoc_data.topics.topics.values()), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
 def train(name: str, text: TextDataModule, steps: int = 300) -> PreTrainedModel:
     model = build_model(name).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -106,3 +119,21 @@ def train(name: str, text: TextDataModule, steps: int = 300) -> PreTrainedModel:
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def load_or_train(folder: Path, name: str, text: TextDataModule) -> PreTrainedModel:
+    """The trained tiny model of that name. It is trained once for all processes that share the folder.
+
+    The folder gets ``name.pt``, the state from which every process loads, and ``name/``, the Hugging Face folder with the
+    model and its tokenizer. The global random state stays as it is.
+    """
+    saved = folder / f"{name}.pt"
+    with torch.random.fork_rng(), FileLock(folder / f"{name}.lock"):
+        if not saved.exists():
+            model = train(name, text)
+            model.save_pretrained(folder / name)
+            text._get_tokenizer().save_pretrained(folder / name)
+            torch.save(model.state_dict(), saved)
+        model = build_model(name)
+        model.load_state_dict(torch.load(saved))
+    return model

@@ -13,7 +13,7 @@ from sparsellm_lightning.solvers import Ranks, split_sizes
 
 
 class ThreadRanks(Ranks):
-    """Ranks that are threads of this process, and meet at a barrier."""
+    """A rank that is a thread of this process. All ranks meet at a barrier to exchange tensors."""
 
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.slots, self.barrier = rank, len(slots), slots, barrier
@@ -41,7 +41,7 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """``work(ranks)`` on every simulated rank; the results in rank order."""
+    """Call ``work(ranks)`` on every rank at once. Returns the results in rank order."""
     barrier, slots, results, failures = threading.Barrier(size, timeout=30), [None] * size, [None] * size, []
 
     def run(rank: int) -> None:

@@ -1,8 +1,9 @@
-"""A fine-tuning run that a test kills: started as a process, or called by :func:`run`.
+"""A fine-tuning run that a test kills: as a process, or inside the test's process by :func:`run`.
 
-    python resume_job.py OPTIONS.json
+    python resume_job.py OPTIONS.json [save RESULT.pt]
 
-It prints where it is, one line each, and stops dead at the line that the options name, so that a kill is never early or late.
+The run prints one line for every iteration of every solve and for every optimizer step. At the line that the options name it
+sleeps, so that the test kills it exactly there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
 
 
 class Progress(pl.Callback):
-    """Prints every optimizer step before it is taken, and every block of every solve."""
+    """Prints every optimizer step before it is taken, and every iteration of every solve."""
 
     def __init__(self, stop_at: str | None) -> None:
         self.stop_at = stop_at
@@ -40,7 +41,7 @@ class Progress(pl.Callback):
 
 
 class Noted(SparseLLMCallback):
-    """Tells the progress of its solves."""
+    """Prints the iterations of its solves."""
 
     progress: Progress
 
@@ -53,14 +54,25 @@ class Noted(SparseLLMCallback):
 
 
 def run(model: str, folder: str, stop_at: str | None = None) -> tuple[pl.Trainer, CausalLM, list[str]]:
-    """Prune in two stages and train, going on from the last checkpoint in the folder if there is one."""
+    """Prune in two stages and train. A checkpoint in the folder is resumed.
+
+    Returns:
+        the Trainer, the module and, without ``stop_at``, the printed lines.
+    """
     progress = Progress(stop_at)
     lines: list[str] = []
     if stop_at is None:
         progress.note = lines.append  # type: ignore[method-assign, assignment]
     pl.seed_everything(0, verbose=False)
     module = CausalLM(model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-    held = Noted(schedule={0: 0.5, 5: 0.7}, finetune=True, num_calibration_samples=8, num_iterations=2, measure=False)
+    held = Noted(
+        preset="paper",
+        schedule={0: 0.5, 5: 0.7},
+        finetune=True,
+        num_calibration_samples=8,
+        num_iterations=2,
+        measure=False,
+    )
     held.progress = progress
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -1,7 +1,8 @@
-"""A Trainer without output, small LightningModules, and masks made and watched by the tests themselves."""
+"""A Trainer without output, small LightningModules, and masks that the tests make and watch themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 def trainer(*callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -23,7 +26,7 @@ def trainer(*callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
 
 
 class OwnModule(pl.LightningModule):
-    """What a user might have: the model under another name, batches of plain token ids."""
+    """A user's module: the attribute with the model is not ``model``, and batches are plain token ids."""
 
     def __init__(self, model: PreTrainedModel, **others: PreTrainedModel) -> None:
         super().__init__()
@@ -52,7 +55,13 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prune_by_hand(model: nn.Module, pattern: str = "random", seed: int = 0) -> None:
-    """Random masks: 60 % anywhere, or two of four consecutive inputs."""
+    """Random masks.
+
+    Args:
+        model: any module.
+        pattern: ``random`` prunes 60 % of each layer, ``2:4`` prunes two of every four consecutive inputs.
+        seed: of the masks.
+    """
     generator = torch.Generator().manual_seed(seed)
     conv = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     with torch.no_grad():
@@ -67,7 +76,13 @@ def prune_by_hand(model: nn.Module, pattern: str = "random", seed: int = 0) -> N
 
 
 class ZeroWatch(pl.Callback):
-    """Compares the zeros with those at the first batch, whenever a callback may look; counts the looks."""
+    """Compares the zeros with those at the first batch, in every hook of training that runs between steps.
+
+    Attributes:
+        start: the weights at the first batch.
+        looks: number of comparisons.
+        steps: optimizer steps at the last comparison.
+    """
 
     def __init__(self) -> None:
         self.start: dict[str, Tensor] = {}
@@ -101,7 +116,7 @@ class ZeroWatch(pl.Callback):
         self.look(pl_module)
 
     def moved(self, module: nn.Module) -> float:
-        """The smallest fraction of a layer's kept weights that are not what they were."""
+        """The fraction of kept weights that differ from the first batch, in the layer where it is smallest."""
         return min(
             float((weight.detach() != self.start[name])[self.start[name] != 0].float().mean())
             for name, weight in linear_weights(module).items()
@@ -111,7 +126,7 @@ class ZeroWatch(pl.Callback):
         return sum(int((w == 0).sum()) for w in self.start.values()) / sum(w.numel() for w in self.start.values())
 
     def moments(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-        """What an optimizer remembers of pruned and of kept weights."""
+        """The optimizer's moments of pruned and of kept weights, one pair for each moment of each layer."""
         found = []
         for name, weight in linear_weights(module).items():
             for value in optimizer.state[weight].values():
@@ -122,7 +137,7 @@ class ZeroWatch(pl.Callback):
 
 
 class Module(OwnModule):
-    """A user's module with an optimizer of choice."""
+    """A user's module with a given optimizer."""
 
     def __init__(self, model: PreTrainedModel, optimizer: MakeOptimizer) -> None:
         super().__init__(model)

@@ -1,0 +1,284 @@
+"""Jobs of the distributed tests. Every rank runs the same job.
+
+The processes of ``support.pool`` run them, or Lightning's own launcher:
+
+    python jobs.py FOLDER JOB.json
+
+The options name the strategy, the number of processes, the model and the settings of the pruner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from sparsellm_lightning import (
+    CausalLM,
+    Distillation,
+    LoraOptions,
+    SparseFinetuning,
+    SparseLLMCallback,
+    TextDataModule,
+)
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, local_tensor
+
+
+def run(name: str, folder: Path, options: dict[str, Any]) -> Any:
+    """Run a job of this module.
+
+    Args:
+        name: of the function.
+        folder: of the job's files.
+        options: of the job. ``constants``: values by dotted name, which replace the package's while the job runs.
+    """
+    with ExitStack() as stack:
+        for target, value in options.get("constants", {}).items():
+            stack.enter_context(mock.patch(target, value))
+        return globals()[name](Job(folder, options))
+
+
+class Job:
+    """What the options ask for."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.folder, self.options = folder, options
+        self.processes = options.get("processes", 1)
+
+    def strategy(self) -> Any:
+        kind, sharded_checkpoint = self.options.get("strategy"), self.options.get("sharded_checkpoint", True)
+        backend = "gloo" if self.options.get("accelerator", "cpu") == "cpu" else None
+        if kind == "ddp":
+            return DDPStrategy(process_group_backend=backend)
+        if kind == "fsdp2":
+            return FSDP2Strategy(save_distributed_checkpoint=sharded_checkpoint, process_group_backend=backend)
+        if kind == "fsdp1":
+            return FSDPStrategy(auto_wrap_policy=_decoder_layer)
+        if kind == "tensor_parallel":
+            return ModelParallelStrategy(1, self.processes, process_group_backend=backend)
+        return "auto"
+
+    def trainer(self, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator=self.options.get("accelerator", "cpu"),
+            devices=self.processes,
+            strategy=self.strategy(),
+            precision=self.options.get("precision", "32-true"),
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=str(self.folder),
+            **kwargs,
+        )
+
+    def module(self, **kwargs: Any) -> CausalLM:
+        torch.manual_seed(0)  # adapters start at random
+        if self.options.get("lora"):
+            kwargs["lora"] = LoraOptions(rank=4)
+        module = (Compiled if self.options.get("compile") else CausalLM)(self.options["model"], **kwargs)
+        module.optimizer = Mixing if self.options.get("mixing") else lambda p: torch.optim.AdamW(p, lr=1e-3)
+        return module
+
+    def data(self) -> TextDataModule:
+        batch_size = self.options.get("batch_size", 4)
+        return TextDataModule("python-docs", sequence_length=64, batch_size=batch_size, max_eval_windows=16)
+
+    def pruner(self, **kwargs: Any) -> Observed:
+        return Observed(**{**self.options.get("pruner", {}), **kwargs})
+
+
+class Mixing(torch.optim.SGD):
+    """Adds the mean gradient of each row to every entry of the row. Masked gradients alone then keep no zero."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.05, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None and p.dim() == 2:
+                p.sub_(0.05 * p.grad.mean(-1, keepdim=True).expand(p.shape))
+        return loss
+
+
+class Compiled(CausalLM):
+    """Every decoder block is compiled and checkpoints its activations."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for layer in self.model.model.layers:
+            layer.compile(backend="eager")
+            layer.gradient_checkpointing = True
+
+
+class Observed(SparseLLMCallback):
+    """Notes what each rank sent while it pruned, and, under DDP, the weights with which each rank ended.
+
+    Attributes:
+        elements: number of elements that this rank sent.
+        largest: number of elements of the largest tensor that this rank gathered.
+        weights: of this rank, projections and norms by name. Empty with other strategies.
+    """
+
+    elements = 0
+    largest = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with self._watching_traffic():
+            super().on_train_start(trainer, pl_module)
+        self.weights: dict[str, Tensor] = {}
+        if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
+            model = self._model(pl_module)
+            self.weights = {p.name: p.parameter.detach().clone() for p in describe(model).projections()}
+            self.weights |= {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+
+    @contextmanager
+    def _watching_traffic(self) -> Iterator[None]:
+        gather, init = ProcessGroupRanks.gather, ProcessGroupRanks.__init__
+        made: list[ProcessGroupRanks] = []
+
+        def watched_gather(ranks: ProcessGroupRanks, tensor: Tensor) -> list[Tensor]:
+            self.largest = max(self.largest, tensor.numel() * ranks.size)
+            return gather(ranks, tensor)
+
+        def watched_init(ranks: ProcessGroupRanks, *args: Any, **kwargs: Any) -> None:
+            init(ranks, *args, **kwargs)
+            made.append(ranks)
+
+        patched = mock.patch.multiple(ProcessGroupRanks, gather=watched_gather, __init__=watched_init)
+        with patched:
+            yield
+        self.elements = sum(ranks.elements for ranks in made)
+
+    def observations(self) -> dict[str, Any]:
+        return {"elements": self.elements, "largest": self.largest, "weights": self.weights}
+
+
+def _decoder_layer(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    return recurse or type(module).__name__.endswith("DecoderLayer")
+
+
+def prune(job: Job) -> dict[str, Any]:
+    """Prune and export to ``out``. Returns the observations of this rank."""
+    pruner = job.pruner(export_dir=str(job.folder / "out"))
+    job.trainer(pruner).fit(job.module(), job.data())
+    return pruner.observations()
+
+
+def prune_from_train_loader(job: Job) -> None:
+    """Prune without a datamodule: Lightning shards the training dataloader, which gives the windows, over the ranks."""
+    data = job.data()
+    data.tokenizer = job.options["model"]
+    windows = torch.cat([batch["input_ids"] for batch in data.calibration_dataloader(num_samples=24)])
+    job.trainer(job.pruner(export_dir=str(job.folder / "out"))).fit(
+        job.module(), torch.utils.data.DataLoader([{"input_ids": row} for row in windows], batch_size=4)
+    )
+
+
+class Generates(pl.Callback):
+    """Draws calibration windows twice: one window, then seven. A draw must not depend on its length."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaders = [trainer.datamodule.calibration_dataloader(count, seed=1) for count in (1, 7)]
+        self.draws = [torch.cat([batch["input_ids"] for batch in loader]) for loader in loaders]
+        trainer.should_stop = True
+
+
+def generate(job: Job) -> list[Tensor]:
+    """Returns the windows that this rank got from the datamodule of source ``self``."""
+    data = TextDataModule("self", sequence_length=32, batch_size=3)
+    generates = Generates()
+    job.trainer(generates).fit(job.module(), data)
+    return generates.draws
+
+
+class ZerosHeld(pl.Callback):
+    """On every rank: the local zeros are the same after every step, and the local kept weights move."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.before = {name: tensor.clone() for name, tensor in self.local(pl_module).items()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        for name, tensor in self.local(pl_module).items():
+            before = self.before[name]
+            assert torch.equal(tensor == 0, before == 0), f"{name} at step {trainer.global_step}"
+            if "base_layer" not in name:
+                assert before.numel() == 0 or bool((tensor != before).any()), f"{name} stands still"
+
+    @staticmethod
+    def local(module: pl.LightningModule) -> dict[str, Tensor]:
+        named = {
+            name: local_tensor(p) for name, p in module.named_parameters() if "proj" in name and "lora" not in name
+        }
+        return {name: tensor for name, tensor in named.items() if bool((tensor == 0).any())}
+
+
+def life(job: Job) -> None:
+    """Prune, train, save, resume, export. Beside it: a run without a stop, and a new run from the sparse weights."""
+    watch = ZerosHeld()
+    taught = [Distillation(job.options["model"])] if job.options.get("distilled") else []
+
+    def pruner(out: str | None = None) -> SparseLLMCallback:
+        return job.pruner(finetune=True, export_dir=out and str(job.folder / out))
+
+    job.trainer(pruner("unstopped"), watch, *taught, max_steps=4).fit(job.module(), job.data())
+    first = job.trainer(pruner(), watch, *taught, max_steps=2)
+    first.fit(job.module(), job.data())
+    checkpoint = str(job.folder / "stopped.ckpt")
+    first.save_checkpoint(checkpoint)
+    # No run from here on may prune.
+    with mock.patch("sparsellm_lightning.callbacks.pruning.prune_model", side_effect=AssertionError("pruned again")):
+        job.trainer(pruner("out"), watch, *taught, max_steps=4).fit(job.module(), job.data(), ckpt_path=checkpoint)
+        if not job.options.get("lora"):
+            new = job.trainer(SparseFinetuning(), watch, max_steps=1)
+            new.fit(job.module(weights=checkpoint), job.data())
+            assert new.global_step == 1
+
+
+def fail(job: Job) -> None:
+    """Prune, but one rank ends in the solve of block 1, in the way that ``failure`` names."""
+    from sparsellm_lightning.pipeline import sequential
+
+    ends: dict[str, Callable[[], Any]] = {
+        "ValueError": lambda: _raise(ValueError("a bad batch")),
+        "KeyboardInterrupt": lambda: _raise(KeyboardInterrupt()),
+        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    }
+    solve = sequential.solve_feed_forward
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        here = torch.distributed.get_rank() == job.options["failing_rank"]
+        if here and kwargs["name"].startswith("model.layers.1"):
+            ends[job.options["failure"]]()
+        return solve(*args, **kwargs)
+
+    with mock.patch.object(sequential, "solve_feed_forward", failing):
+        prune(job)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, description = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    run(description["job"], where, description)
