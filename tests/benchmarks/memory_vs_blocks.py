@@ -19,10 +19,14 @@ def main() -> None:
     arguments.add_argument("--iterations", type=int, default=2, help="memory is the same from two on")
     options = arguments.parse_args()
 
-    configs: dict[str, dict[str, Any]] = {"sparsegpt": {"method": "sparsegpt"}}
+    configs: dict[str, dict[str, Any]] = {"sparsegpt": {"preset": "paper", "method": "sparsegpt"}}
     for blocks in options.blocks:
         chosen = list(range(blocks)) if blocks else "none"
-        configs[f"sparsellm, {blocks} blocks"] = {"alternation_blocks": chosen, "num_iterations": options.iterations}
+        configs[f"sparsellm, {blocks} blocks"] = {
+            "preset": "paper",
+            "alternation_blocks": chosen,
+            "num_iterations": options.iterations,
+        }
     with prepared(options) as job:
         figures = {name: measure({**job, "config": {"sparsity": 0.7, **config}}) for name, config in configs.items()}
     one = figures["sparsegpt"]["peak_bytes"]

@@ -27,7 +27,7 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
     import torch
 
     from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
-    from sparsellm_lightning.sparsity import local_tensor
+    from sparsellm_lightning.distributed import local_tensor
 
     torch.set_num_threads(1)
 
@@ -44,6 +44,7 @@ def worker(folder: Path, options: dict[str, Any]) -> None:
             (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
     pruner = Measured(
+        preset="paper",
         sparsity=0.7,
         num_calibration_samples=options["windows"],
         num_iterations=options["iterations"],
@@ -78,10 +79,9 @@ def mask(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sparsellm_lightning import PruningConfig
     from sparsellm_lightning.architecture import describe
 
-    layout = describe(AutoModelForCausalLM.from_pretrained(folder), PruningConfig(preset="paper"))
+    layout = describe(AutoModelForCausalLM.from_pretrained(folder))
     return torch.cat([(p.parameter.detach() != 0).flatten() for p in layout.projections()])
 
 

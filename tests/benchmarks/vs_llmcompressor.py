@@ -20,8 +20,8 @@ from sparsellm_lightning.reporting import format_table
 THEIRS = "llm-compressor SparseGPT"
 RUNS: dict[str, dict[str, Any]] = {
     THEIRS: {"modifier": "SparseGPTModifier", "block_size": 128, "dampening_frac": 0.01},
-    "sparsegpt": {"method": "sparsegpt"},
-    "sparsellm, 4 iterations": {"method": "sparsellm", "num_iterations": 4},
+    "sparsegpt": {"preset": "paper", "method": "sparsegpt"},
+    "paper": {"preset": "paper"},
 }
 
 

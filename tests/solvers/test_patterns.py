@@ -1,31 +1,21 @@
-"""Patterns against a Python sort, for one process and for ranks simulated by threads."""
+"""Patterns against a Python sort, for one process and with threads as ranks."""
 
 from __future__ import annotations
 
-import itertools
-import threading
-from typing import Any
-
 import pytest
 import torch
+from support.local import keep_largest
+from support.ranks import on_ranks
 from torch import Tensor
 
-from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.solvers import (
-    SINGLE,
-    NofM,
-    Ranks,
-    Stacked,
-    Unstructured,
-    _kth_smallest_over_ranks,
-    parse_nofm,
-    split_sizes,
-)
+from sparsellm_lightning.solvers import NofM, Ranks, Stacked, Unstructured
+from sparsellm_lightning.solvers.patterns import _kth_smallest_over_ranks
 
 
-@pytest.fixture(autouse=True, params=[0, 2**20], ids=["counted", "gathered"])
+@pytest.fixture(params=[0, 2**20], ids=["counted", "gathered"])
 def _both_ways_to_a_threshold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsellm_lightning.patterns._GATHERED", request.param)
+    """Ranks find a threshold by counting scores in histograms, or by gathering all scores if these are few."""
+    monkeypatch.setattr("sparsellm_lightning.solvers.patterns._GATHERED", request.param)
 
 
 def make_scores(kind: str, rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -61,7 +51,7 @@ def test_unstructured(kind: str, sparsity: float) -> None:
     assert torch.equal(per_row, torch.stack([keep_largest(row, sparsity) for row in scores]))
 
 
-def test_unstructured_takes_a_view() -> None:
+def test_scores_may_be_a_view() -> None:
     scores = make_scores("random", 12, 7).T
     assert torch.equal(Unstructured(0.6).select(scores), keep_largest(scores.clone(), 0.6))
 
@@ -83,7 +73,7 @@ def test_nofm(kind: str, kept: int, group: int, per_row: bool) -> None:
             assert values[kept_here].min() >= values[~kept_here].max()
 
 
-def test_stacked_selects_each_matrix_on_its_own() -> None:
+def test_stacked_matrices_have_their_own_thresholds() -> None:
     scores = make_scores("random", 9, 24) * torch.tensor([1.0] * 2 + [100.0] * 4 + [0.01] * 3)[:, None]
     small, middle, large = scores[:2], scores[2:6], scores[6:]
     pattern = Stacked([Unstructured(0.5), Unstructured(0.75), Unstructured(0.0)], [2, 4, 3])
@@ -99,48 +89,11 @@ def test_stacked_selects_each_matrix_on_its_own() -> None:
     assert (counts[4:] == 1).all()
 
 
-@pytest.mark.parametrize("text", ["unstructured", "2:4", "4:8", "1:4", "2:3", "1:16"])
-def test_parse(text: str) -> None:
-    expected = None if text == "unstructured" else tuple(int(part) for part in text.split(":"))
-    assert parse_nofm(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["4:2", "4:4", "0:4", "2-4", "2:", ":4", "-1:4", "2:4:8", "2:4\n", " 2:4", "", "dense", 24]
-)
-def test_parse_refuses(text: Any) -> None:
-    with pytest.raises(UserError, match="kept:group") as caught:
-        parse_nofm(text)
-    assert repr(text) in str(caught.value)
-
-
-@pytest.mark.parametrize("ranks", range(1, 8))
-def test_split_sizes_is_that_of_chunk(ranks: int) -> None:
-    for rows in range(21):
-        sizes = [len(part) for part in torch.arange(rows).chunk(ranks)]
-        assert split_sizes(rows, ranks) == sizes + [0] * (ranks - len(sizes))
-        held = [
-            list(range(rows))[ThreadRanks(r, [None] * ranks, threading.Barrier(1)).local_rows(rows)]
-            for r in range(ranks)
-        ]
-        assert [len(part) for part in held] == split_sizes(rows, ranks)
-        assert list(itertools.chain(*held)) == list(range(rows))
-
-
-def test_single_process_holds_everything() -> None:
-    rows = torch.arange(6.0).view(3, 2)
-    total = rows.clone()
-    SINGLE.sum_(total)
-    assert torch.equal(total, rows)
-    assert torch.equal(SINGLE.gather(rows)[0], rows)
-    assert torch.equal(SINGLE.gather_rows(rows, 3), rows)
-    assert rows[SINGLE.local_rows(3)].shape == (3, 2)
-
-
-# (2, 3) leaves the last of three ranks without rows, (4, 3) splits 2, 2, 0, (7, 2) splits 4, 3.
-@pytest.mark.parametrize(("rows", "size"), [(6, 2), (7, 2), (7, 3), (4, 3), (2, 3), (1, 2)])
+# (7, 2) splits 4, 3. (4, 3) splits 2, 2, 0. (2, 3) splits 1, 1, 0.
+@pytest.mark.usefixtures("_both_ways_to_a_threshold")
+@pytest.mark.parametrize(("rows", "size"), [(7, 2), (7, 3), (4, 3), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_smallest_over_ranks(rows: int, size: int, kind: str) -> None:
+def test_threshold_over_ranks(rows: int, size: int, kind: str) -> None:
     scores = make_scores(kind, rows, 9, seed=rows)
     for fraction in (0.0, 0.01, 0.3, 0.5, 0.9, 1.0):
         parts = on_ranks(size, lambda ranks, f=fraction: ~Unstructured(f, ranks).select(scores[ranks.local_rows(rows)]))
@@ -160,7 +113,8 @@ def test_kth_smallest_over_ranks(size: int, kind: str) -> None:
     assert on_ranks(size, all_counts) == [ordered] * size
 
 
-def test_select_over_ranks_keeps_stacked_matrices_apart() -> None:
+@pytest.mark.usefixtures("_both_ways_to_a_threshold")
+def test_stacked_matrices_over_ranks_have_their_own_thresholds() -> None:
     first, second = make_scores("ties", 5, 8), make_scores("random", 3, 8) * 100
 
     def select(ranks: Ranks) -> tuple[Tensor, ...]:

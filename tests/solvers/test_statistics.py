@@ -7,8 +7,16 @@ import torch
 from support.ranks import on_ranks
 from torch import Tensor
 
-from sparsellm_lightning.errors import NumericalError
-from sparsellm_lightning.solvers import SINGLE, Cross, Gram, Ranks, check_finite, factorize, relative_error
+from sparsellm_lightning.solvers import (
+    SINGLE,
+    Cross,
+    Gram,
+    NumericalError,
+    Ranks,
+    check_finite,
+    factorize,
+    relative_error,
+)
 
 
 def tokens(n: int, d: int, seed: int = 0) -> Tensor:
@@ -34,7 +42,6 @@ def test_gram_is_the_mean_outer_product(dtype: torch.dtype) -> None:
         gram.add(chunk)
     mean = gram.mean(SINGLE)
     assert mean.dtype == torch.float32
-    assert gram.tokens == 50
     torch.testing.assert_close(mean.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
 
 
@@ -44,7 +51,7 @@ def test_cross_is_the_mean_outer_product() -> None:
     for part in (slice(0, 31), slice(31, 31), slice(31, 50)):
         cross.add(a[part], b[part])
     mean = cross.mean(SINGLE)
-    assert (mean.dtype, cross.tokens) == (torch.float32, 50)
+    assert mean.dtype == torch.float32
     expected = sum(torch.outer(i, j) for i, j in zip(a.double(), b.double(), strict=True)) / 50
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -65,19 +72,23 @@ def test_gram_without_tokens_is_zero() -> None:
     assert torch.equal(Gram(3).mean(SINGLE), torch.zeros(3, 3))
 
 
-def test_gram_over_ranks() -> None:
-    x = tokens(50, 6)
+# 4: the Gram matrix is computed in blocks of 4, 4 and 3 rows. 512: in one block.
+@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("split", [[50], [13, 0, 37]])
+def test_gram_by_blocks_and_ranks(block: int, split: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsellm_lightning.solvers.statistics._SYMMETRIC_BLOCK", block)
+    x = tokens(50, 11)
 
-    def mean(ranks: Ranks) -> tuple[Tensor, int]:
-        gram = Gram(6)
-        gram.add(x.split([13, 0, 37])[ranks.rank])
-        return gram.mean(ranks), gram.tokens
+    def mean(ranks: Ranks) -> Tensor:
+        gram = Gram(11)
+        gram.add(x.split(split)[ranks.rank])
+        return gram.mean(ranks)
 
-    results = on_ranks(3, mean)
-    for total, count in results:
-        assert count == 50
-        assert torch.equal(total, results[0][0])
-        torch.testing.assert_close(total.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
+    results = on_ranks(len(split), mean)
+    for result in results:
+        assert torch.equal(result, results[0])
+        assert torch.equal(result, result.T)
+        torch.testing.assert_close(result.double(), naive_gram(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
@@ -98,7 +109,7 @@ def test_factorize(d: int, damping: float) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("damping", [0.0, 0.02])
-def test_dead_features_stay_apart(damping: float) -> None:
+def test_dead_features_do_not_touch_the_others(damping: float) -> None:
     x = tokens(40, 6)
     x[:, [1, 4]] = 0
     live = torch.tensor([0, 2, 3, 5])
@@ -119,7 +130,7 @@ def test_all_features_dead() -> None:
     assert (factor.upper.diagonal() > 0).all()
 
 
-# Eigenvalues: 0 (exactly singular), -0.05 and -5, for a mean diagonal of 1; damping is raised tenfold from at least 1e-4.
+# The mean diagonal is 1. The smallest eigenvalues are 0 (singular), -0.05 and -5. Damping is raised tenfold from at least 1e-4.
 @pytest.mark.parametrize(
     ("gram", "damping", "final", "warned"),
     [
@@ -141,7 +152,7 @@ def test_damping_is_raised_with_a_warning(gram: Tensor, damping: float, final: f
 
 @pytest.mark.filterwarnings("ignore:.*Cholesky")
 @pytest.mark.parametrize("entry", [float("nan"), float("inf"), 1e7])
-def test_hopeless_matrix_is_refused(entry: float) -> None:
+def test_a_matrix_that_no_damping_makes_definite_is_refused(entry: float) -> None:
     gram = torch.eye(3)
     gram[0, 1] = gram[1, 0] = entry
     with pytest.raises(NumericalError, match=r"layers\.0\.up: not positive definite"):
@@ -160,10 +171,19 @@ def test_check_finite(value: float) -> None:
         check_finite(gram, "fc1")
 
 
-def test_relative_error() -> None:
+@pytest.mark.parametrize("size", [1, 3])  # 4 rows on three ranks: 2, 2, 0
+def test_relative_error(size: int) -> None:
     x, dense, pruned = tokens(60, 5), tokens(4, 5, seed=1), tokens(4, 5, seed=2)
-    numerator, denominator = relative_error(dense, pruned, naive_gram(x).float())
-    expected = (x @ (dense - pruned).T).square().sum() / (x @ dense.T).square().sum()
-    assert float(numerator / denominator) == pytest.approx(float(expected), rel=1e-4)
-    assert float(denominator) == pytest.approx(float((x @ dense.T).square().sum() / 60), rel=1e-4)
-    assert float(relative_error(dense, dense, naive_gram(x).float())[0]) == 0
+    gram = naive_gram(x).float()
+
+    def error(ranks: Ranks) -> float:
+        rows = ranks.local_rows(4)
+        return relative_error(dense[rows], pruned[rows], gram, ranks)
+
+    expected = float((x @ (dense - pruned).T).square().sum() / (x @ dense.T).square().sum())
+    assert on_ranks(size, error) == pytest.approx([expected] * size, rel=1e-4)
+    assert relative_error(dense, dense, gram, SINGLE) == 0
+
+
+def test_relative_error_of_a_dense_output_that_is_zero() -> None:
+    assert relative_error(torch.zeros(2, 3), torch.ones(2, 3), torch.eye(3), SINGLE) == 0
