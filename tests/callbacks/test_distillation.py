@@ -1,4 +1,4 @@
-"""A dense teacher in the loss: against naive sums, by hand for one batch, and by what it does to a pruned model."""
+"""A dense teacher in the loss: against naive sums, by hand for one batch, and by its effect on a pruned model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_logit_loss(temperature: float, masked: bool) -> None:
 
 @pytest.mark.parametrize("valid", [None, torch.rand(3, 90, generator=torch.Generator().manual_seed(3)) < 0.7])
 def test_gradient_of_the_logit_loss(valid: Tensor | None) -> None:
-    """Over more tokens than one step of it, against autograd through the plain formula."""
+    """More tokens than one chunk of the computation, against autograd through the plain formula."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(3, 90, 7, generator=generator, requires_grad=True)
     teacher = torch.randn(3, 90, 7, generator=generator)
@@ -89,7 +89,7 @@ def test_feature_loss(masked: bool) -> None:
 
 
 class OneStep(OwnModule):
-    """Notes the loss that is trained."""
+    """Remembers the loss that is trained."""
 
     loss: Tensor
 
@@ -105,7 +105,7 @@ class OneStep(OwnModule):
 
 
 def test_the_loss_by_hand(trained, ids: Tensor) -> None:
-    """Padded windows, all three terms, against plain transformers with all hidden states."""
+    """All three terms on padded windows, against plain transformers with all hidden states."""
     student, teacher = trained("llama"), trained("llama")
     with torch.no_grad():
         for parameter in student.parameters():
@@ -140,12 +140,12 @@ def test_the_loss_by_hand(trained, ids: Tensor) -> None:
     loader = DataLoader([{key: value[i] for key, value in batch.items()} for i in range(4)], batch_size=4)
     trainer(distillation, max_steps=1).fit(module, loader)
     assert float(module.loss) == pytest.approx(expected, rel=1e-4)
-    assert "training_step" not in vars(module), "the module is as it was"
+    assert "training_step" not in vars(module), "training_step of the module is restored"
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_distilled_ends_lower(trained, text: TextDataModule) -> None:
-    """A model pruned to 80 % ends better with its teacher than with the text alone: same steps, optimizer and windows."""
+    """A model pruned to 80 % ends better with its teacher than without, with the same steps, optimizer and windows."""
 
     class Tokens(Module):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -184,11 +184,11 @@ def test_a_frozen_copy_is_of_the_dense_model(trained, ids: Tensor, order: int) -
     trainer(*[pruner(), distillation, Watch()][::order], max_steps=2).fit(module, DataLoader(ids, batch_size=8))
     for state in taught:
         assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
-    assert distillation._model is None, "its memory is given back"
+    assert distillation._model is None, "the teacher's memory is freed"
 
 
 def test_memory_savers(model_dir: Path) -> None:
-    """A bfloat16 teacher that comes to its device block by block gives nearly the loss of a plain one."""
+    """The loss with a bfloat16 teacher is close to that with a float32 one. Offloading changes nothing."""
     losses = []
     for settings in ({}, {"teacher_dtype": "bfloat16"}, {"offload": True}):
         pl.seed_everything(0, verbose=False)
@@ -265,7 +265,7 @@ def sparse(trained) -> PreTrainedModel:
 
 
 class Losses(pl.Callback):
-    """The loss of every batch, and the student as it was when it was measured."""
+    """The loss of every batch, and a copy of the student at the first one."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -300,7 +300,7 @@ def test_losses_of_bfloat16_are_taken_in_float32() -> None:
 
 
 class Dict(Module):
-    """Returns a dictionary from a step that takes the batch only; every third batch is left out."""
+    """``training_step`` takes the batch only and returns a dictionary, and None for every third batch."""
 
     def training_step(self, batch: Tensor) -> Any:  # type: ignore[override]
         self.batches_seen += 1
@@ -310,7 +310,7 @@ class Dict(Module):
 
 
 class Twice(Module):
-    """Two forwards a step, as of contrastive losses."""
+    """Two forwards in one step, as contrastive losses have."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         halves = batch.chunk(2)
@@ -326,7 +326,7 @@ def loss_of(
 
 
 def test_steps_of_other_shapes(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
-    """A step without batch index, of a dictionary, of None; and two forwards in one step: both are compared."""
+    """Steps without batch index that return a dictionary or None. A step with two forwards, both of which are compared."""
     dense = trained("llama")
     outputs: list[Any] = []
 
@@ -352,7 +352,7 @@ def test_steps_of_other_shapes(trained, sparse: PreTrainedModel, ids: Tensor) ->
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_features_of_compiled_or_checkpointed_blocks(trained, ids: Tensor, compiled: bool) -> None:
-    """Blocks that are compiled one by one, or computed again in the backward pass, show their outputs all the same."""
+    """The outputs are found of blocks that are compiled one by one, and of blocks that are computed again in the backward pass."""
     weights = {"feature_weight": 1.0, "logit_weight": 0.0, "task_weight": 0.0}
     expected = loss_of(Module(trained("llama"), adamw), ids, pruner(), Distillation(**weights), steps=3).losses
     model = trained("llama")
@@ -367,7 +367,7 @@ def test_features_of_compiled_or_checkpointed_blocks(trained, ids: Tensor, compi
 
 
 def test_every_kind_of_teacher(trained, model_dir: Path, ids: Tensor) -> None:
-    """A path, a model, the module's own ``pretrained``, a copy of what the run begins with: the same dense teacher."""
+    """A path, a model, the module's ``pretrained`` and a copy of the run's first model are the same dense teacher."""
     given = trained("llama")
     before = copy.deepcopy(given.state_dict())
     losses = {}
@@ -381,7 +381,7 @@ def test_every_kind_of_teacher(trained, model_dir: Path, ids: Tensor) -> None:
         CausalLM(str(model_dir), optimizer=adamw), dense, pruner(), Distillation(task_weight=0.0), steps=2
     ).losses
     expected = losses["model", True]
-    assert expected[0] > 0.01, "the student is sparse, the teacher not"
+    assert expected[0] > 0.01, "the sparse student differs from the dense teacher"
     for key, found in losses.items():
         assert found == pytest.approx(expected, rel=1e-5), key
     assert all(torch.equal(value, before[key]) for key, value in given.state_dict().items()), (
@@ -391,7 +391,7 @@ def test_every_kind_of_teacher(trained, model_dir: Path, ids: Tensor) -> None:
 
 
 def test_offloaded_teacher(trained, sparse: PreTrainedModel, ids: Tensor, monkeypatch) -> None:
-    """Every part of the teacher is brought and sent back for every batch, one after the other; the loss is the same."""
+    """Each part of the teacher moves to the device and back for every batch. The loss is the same."""
     plain = loss_of(
         Module(copy.deepcopy(sparse), adamw), ids, SparseFinetuning(), Distillation(trained("llama")), steps=2
     )
@@ -409,13 +409,13 @@ def test_offloaded_teacher(trained, sparse: PreTrainedModel, ids: Tensor, monkey
     assert offloaded.losses == plain.losses
     parts = [*teacher.model.layers, teacher.model.embed_tokens, teacher.model.norm, teacher.lm_head]
     for part in parts:
-        # Sent to the host at the start; brought and sent back in both steps.
+        # One move to the host at the start. Two moves in each of two steps.
         assert len([1 for moved, _ in moves if moved is part]) == 1 + 2 * 2, type(part).__name__
-    assert teacher not in [moved for moved, _ in moves], "never as a whole"
+    assert teacher not in [moved for moved, _ in moves], "the teacher never moves as a whole"
 
 
 def test_offloading_leaves_a_given_teacher_as_it_was(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
-    """Its hooks go with the run: they would move a model that is used for something else."""
+    """The hooks are removed after the run, because they would move a model in another use."""
     teacher = trained("llama")
     loss_of(Module(sparse, adamw), ids, SparseFinetuning(), Distillation(teacher, offload=True))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
@@ -486,7 +486,7 @@ def test_a_step_without_a_forward_of_the_model(trained, sparse: PreTrainedModel,
 
 
 def test_the_training_step_is_restored(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
-    """Also after an error, and also a step that the user had put on the instance."""
+    """After an error too, and a step that the user had set on the instance."""
 
     class Failing(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:

@@ -1,13 +1,17 @@
-"""The callback inside a Trainer, in this package's module and in a user's own."""
+"""The pruning callback inside a Trainer, with ``CausalLM`` and with a user's own module."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -18,6 +22,9 @@ from sparsellm_lightning.architecture import describe
 @pytest.fixture
 def ids(calibration) -> torch.Tensor:
     return torch.cat([batch["input_ids"] for batch in calibration])
+
+
+PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
 
 
 def zeros(model: PreTrainedModel) -> float:
@@ -78,13 +85,79 @@ def test_a_resumed_run_does_not_prune_again(tmp_path: Path, trained, ids: torch.
     run.fit(first, loader)
     run.save_checkpoint(tmp_path / "stopped.ckpt")
 
-    monkeypatch.setattr("sparsellm_lightning.callback.prune_model", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr(PRUNE_MODEL, lambda *a, **k: pytest.fail("pruned again"))
     second = OwnModule(trained("llama"))
     pruner = SparseLLMCallback(preset="paper", sparsity=0.6, finetune=True, num_calibration_samples=16)
     trainer(pruner, max_steps=6).fit(second, loader, ckpt_path=tmp_path / "stopped.ckpt")
     assert second.batches_seen == 3
     assert zeros(second.backbone) == pytest.approx(0.6, abs=0.002)
     assert pruner.report is not None, "the report came with the checkpoint"
+
+
+def test_a_second_fit_prunes_another_model(tmp_path: Path, trained, ids: torch.Tensor, monkeypatch) -> None:
+    """One callback object: a second model is pruned, exported and reported as its own. The same model is not pruned again."""
+    loader, out = DataLoader(ids, batch_size=8), tmp_path / "out"
+    pruner = SparseLLMCallback(
+        preset="paper", method="wanda", sparsity=0.6, num_calibration_samples=8, export_dir=str(out), overwrite=True
+    )
+    first, second = OwnModule(trained("llama")), OwnModule(trained("opt"))
+    trainer(pruner).fit(first, loader)
+    trainer(pruner).fit(second, loader)
+    assert zeros(second.backbone) == pytest.approx(0.6, abs=0.01)  # wanda rounds in every row
+    report = json.loads((out / "pruning_report.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == [p.name for p in describe(second.backbone).projections()]
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    for name, weight in second.backbone.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], weight), name
+
+    before = copy.deepcopy(second.backbone.state_dict())
+    monkeypatch.setattr(PRUNE_MODEL, lambda *a, **k: pytest.fail("pruned again"))
+    trainer(pruner).fit(OwnModule(second.backbone), loader)
+    assert all(torch.equal(weight, before[name]) for name, weight in second.backbone.state_dict().items())
+    assert json.loads((out / "pruning_report.json").read_text())["layers"] == report["layers"]
+
+
+class Batches(pl.Callback):
+    """The batches that are trained."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.seen.append(batch.clone())
+
+
+@pytest.mark.parametrize("stages", [{"sparsity": 0.6}, {"schedule": {0: 0.5, 2: 0.6, 5: 0.7}}], ids=["once", "gradual"])
+def test_calibration_takes_no_training_batches(trained, ids: torch.Tensor, stages: dict[str, Any]) -> None:
+    """Without a datamodule, training gets the batches of a run that does not calibrate, also from persistent workers."""
+
+    def trained_on(*callbacks: pl.Callback) -> torch.Tensor:
+        pl.seed_everything(0, verbose=False)
+        loader = DataLoader(ids[:24], batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+        batches = Batches()
+        trainer(*callbacks, batches, max_steps=8).fit(OwnModule(trained("llama")), loader)  # six are an epoch
+        return torch.cat(batches.seen)
+
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", finetune=True, num_calibration_samples=8, **stages)
+    expected = trained_on()
+    assert len(expected) == 32
+    assert torch.equal(trained_on(pruner), expected)
+    assert pruner.report is not None
+    assert pruner.report.calibration["source"] == "training dataloader"
+
+
+def test_evaluation_is_a_phase_without_an_export(model_dir: Path) -> None:
+    data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=8)
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4)
+    trainer(pruner).fit(CausalLM(str(model_dir)), data)
+    assert pruner.report is not None
+    assert pruner.report.phases["evaluation"] > 0
+    assert "export" not in pruner.report.phases
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(TypeError, match="'sparsty'"):
+        SparseLLMCallback(sparsty=0.7)
 
 
 def test_calibration_comes_from_the_datamodule(model_dir: Path, monkeypatch) -> None:
@@ -106,9 +179,8 @@ def test_seed_chooses_other_windows(model_dir: Path) -> None:
     def pruned_with(seed: int) -> torch.Tensor:
         module = CausalLM(str(model_dir))
         data = TextDataModule(sequence_length=32, batch_size=4)
-        trainer(SparseLLMCallback(preset="paper", num_calibration_samples=8, seed=seed, measure=False)).fit(
-            module, data
-        )
+        pruner = SparseLLMCallback(preset="paper", method="wanda", num_calibration_samples=8, seed=seed, measure=False)
+        trainer(pruner).fit(module, data)
         return module.model.model.layers[0].mlp.up_proj.weight
 
     assert torch.equal(pruned_with(1), pruned_with(1))
@@ -127,7 +199,7 @@ def test_seed_orders_a_shuffled_train_loader(trained, ids: torch.Tensor) -> None
 
 
 def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
-    """What plain transformers reads back is what the report says."""
+    """Plain transformers reads the exported model, which has the sparsities and the perplexity of the report."""
     target = tmp_path / "out"
     data = TextDataModule(sequence_length=64, batch_size=8, max_eval_windows=16)
     pruner = SparseLLMCallback(preset="paper", sparsity=0.7, num_calibration_samples=16, export_dir=str(target))
@@ -137,7 +209,7 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     report = json.loads((target / "pruning_report.json").read_text())
     assert set(report) >= {
         *("model", "method", "pattern", "sparsity", "perplexity", "layers", "blocks"),
-        *("wall_seconds", "peak_memory_bytes", "versions", "config"),
+        *("wall_seconds", "peak_memory_bytes", "added_memory_bytes", "versions", "config"),
     }
     for layer in report["layers"]:
         weight = model.get_submodule(layer["name"]).weight
@@ -147,7 +219,7 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     assert report["sparsity"]["achieved"] == pytest.approx(zeros(model))
     assert [len(block["errors"]) for block in report["blocks"]] == [4, 4, 4]
 
-    # Perplexity by hand: plain transformers, plain cross-entropy over the same windows.
+    # Perplexity by hand: plain transformers and plain cross-entropy over the same windows.
     losses = []
     for batch in data.test_dataloader():
         with torch.no_grad():
@@ -167,7 +239,13 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
 def test_export_directory_in_use(tmp_path: Path, model_dir: Path) -> None:
     (tmp_path / "precious.txt").write_text("x")
     data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2)
-    options = {"method": "magnitude", "num_calibration_samples": 4, "export_dir": str(tmp_path)}
+    options = {
+        "preset": "paper",
+        "method": "magnitude",
+        "num_calibration_samples": 4,
+        "measure": False,
+        "export_dir": str(tmp_path),
+    }
     with pytest.raises(UserError, match=r"must be empty.*overwrite"):
         trainer(SparseLLMCallback(**options)).fit(CausalLM(str(model_dir)), data)
     assert (tmp_path / "precious.txt").exists()

@@ -1,35 +1,46 @@
-"""The alternation against a naive float64 rewrite of its equations, one token at a time."""
+"""The alternation against a naive float64 implementation of its equations that treats one token at a time."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from support.feed_forward import (
+    DIM,
+    TOKENS,
+    WIDTH,
+    Targets,
+    make_block,
+    make_tokens,
+    naive_forward,
+    prune_with,
+    true_error,
+)
 from support.ranks import on_ranks
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from sparsellm_lightning.errors import NumericalError
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
     SINGLE,
     FeedForward,
     InputStatistics,
     NofM,
+    NumericalError,
     Pattern,
     Penalties,
     Ranks,
+    Solution,
     Unstructured,
     find_activation,
     solve_feed_forward,
+    solve_locally,
 )
-
-Targets = dict[str, Tensor]
-TOKENS, DIM, WIDTH = 70, 5, 9
 
 
 def brute_minimum(objective: Callable[[Tensor], Tensor], middle: Tensor, radius: Tensor) -> Tensor:
@@ -115,27 +126,26 @@ def random_masks(block: FeedForward, keep: float = 0.6) -> Targets:
     return {k: torch.rand(w.shape, generator=generator) < keep for k, w in layers.items() if w is not None}
 
 
-# The package is exact for relu: only float32 rounding remains. For silu a few of its entries end in another local minimum
-# than the brute force finds, which shows in the targets of the gate.
+# For relu the package is exact up to float32 rounding. For silu a few entries of the package end in another local minimum
+# than the brute force finds. This changes the targets of the gate.
 @pytest.mark.parametrize(
     ("activation", "gated", "tolerance"), [("relu", False, 1e-4), ("relu", True, 1e-4), ("silu", True, 0.1)]
 )
-@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize(
-    ("penalties", "damping"),
+    ("penalties", "damping", "biases"),
     [
-        (Penalties(), 0.01),
-        (Penalties(alpha=0.5, beta=3.0, gamma=2.0), 0.6),
-        (Penalties(alpha=2.0, beta=5.0, gamma=0.7, scale_free=False), 0.01),
+        (Penalties(), 0.01, True),
+        (Penalties(alpha=0.5, beta=3.0, gamma=2.0), 0.6, False),
+        (Penalties(alpha=2.0, beta=5.0, gamma=0.7, scale_free=False), 0.01, True),
     ],
 )
 def test_against_the_naive_alternation(
     activation: str,
     gated: bool,
     tolerance: float,
-    biases: bool,
     penalties: Penalties,
     damping: float,
+    biases: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sparsellm_lightning.solvers.feed_forward.CHUNK", 32)  # three chunks, the last one short
@@ -163,37 +173,46 @@ def test_against_the_naive_alternation(
 @pytest.mark.parametrize("solver", LOCAL_SOLVERS)
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NofM(2, 4)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_first_iteration_is_the_local_solver(solver: str, pattern: Pattern, gated: bool) -> None:
+def test_the_local_solution_and_the_first_iteration(solver: str, pattern: Pattern, gated: bool) -> None:
     block = make_block(gated=gated, biases=True, dim=8, width=16)
     x, y = make_tokens(block, n=200)
 
+    def statistics_of(tokens: Tensor) -> InputStatistics:
+        return InputStatistics((tokens.double().T @ tokens.double() / len(tokens)).float(), 0.03)
+
     def by_hand(weight: Tensor, inputs: Tensor) -> Tensor:
-        gram = (inputs.double().T @ inputs.double() / len(inputs)).float()
-        return LOCAL_SOLVERS[solver](weight, InputStatistics(gram, 0.03), pattern, 4)
+        return LOCAL_SOLVERS[solver](weight, statistics_of(inputs), pattern)
 
     expected = replace(block, up=by_hand(block.up, x), gate=by_hand(block.gate, x) if block.gate is not None else None)
     h = expected.hidden(x)
     expected = replace(expected, down=by_hand(block.down, h))
-    one = solve_feed_forward(block, x, y, prune_with(pattern, solver), iterations=1, damping=0.03)
-    four = solve_feed_forward(block, x, y, prune_with(pattern, solver), iterations=4, damping=0.03)
+    prune = prune_with(pattern, solver)
+    local = solve_locally(block, x, prune, damping=0.03, chunks=[64, 0, 136])
+    one = solve_feed_forward(block, x, y, prune, iterations=1, damping=0.03)
+    four = solve_feed_forward(block, x, y, prune, iterations=4, damping=0.03)
+    assert (local.errors, local.held_out_errors) == ([], [])
     assert len(one.errors) == 1
     assert len(four.errors) == 4
-    assert one.errors[0] == pytest.approx(four.errors[0], rel=1e-5)  # measured on the tokens, and from the statistics
+    assert one.errors[0] == pytest.approx(four.errors[0], rel=1e-5)
     assert one.errors[0] == pytest.approx(true_error(expected, x, y), rel=1e-3)
-    for name in ("up", "gate", "down"):
-        ours, theirs = getattr(one.feed_forward, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            assert torch.equal(ours == 0, theirs == 0)
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for solution in (local, one):
+        assert solution.inputs.damping == solution.hidden.damping == 0.03
+        torch.testing.assert_close(solution.inputs.gram, statistics_of(x).gram, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(solution.hidden.gram, statistics_of(h).gram, rtol=1e-3, atol=1e-4)
+        for name in ("up", "gate", "down"):
+            ours, theirs = getattr(solution.feed_forward, name), getattr(expected, name)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert torch.equal(ours == 0, theirs == 0)
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale_free", [True, False])
 def test_the_best_iterate_is_returned(scale_free: bool) -> None:
-    """A prune that is best in its second round."""
+    """The pruned weights of the second iteration have the smallest error."""
     block = make_block(biases=True)
     x, y = make_tokens(block, noise=0.02)
-    # Two calls a round: gate and up, then down.
+    # Two calls in each iteration: gate and up, then down.
     calls, factors, reported = itertools.count(), [0.7, 0.95, 0.5, 0.9], []
 
     def prune(targets: Targets, inputs: InputStatistics) -> Targets:
@@ -214,20 +233,29 @@ def test_the_best_iterate_is_returned(scale_free: bool) -> None:
     torch.testing.assert_close(solution.inputs.gram.double(), x.double().T @ x.double() / TOKENS, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", LOCAL_SOLVERS)
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False), ("gelu", False)])
+@pytest.mark.parametrize(
+    ("solver", "activation", "gated"),
+    [
+        ("sparsegpt", "silu", True),
+        ("sparsegpt", "relu", False),
+        ("sparsegpt", "gelu", False),
+        ("admm", "silu", True),
+        ("wanda", "silu", True),
+        ("magnitude", "silu", True),
+    ],
+)
 def test_the_alternation_lowers_the_error(solver: str, activation: str, gated: bool) -> None:
     block = make_block(activation, gated, biases=True, dim=16, width=48)
     both, _ = make_tokens(block, n=3000, noise=0.0)
     x, held_out = both.split(1500)
     y = naive_forward(block, x).float()
-    solution = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16))
+    solution = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver))
     assert min(solution.errors) < 0.95 * solution.errors[0]
     assert true_error(solution.feed_forward, x, y) == pytest.approx(min(solution.errors), rel=1e-3)
     for name in ("up", "down", *(["gate"] if gated else [])):
         weight = getattr(solution.feed_forward, name)
         assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=0.02)  # wanda rounds per row
-    local = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver, 16), iterations=1).feed_forward
+    local = solve_feed_forward(block, x, y, prune_with(Unstructured(0.7), solver), iterations=1).feed_forward
     target = naive_forward(block, held_out)
     assert true_error(solution.feed_forward, held_out, target) < true_error(local, held_out, target)
 
@@ -248,7 +276,7 @@ def solve_scaled(factor: float, scale_free: bool, gated: bool = True) -> FeedFor
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_scale_free_penalties_do_not_see_the_scale_of_the_output(gated: bool) -> None:
+def test_scale_free_penalties_ignore_the_scale_of_the_output(gated: bool) -> None:
     one, hundred = solve_scaled(1, True, gated), solve_scaled(100, True, gated)
     raw, raw_hundred = solve_scaled(1, False, gated), solve_scaled(100, False, gated)
     for name in ("up", "gate") if gated else ("up",):
@@ -274,7 +302,7 @@ def test_bfloat16_tokens(gated: bool) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_auxiliaries_are_kept_in_the_dtype_asked_for(gated: bool) -> None:
-    """The activation sees the stored auxiliaries; whatever the dtype of the tokens, only then are its arguments rounded."""
+    """The activation gets the stored auxiliaries. Its arguments are rounded if and only if the auxiliaries are bfloat16."""
     block, rounded = make_block("silu", gated), []
 
     def spy(t: Tensor) -> Tensor:
@@ -289,14 +317,43 @@ def test_auxiliaries_are_kept_in_the_dtype_asked_for(gated: bool) -> None:
         assert any(rounded) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_auxiliaries_are_kept_on_the_storage_device(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers' device is recorded, and the buffers are made on the CPU instead."""
+    block = make_block("silu" if gated else "relu", gated, biases=True)
+    x, y = make_tokens(block)
+    expected = solve_feed_forward(block, x, y, prune_with(Unstructured(0.5)), iterations=3, chunks=[30, 40])
+    asked: list[tuple[tuple[int, ...], str, str]] = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, storage: torch.device, device: torch.device) -> Tensor:
+        asked.append((tuple(shape), storage.type, device.type))
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr("sparsellm_lightning.solvers.storage.empty", empty)
+    storage = torch.device("meta")
+    solution = solve_feed_forward(
+        block, x, y, prune_with(Unstructured(0.5)), iterations=3, chunks=[30, 40], storage=storage
+    )
+    # One buffer for z, and one for s, of each chunk.
+    assert sorted(asked) == sorted([((tokens, WIDTH), "meta", "cpu") for tokens in (30, 40)] * (1 + gated))
+    assert solution.errors == expected.errors
+    assert torch.equal(solution.feed_forward.down, expected.feed_forward.down)
+
+
 def test_default_penalties() -> None:
     assert Penalties() == Penalties(alpha=1.0, beta=10.0, gamma=1.0, scale_free=True)
 
 
-# Two ranks of which one has no tokens; three of which the last has no rows of down (4 rows: 2, 2, 0).
-@pytest.mark.parametrize("split", [[300, 0], [0, 300], [100, 0, 200]])
-@pytest.mark.parametrize("scale_free", [True, False])
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False)])
+# Of two ranks one has no tokens. Of three ranks the last has no rows of down (4 rows: 2, 2, 0).
+@pytest.mark.parametrize(
+    ("split", "scale_free", "activation", "gated"),
+    [
+        ([300, 0], True, "silu", True),
+        ([100, 0, 200], False, "silu", True),
+        ([100, 0, 200], True, "relu", False),
+        ([0, 300], False, "relu", False),
+    ],
+)
 def test_ranks_give_the_result_of_one_process(split: list[int], scale_free: bool, activation: str, gated: bool) -> None:
     block = make_block(activation, gated, True, dim=4, width=10)
     x, y = make_tokens(block, n=300)
@@ -316,9 +373,34 @@ def test_ranks_give_the_result_of_one_process(split: list[int], scale_free: bool
         torch.testing.assert_close(solution.hidden.gram, single.hidden.gram, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("owners", [[[0, 1, 2, 3, 4, 5], []], [[5, 0], [3, 1, 2, 4]], [[4], [], [0, 1, 2, 3, 5]]])
-@pytest.mark.parametrize("gated", [True, False])
-def test_it_does_not_matter_which_rank_has_which_window(owners: list[list[int]], gated: bool) -> None:
+@pytest.mark.parametrize("split", [[300, 0], [100, 0, 200]])
+def test_ranks_give_the_local_solution_of_one_process(split: list[int]) -> None:
+    block = make_block(biases=True, dim=4, width=10)
+    x, _ = make_tokens(block, n=300)
+
+    def solve(ranks: Ranks) -> Solution:
+        mine = x if ranks is SINGLE else x.split(split)[ranks.rank]
+        return solve_locally(block, mine, prune_with(Unstructured(0.5, ranks)), ranks=ranks)
+
+    single = solve(SINGLE)
+    for solution in on_ranks(len(split), solve):
+        for name in ("up", "gate", "down"):
+            ours, theirs = getattr(solution.feed_forward, name), getattr(single.feed_forward, name)
+            assert torch.equal(ours != 0, theirs != 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(solution.hidden.gram, single.hidden.gram, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("owners", "gated"),
+    [
+        ([[0, 1, 2, 3, 4, 5], []], True),
+        ([[5, 0], [3, 1, 2, 4]], True),
+        ([[4], [], [0, 1, 2, 3, 5]], True),
+        ([[5, 0], [3, 1, 2, 4]], False),
+    ],
+)
+def test_the_result_does_not_depend_on_which_rank_has_which_window(owners: list[list[int]], gated: bool) -> None:
     block = make_block("silu" if gated else "relu", gated, True, dim=4, width=10)
     lengths = [50, 30, 50, 64, 1, 50]
     windows = list(zip(*(t.split(lengths) for t in make_tokens(block, n=sum(lengths))), strict=True))
@@ -367,7 +449,7 @@ def test_a_rank_with_one_row_does_not_change_the_dense_block(gated: bool) -> Non
 
     def solve(ranks: Ranks) -> Any:
         def prune(targets: Targets, inputs: InputStatistics) -> Targets:
-            return {k: LOCAL_SOLVERS["sparsegpt"](w, inputs, Unstructured(0.5, ranks), 8) for k, w in targets.items()}
+            return {k: LOCAL_SOLVERS["sparsegpt"](w, inputs, Unstructured(0.5, ranks)) for k, w in targets.items()}
 
         return solve_feed_forward(block, x.split(25)[ranks.rank], y.split(25)[ranks.rank], prune, ranks=ranks)
 
@@ -376,15 +458,20 @@ def test_a_rank_with_one_row_does_not_change_the_dense_block(gated: bool) -> Non
         assert torch.equal(getattr(block, name), tensor), name
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize(("where", "layer"), [("x", "gate"), ("up", "down"), ("y", "")])
+@pytest.mark.parametrize(
+    ("where", "message"), [("x", "input of {}gate"), ("up", "input of {}down"), ("y", "target output of {}down")]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(where: str, layer: str, value: float, iterations: int) -> None:
-    block = make_block()
+def test_values_that_are_not_finite_are_refused(where: str, message: str, value: float) -> None:
+    block, name = make_block(), "layers.7.mlp."
     x, y = make_tokens(block)
     {"x": x, "y": y, "up": block.up}[where][3, 2] = value
-    with pytest.raises(NumericalError, match=rf"layers\.7\.mlp\.{layer}"):
-        solve_feed_forward(block, x, y, lambda targets, _: targets, iterations=iterations, name="layers.7.mlp.")
+    expected = re.escape(message.format(name))
+    with pytest.raises(NumericalError, match=expected):
+        solve_feed_forward(block, x, y, lambda targets, _: targets, iterations=2, name=name)
+    if where != "y":
+        with pytest.raises(NumericalError, match=expected):
+            solve_locally(block, x, lambda targets, _: targets, name=name)
 
 
 def test_values_that_are_not_finite_in_a_plain_block_name_its_up_projection() -> None:
@@ -393,6 +480,8 @@ def test_values_that_are_not_finite_in_a_plain_block_name_its_up_projection() ->
     x[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"layers\.7\.up "):
         solve_feed_forward(block, x, y, prune_with(Unstructured(0.5)), name="layers.7.")
+    with pytest.raises(NumericalError, match=r"layers\.7\.up "):
+        solve_locally(block, x, prune_with(Unstructured(0.5)), name="layers.7.")
 
 
 def test_stops_at_error_zero() -> None:
@@ -403,7 +492,7 @@ def test_stops_at_error_zero() -> None:
 
 
 def test_an_activation_that_returns_its_argument() -> None:
-    """A bilinear gated block: ``linear`` hands back the tensor it is given."""
+    """A bilinear gated block. Its activation ``linear`` returns its argument itself, not a copy."""
     x, y = make_tokens(make_block("linear"), n=200)
     prune = prune_with(Unstructured(0.5))
     errors = [
@@ -414,7 +503,7 @@ def test_an_activation_that_returns_its_argument() -> None:
 
 
 def test_ridge_of_the_regression_follows_the_number_of_tokens() -> None:
-    """The targets of the second iteration stay nearer to the dense weights when the same tokens come only a few times."""
+    """With fewer repetitions of the same tokens, the second iteration's targets stay nearer to the dense weights."""
     block, moved = make_block(dim=8, width=16), []
     x, y = make_tokens(block, n=40)
     for repeats in (1, 50):
@@ -431,7 +520,10 @@ def test_ridge_of_the_regression_follows_the_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_auxiliaries_of_leading_tokens_only(gated: bool) -> None:
-    """The first and the last error are over all tokens, those between over the leading ones; the better of the two is kept."""
+    """The first and last errors are over all tokens, the others over the leading tokens.
+
+    The first or the last iterate is returned, whichever has the smaller error.
+    """
     block = make_block(gated=gated, biases=True, dim=16, width=32)
     x, y = make_tokens(block, n=900)
     chunks, seen = [200, 100, 300, 300], []
@@ -452,14 +544,14 @@ def test_auxiliaries_of_leading_tokens_only(gated: bool) -> None:
     assert solution.errors[3] == pytest.approx(true_error(iterates[3], x, y), rel=1e-3)
     kept = iterates[3 if solution.errors[3] < solution.errors[0] else 0]
     assert torch.equal(solution.feed_forward.down, kept.down)
-    torch.testing.assert_close(solution.change, kept(x) - y, rtol=1e-4, atol=1e-5)
+    assert torch.equal(solution.feed_forward.up, kept.up)
 
-    _, everything = solve(4)
+    _, all_chunks = solve(4)
     _, default = solve(None)
-    assert everything.errors == default.errors
+    assert all_chunks.errors == default.errors
 
 
-def test_the_local_solution_is_kept_where_leading_tokens_mislead() -> None:
+def test_the_local_solution_is_returned_if_the_last_iterate_is_worse() -> None:
     block = make_block(dim=16, width=32)
     x, y = make_tokens(block, n=900, noise=0.0)
     calls = itertools.count()

@@ -1,0 +1,46 @@
+"""A loader for calibration has an iterator of its own, so that training keeps its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _fresh
+
+
+def rows(batches: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["plain", "persistent"])
+def test_a_fresh_loader_leaves_the_training_iterator_alone(settings: dict[str, Any]) -> None:
+    loader: DataLoader[Tensor] = DataLoader(torch.arange(12), batch_size=3, **settings)
+    training = iter(loader)
+    first = next(training)
+    fresh = _fresh(loader)
+    assert rows(fresh) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert first.tolist() == [0, 1, 2]
+    assert rows(training) == [[3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    if settings:
+        assert loader._iterator is training
+        assert fresh._iterator is not training
+
+
+def test_a_fresh_loader_begins_at_the_first_window() -> None:
+    dataset = WindowDataset(torch.arange(12)[:, None])
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, 1, 0, shuffle=True, seed=0)
+    loader = ResumableLoader(dataset, 3, sampler=sampler)
+    whole = [batch["input_ids"].tolist() for batch in loader]
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    assert [batch["input_ids"].tolist() for batch in _fresh(loader)] == whole
+    assert loader.state_dict() == {"epoch": 0, "batches": 2}
+    assert [batch["input_ids"].tolist() for batch in loader] == whole[2:]
+
+
+def test_other_iterables_are_returned_as_they_are() -> None:
+    batches = [torch.arange(3)]
+    assert _fresh(batches) is batches
