@@ -1,18 +1,18 @@
-"""The command line, in subprocesses as a user runs it, and the recipes."""
+"""The command line, and the command lines of the recipes."""
 
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.cli import LightningCLI  # noqa: F401  (import cost is paid once)
+from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
-from sparsellm_lightning.callbacks import SparseLLMCallback
-from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI
-from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.models import CausalLM
+from sparsellm_lightning.solvers import Penalties
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def config(tmp_path: Path, model_dir: Path) -> Path:
         f"""
 model: {{pretrained: {model_dir}}}
 data: {{source: python-docs, sequence_length: 64, batch_size: 8, max_eval_windows: 8}}
-pruner: {{sparsity: 0.6, num_calibration_samples: 16, num_iterations: 2}}
+pruner: {{preset: paper, sparsity: 0.6, num_calibration_samples: 16, num_iterations: 2}}
 trainer: {{accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}}
 """
     )
@@ -35,9 +35,7 @@ def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["sparsity"]["requested"] == 0.7
     assert f"{report['perplexity']['dense']:.2f}" in run.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"], (
-        "nothing but the export folder is written"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"], "only the export folder is written"
     assert f"{report['perplexity']['pruned']:.2f}" in run.stdout
     assert set(report["phases"]) == {"forward", "statistics", "local_solve", "alternation", "evaluation", "export"}
     assert all(phase in run.stdout for phase in report["phases"])
@@ -94,31 +92,70 @@ def test_mistakes_end_with_one_message(tmp_path: Path, config: Path, arguments: 
 
 
 def test_help_names_both_commands(tmp_path: Path) -> None:
-    run = sparsellm("--help", cwd=tmp_path)
+    """In a process of its own, as a user runs the command."""
+    run = sparsellm_process("--help", cwd=tmp_path)
     assert run.returncode == 0
     for line in ("Measure the dense model, prune it", "perplexity on the test windows"):
         assert line in " ".join(run.stdout.split())
 
 
+def test_help_names_the_settings(tmp_path: Path) -> None:
+    """The callback takes the fields of ``PruningConfig`` as ``**settings``. The command line resolves them with their help."""
+    run = sparsellm("prune", "--help", cwd=tmp_path)
+    assert run.returncode == 0
+    shown = " ".join(run.stdout.split())
+    assert "--pruner.reconstruction_steps RECONSTRUCTION_STEPS Adam steps that tune each block" in shown
+    for name in ("sparsity", "preset", "penalties.beta", "ignore", "finetune", "export_dir"):
+        assert f"--pruner.{name}" in shown
+
+
+def test_settings_reach_the_config(config: Path) -> None:
+    pruner = pruner_of(
+        instantiate(
+            *("prune", "--config", config, "--pruner.sparsity", "0.75", "--pruner.preset", "fast"),
+            *("--pruner.penalties.beta", "3", "--pruner.ignore", "[down_proj, layers.0.*]"),
+            *("--pruner.reconstruction_steps", "5", "--pruner.alternation_blocks", "[0, -1]"),
+            *("--pruner.export_dir", "somewhere"),
+        )
+    )
+    found = pruner.config
+    assert (found.sparsity, found.preset, found.reconstruction_steps) == (0.75, "fast", 5)
+    assert (found.num_iterations, found.num_calibration_samples) == (2, 16), "the config file's"
+    assert (found.method, found.damping) == ("sparsegpt", 0.1), "the preset's"
+    assert found.penalties == Penalties(beta=3.0)
+    assert found.ignore == ("down_proj", "layers.0.*")
+    assert found.alternation_blocks == [0, -1]
+    assert pruner.export_dir == "somewhere"
+
+
+def commands(recipe: Path) -> list[list[str]]:
+    """The ``sparsellm`` command lines in a recipe's leading comment, split into arguments."""
+    leading = re.match(r"(?:#.*\n)*", recipe.read_text())
+    assert leading is not None
+    joined = re.sub(r"\\\n#\s*", " ", leading[0])  # a backslash continues a command in the next line
+    return [shlex.split(line) for line in re.findall(r"^#\s{2,}sparsellm (.*)$", joined, re.MULTILINE)]
+
+
+def config_files(command: list[str]) -> list[Path]:
+    return [ROOT / value for name, value in pairwise(command) if name == "--config"]
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that a recipe's leading comment names parse, from the repository's root, and make their objects."""
+    found = commands(recipe)
+    assert found, "the leading comment has the command"
+    assert config_files(found[0])[-1:] == [recipe], "the first command ends its configs with this recipe"
     monkeypatch.chdir(tmp_path)
-    verb = "fit" if "finetune" in recipe.parts[-2:] else "prune"
-    monkeypatch.setattr(PruningTrainer, verb, lambda self, model, datamodule: None)
-    cli = SparseLLMCLI(
-        *(CausalLM, TextDataModule),
-        trainer_class=PruningTrainer,
-        auto_configure_optimizers=False,
-        args=[verb, "--config", str(recipe), "--trainer.accelerator", "cpu"],
-    )
-    assert any(isinstance(callback, SparseLLMCallback) for callback in cli.trainer.callbacks)
+    for command in found:
+        arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in command]
+        pruner_of(instantiate(*arguments, "--trainer.accelerator", "cpu"))
     keys = [line for line in recipe.read_text().splitlines() if line.startswith(" ")]
-    explained = ("#" in line or line.endswith(":") for line in keys)  # what only opens a level says nothing by itself
-    assert all(explained), "every key is explained"
+    assert all("#" in line or line.endswith(":") for line in keys), "every key with a value is explained"
 
 
 def test_the_classifier_recipe(model_dir: Path) -> None:
-    """A module of one's own: pruned to what was asked, and it learns."""
+    """A module that is not ``CausalLM`` is pruned to the given sparsity, and learns."""
     recipe = runpy.run_path(str(RECIPES / "finetune" / "classifier.py"))
     measured = recipe["main"](["--pretrained", str(model_dir), "--steps", "250", "--learning-rate", "1e-3"])
     assert measured["sparsity"] == pytest.approx(0.7, abs=0.002)

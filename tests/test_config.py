@@ -1,101 +1,237 @@
-"""Settings: defaults, what is refused and how, and which blocks they name."""
+"""Settings: presets, defaults, refused values, and settings on the command line."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsellm_lightning import PruningConfig, UserError
-from sparsellm_lightning.solvers import SINGLE, NofM, Ranks, Unstructured
+from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError
+from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI, main
+from sparsellm_lightning.config import PRESETS
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.models import CausalLM
+from sparsellm_lightning.solvers import SINGLE, NofM, Penalties, Ranks, Unstructured
 
 NAN, INF = float("nan"), float("inf")
 
+# -- Presets ----------------------------------------------------------------------------------------------------------
+
+# For each setting that presets decide, a value. Only target's value is also a preset's.
+GIVEN: dict[str, Any] = {
+    "method": "wanda",
+    "local_solver": "magnitude",
+    "num_iterations": 7,
+    "target": "model",
+    "allocation": "owl",
+    "reconstruction_steps": 3,
+    "continuations": 5,
+    "damping": 0.05,
+}
+
+
+def decided(config: PruningConfig) -> dict[str, Any]:
+    """The settings that presets decide."""
+    return {name: getattr(config, name) for name in GIVEN}
+
+
+def test_every_preset_decides_the_same_settings() -> None:
+    assert list(PRESETS) == ["paper", "fast", "balanced", "best"]
+    for preset in PRESETS.values():
+        assert set(preset) == set(GIVEN)
+        assert all(preset[name] is not None for name in preset)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_its_values(preset: Any) -> None:
+    config = PruningConfig(preset=preset)
+    assert config.preset == preset
+    assert decided(config) == PRESETS[preset]
+    assert SparseLLMCallback(preset=preset).config == config
+
+
+def test_the_default_preset_is_balanced() -> None:
+    assert PruningConfig() == PruningConfig(preset="balanced")
+    assert PruningConfig() != PruningConfig(preset="best")
+    assert SparseLLMCallback().config == PruningConfig()
+
+
+def test_preset_paper_is_sparsellm_as_published() -> None:
+    config = PruningConfig(preset="paper")
+    assert (config.method, config.local_solver, config.num_iterations) == ("sparsellm", "sparsegpt", 4)
+    assert (config.target, config.allocation) == ("block", "uniform")
+    assert (config.reconstruction_steps, config.continuations, config.damping) == (0, 0, 0.01)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_given_setting_wins_over_the_preset(preset: Any, name: str) -> None:
+    config = PruningConfig(preset=preset, **{name: GIVEN[name]})
+    assert decided(config) == {**PRESETS[preset], name: GIVEN[name]}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_given_settings_win_over_the_preset(preset: Any) -> None:
+    assert decided(PruningConfig(preset=preset, **GIVEN)) == GIVEN
+    # A given value wins also where it is another preset's value, such as 0.
+    assert decided(PruningConfig(preset=preset, **PRESETS["paper"])) == PRESETS["paper"]
+
+
+@pytest.mark.parametrize(("preset", "method"), [("balanced", "sparsegpt"), ("best", "wanda")])
+def test_the_target_is_block_if_no_part_of_the_method_fits_it(preset: Any, method: Any) -> None:
+    config = PruningConfig(preset=preset, method=method, reconstruction_steps=0)
+    assert (config.target, config.fits_target) == ("block", False)
+    alternating = PruningConfig(preset=preset, method="sparsellm", reconstruction_steps=0)
+    assert (alternating.target, alternating.fits_target) == ("model", True)
+
+
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "wanda", "magnitude"])
+def test_a_given_target_model_needs_a_method_that_fits_it(method: Any) -> None:
+    with pytest.raises(UserError, match=f"target model needs .*method is {method} without reconstruction"):
+        PruningConfig(method=method, reconstruction_steps=0, target="model")
+    assert PruningConfig(method=method, reconstruction_steps=1, target="model").target == "model"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nofm_patterns_have_a_uniform_allocation(preset: Any) -> None:
+    assert decided(PruningConfig(preset=preset, pattern="2:4")) == {**PRESETS[preset], "allocation": "uniform"}
+    with pytest.raises(UserError, match=r"allocation kl needs pattern unstructured.*pattern 2:4"):
+        PruningConfig(preset=preset, pattern="2:4", allocation="kl")
+
+
+# -- Single settings --------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_settings_is_at_most_22() -> None:
+    assert len(fields(PruningConfig)) <= 22
+
+
+def test_defaults_of_settings_that_no_preset_decides() -> None:
+    config = PruningConfig()
+    assert (config.sparsity, config.requested_sparsity, config.pattern) == (None, 0.5, "unstructured")
+    assert (config.alternation_blocks, config.ignore, config.allocation_spread) == ("all", (), 0.15)
+    assert config.penalties == Penalties(alpha=1.0, beta=10.0, gamma=1.0, scale_free=True)
+    assert (config.num_calibration_samples, config.calibration_val_fraction, config.seed) == (128, 0.125, 0)
+    assert (config.solver_precision, config.memory) == ("auto", "auto")
+
+
+INTEGERS_FROM_1 = ("num_iterations", "num_calibration_samples", "memory")
+INTEGERS_FROM_0 = ("reconstruction_steps", "continuations")
 REFUSED: list[tuple[str, Any]] = [
     *(("sparsity", value) for value in (-0.1, 1, 1.0, 70, NAN, INF)),
-    *(("pattern", value) for value in ("4:2", "2:2", "0:4", "two of four", "2/4", "")),
+    *(("pattern", value) for value in ("4:2", "2:2", "0:4", "-1:4", "2:4:8", "2:", ":4", " 2:4", "2:4\n", "2/4", "")),
+    ("pattern", 24),
+    *(("preset", value) for value in ("good", "Best", "", 1, None)),
     *(("method", value) for value in ("obs", "SparseGPT", "", 1)),
     *(("local_solver", value) for value in ("sparsellm", "alps", 1)),
     *(("target", value) for value in ("layer", "", 1)),
+    *(("allocation", value) for value in ("error", "", 1)),
+    *(("solver_precision", value) for value in ("bfloat16", "", None)),
     *(("alternation_blocks", value) for value in ("half", "0", "")),
-    *(
-        (name, value)
-        for name in ("num_iterations", "block_size", "num_calibration_samples")
-        for value in (0, -3, 2.5, True)
-    ),
-    *((name, value) for name in ("alpha", "beta", "gamma") for value in (0, -0.25, INF, NAN)),
+    *((name, value) for name in INTEGERS_FROM_1 for value in (0, -3, 2.5, True, "many")),
+    *((name, value) for name in INTEGERS_FROM_0 for value in (-1, 2.5, True, "many")),
     *(("damping", value) for value in (-0.01, INF, NAN)),
+    *(("allocation_spread", value) for value in (-0.1, 1.1, NAN)),
+    *(("calibration_val_fraction", value) for value in (-0.1, 0.6, NAN)),
     ("ignore", "down_proj"),
 ]
 
 
+@pytest.mark.parametrize("through", [PruningConfig, SparseLLMCallback])
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_refused(name: str, value: Any) -> None:
+def test_refused(through: Any, name: str, value: Any) -> None:
     with pytest.raises(UserError) as caught:
-        PruningConfig(**{name: value})
-    message = str(caught.value)
-    assert name in message
-    assert str(value) in message.split("got", 1)[1]
+        through(**{name: value})
+    rule, found = str(caught.value).split("got", 1)
+    assert name in rule
+    assert (repr(value) if isinstance(value, str) else str(value)) in found
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+@pytest.mark.parametrize("value", [0, -0.25, INF, NAN])
+def test_refused_penalties(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"penalties\.{name} must be positive and finite, got {value}\."):
+        PruningConfig(penalties=Penalties(**{name: value}))
 
 
 ACCEPTED: list[tuple[str, Any]] = [
     *(("sparsity", value) for value in (None, 0, 0.0, 0.999)),
     *(("pattern", value) for value in ("unstructured", "2:4", "1:8")),
-    *(("method", value) for value in ("sparsellm", "sparsegpt", "wanda", "magnitude")),
-    *(("local_solver", value) for value in ("sparsegpt", "wanda", "magnitude")),
+    *(("method", value) for value in ("sparsellm", "admm", "sparsegpt", "wanda", "magnitude")),
+    *(("local_solver", value) for value in ("admm", "sparsegpt", "wanda", "magnitude")),
     *(("target", value) for value in ("block", "model")),
+    *(("allocation", value) for value in ("uniform", "owl", "atp", "kl")),
+    *(("solver_precision", value) for value in ("auto", "float32")),
     *(("alternation_blocks", value) for value in ("all", "none", "first_half", [], [0, -1])),
-    *((name, 1) for name in ("num_iterations", "block_size", "num_calibration_samples")),
-    *((name, 1e-6) for name in ("alpha", "beta", "gamma")),
-    ("damping", 0),
-    ("ignore", ["down_proj"]),
+    *((name, 1) for name in INTEGERS_FROM_1),
+    *((name, 0) for name in INTEGERS_FROM_0),
+    ("memory", "auto"),
+    ("penalties", Penalties(alpha=1e-6, beta=1e-6, gamma=1e-6)),
+    *((name, 0) for name in ("damping", "allocation_spread", "calibration_val_fraction")),
+    ("allocation_spread", 1),
+    ("calibration_val_fraction", 0.5),
     ("ignore", ()),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), ACCEPTED)
 def test_accepted(name: str, value: Any) -> None:
-    assert getattr(PruningConfig(**{name: value}), name) == value
+    # Preset paper accepts target block without a fallback.
+    assert getattr(PruningConfig(preset="paper", **{name: value}), name) == value
 
 
-def test_defaults() -> None:
-    config = PruningConfig(preset="paper")
-    assert (config.requested_sparsity, config.pattern) == (0.5, "unstructured")
-    assert (config.method, config.local_solver, config.target) == ("sparsellm", "sparsegpt", "block")
-    assert (config.alternation_blocks, config.num_iterations) == ("all", 4)
-    assert (config.alpha, config.beta, config.gamma, config.scale_free) == (1.0, 10.0, 1.0, True)
-    assert (config.damping, config.block_size, config.skip) == (0.01, 128, ())
-    assert (config.num_calibration_samples, config.seed) == (128, 0)
+def test_ignored_names_become_a_tuple() -> None:
+    assert PruningConfig(ignore=["down_proj", "layers.0.*"]).ignore == ("down_proj", "layers.0.*")
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
-def test_model_target_needs_the_alternation(method: Any) -> None:
-    with pytest.raises(UserError, match=rf"target='model'.*method is '{method}'"):
-        PruningConfig(preset="paper", method=method, target="model")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"preset": "paper"}, 0.25),
+        ({"preset": "paper", "num_iterations": 1}, 0.0),
+        ({"preset": "paper", "alternation_blocks": "none"}, 0.0),
+        ({"preset": "paper", "alternation_blocks": []}, 0.0),
+        ({"preset": "paper", "num_iterations": 1, "reconstruction_steps": 1}, 0.25),
+        ({"preset": "paper", "method": "sparsegpt"}, 0.0),
+        ({"preset": "balanced"}, 0.25),
+    ],
+)
+def test_windows_are_held_out_if_the_method_chooses_something_on_them(
+    settings: dict[str, Any], expected: float
+) -> None:
+    assert PruningConfig(calibration_val_fraction=0.25, **settings).held_out_fraction == expected
+
+
+# -- Patterns ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), ("2:3", 1 / 3)])
 def test_nofm_fixes_the_sparsity(pattern: str, sparsity: float) -> None:
     kept, group = map(int, pattern.split(":"))
-    for config in (
-        PruningConfig(preset="paper", pattern=pattern),
-        PruningConfig(preset="paper", pattern=pattern, sparsity=sparsity),
-    ):
+    for config in (PruningConfig(pattern=pattern), PruningConfig(pattern=pattern, sparsity=sparsity)):
         assert config.requested_sparsity == pytest.approx(sparsity)
-        assert config.build_pattern() == NofM(kept, group)
+        assert config.group == group
+        assert config.build_pattern() == config.build_pattern(sparsity=0.9) == NofM(kept, group)
     with pytest.raises(UserError, match=rf"pattern {pattern} fixes the sparsity at 0\.\d+, got sparsity 0\.62\."):
-        PruningConfig(preset="paper", pattern=pattern, sparsity=0.62)
+        PruningConfig(pattern=pattern, sparsity=0.62)
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.0, 0.7])
 def test_unstructured_pattern(sparsity: float | None) -> None:
-    config, ranks = PruningConfig(preset="paper", sparsity=sparsity), Ranks()
+    config, ranks = PruningConfig(sparsity=sparsity), Ranks()
     expected = 0.5 if sparsity is None else sparsity
-    assert config.requested_sparsity == expected
-    pattern = config.build_pattern(ranks=ranks)
+    assert (config.requested_sparsity, config.group) == (expected, 1)
+    pattern = config.build_pattern(12, ranks)
     assert isinstance(pattern, Unstructured)
-    assert (pattern.sparsity, pattern.ranks) == (expected, ranks)
+    assert (pattern.sparsity, pattern.rows) == (expected, 12)
+    assert pattern.ranks is ranks
     assert config.build_pattern() == Unstructured(expected, SINGLE)
+    assert config.build_pattern(sparsity=0.9) == Unstructured(0.9, SINGLE)
+
+
+# -- Blocks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,3 +258,72 @@ def test_blocks_outside_the_model_are_refused(blocks: list[int], outside: str) -
     with pytest.raises(UserError, match="has 5") as caught:
         PruningConfig(preset="paper", alternation_blocks=blocks).alternates_in(5)
     assert outside in str(caught.value)
+
+
+# -- Command line -----------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ["prune", "--model.pretrained=none", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+
+
+def from_command_line(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> PruningConfig:
+    """The settings of the callback that the command line makes. Nothing is pruned."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(PruningTrainer, "prune", lambda self, model, datamodule: None)
+    cli = SparseLLMCLI(
+        *(CausalLM, TextDataModule),
+        trainer_class=PruningTrainer,
+        auto_configure_optimizers=False,
+        args=[*ARGUMENTS, *arguments],
+    )
+    return next(c for c in cli.trainer.callbacks if isinstance(c, SparseLLMCallback)).config  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ("", {}),
+        ("--pruner.preset best", {"preset": "best"}),
+        (
+            "--pruner.reconstruction_steps 8 --pruner.preset paper --pruner.method sparsegpt",
+            {"preset": "paper", "method": "sparsegpt", "reconstruction_steps": 8},
+        ),
+        ("--pruner.reconstruction_steps 0", {"reconstruction_steps": 0}),
+        (
+            "--pruner.penalties.beta 2 --pruner.penalties.scale_free false",
+            {"penalties": Penalties(beta=2.0, scale_free=False)},
+        ),
+        (
+            "--pruner.alternation_blocks [0,-1] --pruner.ignore [down_proj] --pruner.memory 1000",
+            {"alternation_blocks": [0, -1], "ignore": ["down_proj"], "memory": 1000},
+        ),
+    ],
+)
+def test_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: str, settings: dict[str, Any]
+) -> None:
+    assert from_command_line(monkeypatch, tmp_path, *arguments.split()) == PruningConfig(**settings)
+
+
+def test_configuration_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "pruner: {preset: best, reconstruction_steps: 5, alternation_blocks: first_half, penalties: {alpha: 0.5}}\n"
+    )
+    config = from_command_line(monkeypatch, tmp_path, "--config", "config.yaml", "--pruner.reconstruction_steps", "6")
+    expected = {"alternation_blocks": "first_half", "penalties": Penalties(alpha=0.5), "reconstruction_steps": 6}
+    assert config == PruningConfig(preset="best", **expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--pruner.preset good", "pruner.preset"),
+        ("--pruner.reconstruction_step 8", "pruner.reconstruction_step"),
+        ("--pruner.reconstruction_steps -1", "reconstruction_steps must be an integer of at least 0, got -1"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], arguments: str, named: str) -> None:
+    """jsonargparse refuses unknown names and wrong types. The settings refuse other wrong values. Both print a message."""
+    with pytest.raises(SystemExit) as caught:
+        main([*ARGUMENTS, *arguments.split()])
+    assert caught.value.code
+    assert named in capsys.readouterr().err

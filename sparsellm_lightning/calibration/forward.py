@@ -135,6 +135,8 @@ class _Batches:
     ) -> None:
         self.context, self.block, self.cache = context, block, cache
         self.left = observed
+        self.shape = torch.Size()  # of the batch that runs, and its valid tokens
+        self.mask: Tensor | None = None
         self.work = block.forward_work(max(cache.windows, default=0), until)
 
     def __iter__(self) -> Iterator[Any]:

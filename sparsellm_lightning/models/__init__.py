@@ -1,9 +1,9 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
 from sparsellm_lightning.models.causal_lm import CausalLM
+from sparsellm_lightning.models.evaluation import model_inputs, perplexity
 from sparsellm_lightning.models.export import check_export_dir, export_model
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
-from sparsellm_lightning.models.evaluation import model_inputs, perplexity
 
 __all__ = [
     "CausalLM",

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,18 +34,19 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: there is no such model, transformers does not know it as a causal language model, it needs code from the hub,
-            or ``dtype`` is not a floating-point dtype.
+        UserError: there is no such model, it lacks weights, transformers does not know it as a causal language model, it needs
+            code from the hub, or ``dtype`` is not a floating-point dtype.
     """
     dtype = _check_dtype(dtype)
     _refuse_remote_code(kwargs)
     source, gguf_file = _locate(pretrained)
 
     def load(**extra: Any) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, **{**kwargs, **extra}
-        )
-        return model
+        options = {**kwargs, **extra, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        _refuse_missing(pretrained, found["missing_keys"])
+        complete: PreTrainedModel = model
+        return complete
 
     if gguf_file is None:
         return _or_user_error(pretrained, lambda: load(dtype=dtype))
@@ -127,6 +128,15 @@ def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
+def _refuse_missing(pretrained: str, missing: Collection[str]) -> None:
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise UserError(
+            f"a model must come with all its weights, but {pretrained} lacks {len(missing)}, such as {names}, which would be "
+            "initialised at random. Name a complete checkpoint of a causal language model."
+        )
+
+
 def _refuse_remote_code(kwargs: dict[str, Any]) -> None:
     if kwargs.pop("trust_remote_code", False):
         raise UserError(
@@ -201,7 +211,7 @@ def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         cause = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "

@@ -83,12 +83,13 @@ class Auxiliaries:
             for scale in scales[:2]
         )
 
-    def update(self, iterate: FeedForward) -> dict[str, Tensor]:
+    def update(self, iterate: FeedForward) -> tuple[dict[str, Tensor], tuple[InputStatistics, Tensor] | None]:
         """Update p, z and s for the current weights.
 
         Returns:
             ``(z − m)ᵀX / n`` for ``"up"`` and ``(s − m)ᵀX / n`` for ``"gate"``, (f, d), over all ranks, where m is the
-            pre-activation that the current weights give.
+            pre-activation that the current weights give; and for the raw objective the statistics ``pᵀp / n`` and
+            ``Yᵀp / n``, otherwise None.
         """
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         k = down @ down.T
@@ -101,8 +102,7 @@ class Auxiliaries:
             layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype)
             for layer in (["gate", "up"] if gated else ["up"])
         }
-        if self.raw:
-            self._gram_p, self._cross_p = Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)
+        of_p = (Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)) if self.raw else None
         for index, (x_c, y_c, _) in enumerate(self.tokens):
             m_z, m_s = (None if m is None else m.to(self.dtype) for m in iterate.preactivations(x_c))
             z, s = self.z.get(index, device), self.s.get(index, device) if gated else None
@@ -118,16 +118,14 @@ class Auxiliaries:
                 cross["gate"].add(correction_s, x_rounded)
             cross["up"].add(correction, x_rounded)
             self._put(index, z, s)
-            if self.raw:
-                self._gram_p.add(p)
-                self._cross_p.add(y_c, p)
-        return {layer: total.mean(self.ranks) for layer, total in cross.items()}
-
-    def down_statistics(self) -> tuple[InputStatistics, Tensor]:
-        """``pᵀp / n`` and ``Yᵀp / n`` of the last update, over all ranks. Only for the raw objective."""
-        return InputStatistics(self._gram_p.mean(self.ranks), self.damping, "auxiliary p"), self._cross_p.mean(
-            self.ranks
-        )
+            if of_p is not None:
+                of_p[0].add(p)
+                of_p[1].add(y_c, p)
+        corrections = {layer: total.mean(self.ranks) for layer, total in cross.items()}
+        if of_p is None:
+            return corrections, None
+        gram_p, cross_p = (total.mean(self.ranks) for total in of_p)
+        return corrections, (InputStatistics(gram_p, self.damping, "auxiliary p"), cross_p)
 
     def clear(self) -> None:
         """Free z and s."""

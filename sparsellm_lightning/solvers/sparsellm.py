@@ -162,6 +162,7 @@ def solve_feed_forward(
     )
 
     auxiliaries: Auxiliaries | None = None
+    of_p: tuple[InputStatistics, Tensor] | None = None  # statistics of p, only for the raw objective
     targets = {layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}
     best: tuple[FeedForward, Tensor] | None = None
     best_error = float("inf")
@@ -178,8 +179,11 @@ def solve_feed_forward(
         )
         gram, cross = _sum_hidden(iterate, seen, ranks)
         check_finite(gram, f"{name}down")
-        seen_tokens = int(seen_energies[2])
-        down = _prune_down(dense, gram, cross, auxiliaries, prune, damping, seen_tokens, ranks, f"{name}down")
+        # The statistics are dropped with their factors before the next iteration makes its own.
+        ridge = None if auxiliaries is None else _ridge(damping, width, int(seen_energies[2]))
+        of_down = of_p or (InputStatistics(gram, damping, f"{name}down"), cross)
+        down = _prune_down(dense.down, *of_down, ridge, prune, ranks)
+        del of_down
         iterate = replace(iterate, down=ranks.gather_rows(down, outputs))
 
         error = _error(down, _rows(cross, ranks), gram, seen_energies, ranks)
@@ -197,8 +201,8 @@ def solve_feed_forward(
             auxiliaries = Auxiliaries(
                 dense, leading, penalties or Penalties(), damping, ranks, auxiliary_dtype, storage or device, step
             )
-        ridge = _ridge(damping, x.shape[1], int(energies[2]))
-        targets = _regress(dense, iterate, auxiliaries.update(iterate), inputs, ridge, ranks)
+        corrections, of_p = auxiliaries.update(iterate)
+        targets = _regress(dense, iterate, corrections, inputs, _ridge(damping, x.shape[1], int(energies[2])), ranks)
     assert best is not None
     return Solution(best[0], inputs, InputStatistics(best[1], damping, f"{name}down"), errors, held_out_errors)
 
@@ -235,31 +239,22 @@ def _sum_hidden(iterate: FeedForward, tokens: Tokens, ranks: Ranks) -> tuple[Ten
 
 
 def _prune_down(
-    dense: FeedForward,
-    gram: Tensor,
-    cross: Tensor,
-    auxiliaries: Auxiliaries | None,
-    prune: Prune,
-    damping: float,
-    tokens: int,
-    ranks: Ranks,
-    name: str,
+    dense: Tensor, inputs: InputStatistics, cross: Tensor, ridge: float | None, prune: Prune, ranks: Ranks
 ) -> Tensor:
-    """This rank's rows of the pruned W_d. Its target is the dense W_d in the first iteration, then the regression.
+    """This rank's rows of the pruned down projection, around ``W + (YᵀH − W HᵀH)(HᵀH + λI)⁻¹`` for the dense W.
 
     Args:
-        gram, cross: ``hᵀh / n`` and ``Yᵀh / n``.
-        auxiliaries: None in the first iteration.
-        tokens: number of tokens in the two statistics, over all ranks.
+        dense: W, (d, f).
+        inputs: ``HᵀH / n``.
+        cross: ``YᵀH / n``, (d, f).
+        ridge: λ, as a fraction of the mean diagonal. None: no regression, the pruned weight is around W.
+        prune: see :data:`Prune`.
+        ranks: the data-parallel ranks.
     """
-    inputs, target = InputStatistics(gram, damping, name), dense.down
-    if auxiliaries is not None:
-        if auxiliaries.raw:
-            inputs, cross = auxiliaries.down_statistics()
-        ridge = _ridge(damping, len(gram), tokens)
-        correction = cross - target @ inputs.gram
-        count(2 * dense.down.numel() * len(gram))
-        target = target + inputs.with_damping(ridge).factor.solve(correction)
+    target = dense
+    if ridge is not None:
+        count(2 * dense.numel() * len(inputs.gram))
+        target = dense + inputs.with_damping(ridge).factor.solve(cross - dense @ inputs.gram)
     return prune({"down": _rows(target, ranks)}, inputs)["down"]
 
 

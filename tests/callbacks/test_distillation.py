@@ -35,7 +35,7 @@ def ids(calibration) -> Tensor:
 
 def pruner(sparsity: float = 0.7) -> SparseLLMCallback:
     return SparseLLMCallback(
-        preset="paper", sparsity=sparsity, finetune=True, num_calibration_samples=16, num_iterations=2
+        preset="paper", method="wanda", sparsity=sparsity, finetune=True, num_calibration_samples=16
     )
 
 
@@ -155,7 +155,7 @@ def test_distilled_ends_lower(trained, text: TextDataModule) -> None:
         return torch.optim.AdamW(parameters, lr=3e-4)
 
     start = Tokens(trained("llama"), optimizer)
-    once = SparseLLMCallback(preset="paper", sparsity=0.8, num_calibration_samples=64, num_iterations=2)
+    once = SparseLLMCallback(preset="paper", method="sparsegpt", sparsity=0.8, num_calibration_samples=64)
     trainer(once, limit_val_batches=0).fit(start, text.train_dataloader())
     pruned = perplexity(start.backbone, text.test_dataloader())
     for seed in (0, 1):  # of the windows' order
@@ -352,7 +352,7 @@ def test_steps_of_other_shapes(trained, sparse: PreTrainedModel, ids: Tensor) ->
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_features_of_compiled_or_checkpointed_blocks(trained, ids: Tensor, compiled: bool) -> None:
-    """The outputs are found of blocks that are compiled one by one, and of blocks that are computed again in the backward pass."""
+    """The callback sees the outputs of compiled blocks, and of blocks that the backward pass computes again."""
     weights = {"feature_weight": 1.0, "logit_weight": 0.0, "task_weight": 0.0}
     expected = loss_of(Module(trained("llama"), adamw), ids, pruner(), Distillation(**weights), steps=3).losses
     model = trained("llama")

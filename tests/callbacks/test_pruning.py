@@ -35,7 +35,7 @@ def zeros(model: PreTrainedModel) -> float:
 def test_prune_only_in_own_module(trained, ids: torch.Tensor) -> None:
     module = OwnModule(trained("opt"))
     dense_head = module.backbone.lm_head.weight.clone()
-    pruner = SparseLLMCallback(preset="paper", sparsity=0.6, num_calibration_samples=32)
+    pruner = SparseLLMCallback(preset="paper", method="sparsegpt", sparsity=0.6, num_calibration_samples=32)
     trainer(pruner).fit(module, DataLoader(ids, batch_size=8))
     assert module.batches_seen == 0, "no batch is trained"
     assert zeros(module.backbone) == pytest.approx(0.6, abs=0.002)
@@ -46,7 +46,9 @@ def test_prune_only_in_own_module(trained, ids: torch.Tensor) -> None:
 
 def test_finetune_trains_on_and_keeps_the_zeros(trained, text, ids: torch.Tensor) -> None:
     module = OwnModule(trained("llama"))
-    pruner = SparseLLMCallback(preset="paper", sparsity=0.7, finetune=True, num_calibration_samples=32)
+    pruner = SparseLLMCallback(
+        preset="paper", method="sparsegpt", sparsity=0.7, finetune=True, num_calibration_samples=32
+    )
     fit = trainer(pruner, max_steps=30)
     fit.fit(module, DataLoader(ids, batch_size=8), text.test_dataloader())
     assert module.batches_seen == 30
@@ -63,9 +65,9 @@ def test_models_are_found_by_type(trained, ids: torch.Tensor) -> None:
         trainer(SparseLLMCallback(preset="paper")).fit(module, DataLoader(ids))
     with pytest.raises(UserError, match="student is missing"):
         trainer(SparseLLMCallback(preset="paper", model_attribute="student")).fit(module, DataLoader(ids))
-    trainer(SparseLLMCallback(preset="paper", model_attribute="teacher", num_calibration_samples=8)).fit(
-        module, DataLoader(ids)
-    )
+    trainer(
+        SparseLLMCallback(preset="paper", method="sparsegpt", model_attribute="teacher", num_calibration_samples=8)
+    ).fit(module, DataLoader(ids))
     assert zeros(module.teacher) > 0.45 > 0.01 > zeros(module.backbone)
 
     class Empty(OwnModule):
@@ -80,14 +82,17 @@ def test_a_resumed_run_does_not_prune_again(tmp_path: Path, trained, ids: torch.
     first = OwnModule(trained("llama"))
     loader = DataLoader(ids, batch_size=8)
     run = trainer(
-        SparseLLMCallback(preset="paper", sparsity=0.6, finetune=True, num_calibration_samples=16), max_steps=3
+        SparseLLMCallback(preset="paper", method="magnitude", sparsity=0.6, finetune=True, num_calibration_samples=16),
+        max_steps=3,
     )
     run.fit(first, loader)
     run.save_checkpoint(tmp_path / "stopped.ckpt")
 
     monkeypatch.setattr(PRUNE_MODEL, lambda *a, **k: pytest.fail("pruned again"))
     second = OwnModule(trained("llama"))
-    pruner = SparseLLMCallback(preset="paper", sparsity=0.6, finetune=True, num_calibration_samples=16)
+    pruner = SparseLLMCallback(
+        preset="paper", method="magnitude", sparsity=0.6, finetune=True, num_calibration_samples=16
+    )
     trainer(pruner, max_steps=6).fit(second, loader, ckpt_path=tmp_path / "stopped.ckpt")
     assert second.batches_seen == 3
     assert zeros(second.backbone) == pytest.approx(0.6, abs=0.002)
@@ -95,7 +100,7 @@ def test_a_resumed_run_does_not_prune_again(tmp_path: Path, trained, ids: torch.
 
 
 def test_a_second_fit_prunes_another_model(tmp_path: Path, trained, ids: torch.Tensor, monkeypatch) -> None:
-    """One callback object: a second model is pruned, exported and reported as its own. The same model is not pruned again."""
+    """A second model is pruned, exported and reported as its own. The same model is not pruned again."""
     loader, out = DataLoader(ids, batch_size=8), tmp_path / "out"
     pruner = SparseLLMCallback(
         preset="paper", method="wanda", sparsity=0.6, num_calibration_samples=8, export_dir=str(out), overwrite=True

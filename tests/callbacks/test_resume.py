@@ -119,10 +119,10 @@ class Run:
         settings: dict[str, Any] = {"sparsity": 0.6} if schedule is None else {"schedule": schedule}
         return SparseLLMCallback(
             preset="paper",
+            method="wanda",
             **settings,
             finetune=True,
             num_calibration_samples=8,
-            num_iterations=2,
             measure=bool(schedule),
         )
 
@@ -383,10 +383,10 @@ def sparse(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     module = CausalLM(str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     held = SparseLLMCallback(
         preset="paper",
+        method="magnitude",
         sparsity=0.6,
         finetune=True,
         num_calibration_samples=8,
-        num_iterations=2,
         export_dir=str(paths["folder"]),
     )
     fit = trainer(held, max_steps=2)

@@ -1,4 +1,4 @@
-"""The authors' loops are written out again here, with the global ``random`` module, as the reference."""
+"""The datamodule. The reference is the SparseGPT authors' loops, written out again with the global ``random`` module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sparsellm_lightning.data import TextDataModule, Windows
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.data.loaders import Windows
 from sparsellm_lightning.data.sources import C4_MAX_DRAWS
 from sparsellm_lightning.errors import UserError
 
@@ -36,7 +37,7 @@ def _fast(tokenizer: Tokenizer, **kwargs: Any) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word and per newline; a declared context of 4 tokens, so that long texts would warn."""
+    """One token per word and per newline. The declared context is 4 tokens, so that longer texts would warn."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
@@ -78,7 +79,7 @@ def _module(tokenizer: PreTrainedTokenizerFast | None, **kwargs: Any) -> TextDat
 
 
 class Hub:
-    """Stands in for the hub: tables by what ``load_dataset`` is asked for. Remembers what was asked."""
+    """Replaces the hub: tables by the arguments of ``load_dataset``, and files by name. Remembers the requests."""
 
     def __init__(self) -> None:
         self.tables: dict[tuple[str, str | None, str], dict[str, list[str]]] = {}
@@ -172,7 +173,7 @@ def test_c4_protocol(hub: Hub, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_c4_train_windows(hub: Hub, tokenizer: PreTrainedTokenizerFast) -> None:
-    # Two characters per token: the first guess of how many documents are needed is enough. Then twenty: it is not.
+    # With two characters per token the first estimate of the number of documents suffices. With twenty it does not.
     for texts in ([_words(15, seed=i) for i in range(40)], ["abcdefghijabcdefghij " * 5] * 40):
         hub.files[C4_TRAIN]["text"] = texts
         ids = _ids(tokenizer, " ".join(texts))

@@ -1,3 +1,5 @@
+"""Loading models and tokenizers from folders, GGUF files and packages, and the messages for bad names."""
+
 from __future__ import annotations
 
 import sys
@@ -99,7 +101,7 @@ def test_empty_name() -> None:
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_hub_id_that_cannot_be_had(load, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_hub_id_that_cannot_be_loaded(load, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="got nobody/no-such-model: ") as caught:
         load("nobody/no-such-model")
@@ -120,13 +122,13 @@ def test_package_with_one_folder_is_not_imported(tmp_path: Path, monkeypatch: py
     assert "tiny_model_package" not in sys.modules
 
 
-def test_package_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _package(tmp_path, monkeypatch, "empty_model_package")
     with pytest.raises(UserError, match="empty_model_package holds: none"):
         load_model("package:empty_model_package")
 
 
-def test_package_with_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_with_several_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _package(tmp_path, monkeypatch, "double_model_package")
     (root / "a.gguf").touch()
     (root / "b").mkdir()

@@ -1,4 +1,4 @@
-"""Masked reconstruction against plain Adam on a copy of the block, and what it must leave alone."""
+"""Masked reconstruction, against plain Adam on a copy of the block; and the parts of the model that it must not change."""
 
 from __future__ import annotations
 
@@ -11,74 +11,78 @@ from typing import Any
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import CONFIGS, VOCABULARY, build_model
+from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
+from support.runs import (
+    LAYOUTS,
+    assert_same_hidden,
+    block_inputs,
+    calibration_batches,
+    first_of,
+    make_context,
+    prune_blocks,
+    state_of,
+    tune_with,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import LoraOptions, PruningConfig, TextDataModule, perplexity, prune_model
-from sparsellm_lightning.architecture import Block, describe
-from sparsellm_lightning.config import Reconstruction
-from sparsellm_lightning.data import CalibrationBatch, take_windows
-from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.calibration import ActivationCache, capture
+from sparsellm_lightning.data import take_windows
+from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
 from sparsellm_lightning.solvers import SINGLE, Ranks
 from sparsellm_lightning.sparsity import add_adapters
 
 Batch = dict[str, Tensor]
 Trained = Callable[[str], PreTrainedModel]
+CPU = torch.device("cpu")
 
-# Of random_batches(): windows 0 to 4 of eight, which lie in batches of 3, 3 and 2; their tokens in the larger batch.
+# random_batches() gives eight windows in batches of 3, 3 and 2. The first five are fitted where a test holds windows out.
+# LARGEST: fitted tokens of the larger batch.
 FITTED, LARGEST = 5, 22 + 32 + 32
-
-
-@pytest.fixture(autouse=True)
-def _without_measuring_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsellm_lightning.pruning.gemm_peak", lambda *args: 1e12)
 
 
 @dataclass
 class Case:
-    """The middle block of a model, half pruned by hand, that is to give what it gave when dense."""
+    """The middle block of a model. Half of each of its weights is pruned. Its goal is its dense output."""
 
     model: PreTrainedModel
     block: Block
-    walker: Walker
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # that plain transformers makes of the block, by batch
+    cache: ActivationCache
+    calls: list[
+        tuple[tuple[Any, ...], dict[str, Any]]
+    ]  # by batch, the arguments with which transformers calls the block
     goal: list[Tensor]
     valid: list[Tensor]
 
-    def reconstructor(self, autocast: torch.dtype | None = None, **options: Any) -> Reconstructor:
+    def reconstructor(self, steps: int, precision: Any = "float32", **options: Any) -> Reconstructor:
+        config = PruningConfig(preset="paper", reconstruction_steps=steps, solver_precision=precision)
         options = {"batch_tokens": 2 * LARGEST, **options}
-        stream, adapter = self.walker.stream, self.walker.adapter
-        return Reconstructor(self.block, stream, self.goal, adapter, Reconstruction(**options), autocast)
+        return Reconstructor(make_context(self.model, config), self.block, self.cache, self.goal, **options)
 
 
 def make_case(name: str, fitted: int | None = None, dtype: torch.dtype = torch.float32) -> Case:
-    model, batches, config = build_model(name), random_batches(), PruningConfig(preset="paper")
+    model, batches = build_model(name), random_batches()
     nn.Module.to(model, dtype)
-    walker = Walker(describe(model, config), config, StrategyAdapter())
-    block = walker.layout.blocks[1]
-    valid = [batch["attention_mask"].bool() for batch in batches]
-    walker.enter([CalibrationBatch(*each) for each in zip(batches, valid, strict=True)], fitted)
+    context = make_context(model, PruningConfig(preset="paper"))
+    block = context.layout.blocks[1]
+    cache = capture(context, calibration_batches(batches), 8 if fitted is None else fitted)
     calls, goal = [], []
     handles = [
         block.module.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True),
-        block.module.register_forward_hook(lambda _, args, output: goal.append(output_of(output))),
+        block.module.register_forward_hook(lambda _, args, output: goal.append(first_of(output))),
     ]
     with torch.no_grad():
         for batch in batches:
             model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
-    walker.stream.hidden = [args[0] if args else kwargs["hidden_states"] for args, kwargs in calls]
+    cache.hidden = [args[0] if args else kwargs["hidden_states"] for args, kwargs in calls]
     prune_by_hand(block)
-    return Case(model, block, walker, calls, goal, valid)
-
-
-def output_of(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    return Case(model, block, cache, calls, goal, [batch["attention_mask"].bool() for batch in batches])
 
 
 def prune_by_hand(block: Block) -> None:
@@ -87,11 +91,11 @@ def prune_by_hand(block: Block) -> None:
         p.parameter.data.masked_fill_(p.parameter.abs() <= small, 0)
 
 
-def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, others: bool) -> nn.Module:
-    """The textbook: Adam on all fitted tokens, pruned weights set to zero again after every step."""
+def adam_by_hand(case: Case, fitted: int, steps: int, rate: float) -> nn.Module:
+    """Adam on all fitted tokens. Pruned weights are set to zero after every step."""
     module = copy.deepcopy(case.block.module)
     pruned = {f"{p.name}.weight".removeprefix(f"{case.block.name}.") for p in case.block.projections()}
-    parameters = {n: p for n, p in module.named_parameters() if others or n in pruned}
+    parameters = dict(module.named_parameters())
     masks = {name: (parameter != 0) for name, parameter in parameters.items() if name in pruned}
     groups = []
     for name, parameter in parameters.items():
@@ -106,7 +110,7 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, others: bool)
     valid = torch.cat(case.valid)[:fitted]
     for _ in range(steps):
         optimizer.zero_grad()
-        output = torch.cat([output_of(module(*args, **kwargs)) for args, kwargs in case.calls])[:fitted][valid]
+        output = torch.cat([first_of(module(*args, **kwargs)) for args, kwargs in case.calls])[:fitted][valid]
         wanted = torch.cat(case.goal)[:fitted][valid]
         losses = [
             (is_ - should).square().sum() / should.square().sum() for is_, should in zip(output, wanted, strict=True)
@@ -121,13 +125,13 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, others: bool)
 
 
 def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
-    """``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)``, ``w = 1/‖g‖²``, token by token."""
+    """``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)`` with ``w = 1/‖g‖²``, one token after the other."""
     error = scale = 0.0
     with torch.no_grad():
-        output = torch.cat([output_of(module(*args, **kwargs)) for args, kwargs in case.calls])
+        output = torch.cat([first_of(module(*args, **kwargs)) for args, kwargs in case.calls])
     for b, h, g, valid in zip(
         output[windows].double(),
-        torch.cat(case.walker.stream.hidden)[windows].double(),
+        torch.cat(case.cache.hidden)[windows].double(),
         torch.cat(case.goal)[windows].double(),
         torch.cat(case.valid)[windows],
         strict=True,
@@ -139,30 +143,27 @@ def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
     return error / scale
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 @torch.no_grad()
 def tune(reconstructor: Reconstructor) -> tuple[list[tuple[float, float]], int]:
     return reconstructor.tune()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt-350m", "gpt2"])
-@pytest.mark.parametrize("fitted", [None, FITTED])
+@pytest.mark.parametrize(
+    ("name", "fitted"),
+    [("llama", None), ("llama", FITTED), ("gemma3", FITTED), ("opt", None), ("opt-350m", FITTED), ("gpt2", FITTED)],
+)
 def test_against_plain_adam(name: str, fitted: int | None) -> None:
-    """All batches in every step, so that their order does not matter; the block's norms and biases too."""
+    """Each step has all batches, so that their order does not matter. Norms and biases are tuned too."""
     case, windows = make_case(name, fitted), 8 if fitted is None else fitted
     steps, rate = 20, 3e-3
     before = copy.deepcopy(case.block.module)
-    expected = adam_by_hand(case, windows, steps, rate, others=True)
+    expected = adam_by_hand(case, windows, steps, rate)
     tokens = int(torch.cat(case.valid).sum()) if fitted is None else 2 * LARGEST
-    reconstructor = case.reconstructor(steps=steps, learning_rate=rate, batch_tokens=tokens)
-    errors, kept = tune(reconstructor)
+    errors, kept = tune(case.reconstructor(steps, learning_rate=rate, batch_tokens=tokens))
     assert kept == steps
     wanted = expected.state_dict()
     for key, found in case.block.module.state_dict().items():
-        # The softmax does not see a bias of all keys: its gradient is rounding, which Adam makes steps of.
+        # The softmax does not depend on the keys' bias. Its gradient is rounding, which Adam scales to whole steps.
         if name.startswith("opt") and key.endswith("k_proj.bias"):
             continue
         keys = slice(64, 128) if key.endswith("c_attn.bias") else slice(0)
@@ -177,26 +178,11 @@ def test_against_plain_adam(name: str, fitted: int | None) -> None:
             assert found_errors[1] == pytest.approx(naive_error(case, module, slice(windows, None)), rel=1e-3)
 
 
-def test_only_weights_without_others() -> None:
-    """In a block with biases everywhere."""
-    case = make_case("opt")
-    model, outside = state_of(case.model), f"{case.block.name}."
-    expected = adam_by_hand(case, 8, 4, 3e-3, others=False)
-    tune(case.reconstructor(steps=4, learning_rate=3e-3, others=False, batch_tokens=3 * LARGEST))
-    weights = {f"{p.name}.weight" for p in case.block.projections()}
-    for key, tensor in case.model.state_dict().items():
-        if key in weights:
-            theirs = expected.state_dict()[key.removeprefix(outside)]
-            torch.testing.assert_close(tensor, theirs, rtol=1e-5, atol=1e-5)
-            assert not torch.equal(tensor, model[key]), key
-        else:
-            assert torch.equal(tensor, model[key]), key
-
-
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", ["opt", "gemma2"])
-def test_what_is_left_alone(name: str, autocast: torch.dtype | None) -> None:
-    """Everything outside the block; and inside what the parameters had: whether they train, and their gradients."""
+@pytest.mark.parametrize(("name", "autocast"), [("opt", False), ("gemma3", True)])
+def test_rest_of_the_model_does_not_change(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters outside the block keep their values, and those inside keep ``requires_grad`` and their gradients."""
+    dtype = torch.bfloat16 if autocast else torch.float32
+    monkeypatch.setattr("sparsellm_lightning.calibration.context.coarse_dtype", lambda device, exact: dtype)
     case = make_case(name, FITTED)
     parameters = dict(case.model.named_parameters())
     for index, parameter in enumerate(parameters.values()):
@@ -204,7 +190,9 @@ def test_what_is_left_alone(name: str, autocast: torch.dtype | None) -> None:
         parameter.grad = torch.full_like(parameter, index) if index % 2 else None
     had = {key: (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for key, p in parameters.items()}
     before = state_of(case.model)
-    errors, kept = tune(case.reconstructor(autocast, steps=8))
+    reconstructor = case.reconstructor(steps=8)
+    assert reconstructor.autocast_dtype == (torch.bfloat16 if autocast else None)
+    errors, kept = tune(reconstructor)
     assert kept > 0
     assert errors[1][0] < errors[0][0]
     assert errors[1][1] < errors[0][1]
@@ -218,7 +206,7 @@ def test_what_is_left_alone(name: str, autocast: torch.dtype | None) -> None:
 
 
 @pytest.mark.parametrize("fitted", [None, FITTED])
-def test_a_step_too_large_changes_nothing(fitted: int | None) -> None:
+def test_steps_that_are_too_large_change_nothing(fitted: int | None) -> None:
     case = make_case("opt", fitted)
     before = state_of(case.model)
     errors, kept = tune(case.reconstructor(steps=4, learning_rate=10.0))
@@ -229,11 +217,11 @@ def test_a_step_too_large_changes_nothing(fitted: int | None) -> None:
 
 
 def test_held_out_tokens_decide() -> None:
-    """The pruned block already gives what held-out windows want, so that tuning it on the others can only do harm."""
+    """The goal of the held-out windows is the pruned block's own output, so that every step makes their error larger."""
     for fitted, expected in ((FITTED, 0), (8, 8)):
         case = make_case("llama", fitted)
         with torch.no_grad():
-            now = [output_of(case.block.module(*args, **kwargs)) for args, kwargs in case.calls]
+            now = [first_of(case.block.module(*args, **kwargs)) for args, kwargs in case.calls]
         first, second = slice(0, 2), slice(2, None)  # of the middle batch
         case.goal = [case.goal[0], torch.cat([case.goal[1][first], now[1][second]]), now[2]]
         errors, kept = tune(case.reconstructor(steps=8, learning_rate=1.5e-2, batch_tokens=10**3))
@@ -242,8 +230,8 @@ def test_held_out_tokens_decide() -> None:
         assert errors[1][0] < errors[0][0] or fitted == FITTED
 
 
-def test_a_wild_token_does_not_decide() -> None:
-    """One of the held-out tokens, whose error is a million times the others' and grows with every step."""
+def test_one_token_with_a_huge_error_does_not_decide() -> None:
+    """A held-out token counts for 1 at most, although its error is a million times the others' and grows with every step."""
     usual = make_case("llama", FITTED)
     last = (len(usual.calls) - 1, -1)  # the last window, which has no padding
     assert usual.valid[last[0]][last[1]].all()
@@ -251,7 +239,7 @@ def test_a_wild_token_does_not_decide() -> None:
     def sizes(case: Case) -> Tensor:
         args, kwargs = case.calls[last[0]]
         with torch.no_grad():
-            return output_of(case.block.module(*args, **kwargs))[last[1]].norm(dim=-1)
+            return first_of(case.block.module(*args, **kwargs))[last[1]].norm(dim=-1)
 
     before, options = sizes(usual), {"steps": 32, "learning_rate": 3e-3, "batch_tokens": 2 * LARGEST}
     (expected, _), kept = tune(usual.reconstructor(**options))
@@ -267,7 +255,7 @@ def test_a_wild_token_does_not_decide() -> None:
         assert torch.equal(tensor, usual.block.module.state_dict()[key]), key
 
 
-def test_the_best_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checked_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("llama", FITTED)
     held_out, snapshots, asked = iter([1.0, 0.9, 0.5, 0.7, float("nan"), 0.4]), [], []
 
@@ -287,12 +275,12 @@ def test_the_best_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bfloat16_has_float32_masters() -> None:
-    """Every step is less than half a unit in the last place of weights above 0.01; together they are more."""
+    """For weights above 0.01, one step is less than half a unit in the last place, and 64 steps together are more."""
     moved = {}
     for steps in (1, 64):
         case = make_case("llama", dtype=torch.bfloat16)
         before = state_of(case.block.module)
-        tune(case.reconstructor(steps=steps, learning_rate=1e-4, others=False))
+        tune(case.reconstructor(steps=steps, learning_rate=1e-4))
         assert {p.dtype for p in case.model.parameters()} == {torch.bfloat16}
         changed = total = 0
         for p in case.block.projections():
@@ -305,10 +293,10 @@ def test_bfloat16_has_float32_masters() -> None:
     assert moved[64] > 0.5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("pattern", "target"), [("unstructured", "model"), ("2:4", "block")])
-def test_every_architecture(name: str, pattern: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every zero stays where the solver put it, and the hidden states carried along are those of the pruned model."""
+def test_every_layout(name: str, pattern: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All zeros stay where the solver put them, and the cached hidden states are those of the pruned model."""
     original, tuned = Reconstructor.tune, []
 
     def tune(self: Reconstructor) -> Any:
@@ -321,27 +309,49 @@ def test_every_architecture(name: str, pattern: str, target: Any, monkeypatch: p
         return result
 
     monkeypatch.setattr(Reconstructor, "tune", tune)
+    tune_with(monkeypatch, learning_rate=2e-3, batch_tokens=LARGEST)
     model = build_model(name)
-    options = Reconstruction(steps=2, learning_rate=2e-3, batch_tokens=LARGEST)
-    config = PruningConfig(preset="paper", pattern=pattern, target=target, method="magnitude", reconstruct=options)
-    walker = Walker(describe(model, config), config, StrategyAdapter())
-    assert_stream_is_the_model(walker, rtol=1e-3, atol=1e-4)
-    assert len(tuned) == len(list(walker.layout.projections()))
+    config = PruningConfig(
+        preset="paper",
+        pattern=pattern,
+        target=target,
+        method="magnitude",
+        reconstruction_steps=2,
+        solver_precision="float32",
+    )
+    assert_cache_is_the_model(model, config)
+    assert len(tuned) == len(list(make_context(model, config).layout.projections()))
     assert any(tuned)
+
+
+def assert_cache_is_the_model(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Prune, and compare the cached hidden states in front of the last block with those of the pruned model."""
+    context, batches = make_context(model, config), random_batches()
+    calibration = calibration_batches(batches)
+    _, cache = prune_blocks(context, calibration)
+    expected = block_inputs(model, context.layout.blocks[-1].module, batches)
+    assert_same_hidden(cache.hidden, expected, calibration, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("ignore", "target"),
     [("*.1.*", "block"), ("*.1.*", "model"), ("*.1.mlp.*", "block"), ("*.1.self_attn.*", "model")],
 )
-def test_skipped_projections(skip: str, target: Any) -> None:
-    """A block of which nothing, or half, is pruned."""
-    model, options = build_model("llama"), Reconstruction(steps=2, learning_rate=2e-3)
+def test_ignored_projections(ignore: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All, or half, of the middle block's projections are ignored."""
+    tune_with(monkeypatch, learning_rate=2e-3)
+    model = build_model("llama")
     dense = state_of(model)
-    config = PruningConfig(preset="paper", method="magnitude", target=target, reconstruct=options, ignore=[skip])
-    walker = Walker(describe(model, config), config, StrategyAdapter())
-    assert_stream_is_the_model(walker, rtol=1e-3, atol=1e-4)
-    for block in walker.layout.blocks:
+    config = PruningConfig(
+        preset="paper",
+        method="magnitude",
+        target=target,
+        reconstruction_steps=2,
+        ignore=[ignore],
+        solver_precision="float32",
+    )
+    assert_cache_is_the_model(model, config)
+    for block in make_context(model, config).layout.blocks:
         for p in block.projections():
             assert (float((p.parameter == 0).double().mean()) == 0.5) == p.pruned
         if not any(p.pruned for p in block.projections()):
@@ -349,15 +359,15 @@ def test_skipped_projections(skip: str, target: Any) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_left_out(side: str) -> None:
-    """Whatever token ids lie under it: the same weights, bit for bit."""
+def test_padding_is_left_out(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other token ids in the padding give bit-equal weights."""
+    tune_with(monkeypatch, learning_rate=4e-3, batch_tokens=64)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (8, 24), generator=generator)
     mask = torch.ones_like(ids)
     (mask[1:4, :9] if side == "left" else mask[1:4, -9:]).zero_()
-    options = Reconstruction(steps=3, batch_tokens=64, learning_rate=4e-3)
     config = PruningConfig(
-        preset="paper", method="magnitude", target="model", reconstruct=options, num_calibration_samples=8
+        preset="paper", method="magnitude", target="model", reconstruction_steps=3, num_calibration_samples=8
     )
     models = []
     for seed in (1, 2):
@@ -371,18 +381,14 @@ def test_padding_is_left_out(side: str) -> None:
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def test_adapters_are_not_tuned() -> None:
-    """What peft froze is tuned and frozen again, what it added stays."""
+def test_adapters_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that peft froze are tuned and are frozen afterwards. Adapters do not change."""
     pytest.importorskip("peft")
+    tune_with(monkeypatch, learning_rate=2e-3)
     model = build_model("llama")
     add_adapters(model, LoraOptions(rank=2))
     before, trains = state_of(model), {key: p.requires_grad for key, p in model.named_parameters()}
-    config = PruningConfig(
-        preset="paper",
-        method="magnitude",
-        reconstruct=Reconstruction(steps=2, learning_rate=2e-3),
-        num_calibration_samples=8,
-    )
+    config = PruningConfig(preset="paper", method="magnitude", reconstruction_steps=2, num_calibration_samples=8)
     report = prune_model(model, random_batches(), config)
     assert any(block["reconstruction"]["steps"] for block in report.blocks)
     for key, parameter in model.named_parameters():
@@ -395,26 +401,32 @@ def test_adapters_are_not_tuned() -> None:
 
 @pytest.mark.parametrize(("target", "sparsity"), [("block", 0.7), ("model", 0.8)])
 def test_a_trained_model_gets_better(
-    target: Any, sparsity: float, trained: Trained, text: TextDataModule, calibration: list[Batch]
+    target: Any,
+    sparsity: float,
+    trained: Trained,
+    text: TextDataModule,
+    calibration: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    tune_with(monkeypatch, learning_rate=0.02, batch_tokens=1024)
     found = []
-    for options in (False, Reconstruction(steps=24, learning_rate=0.02, batch_tokens=1024)):
+    for steps in (0, 24):
         model = trained("llama")
         config = PruningConfig(
             preset="paper",
             sparsity=sparsity,
             method="sparsegpt",
-            target=target if options else "block",
-            reconstruct=options,
+            target=target if steps else "block",
+            reconstruction_steps=steps,
             num_calibration_samples=64,
         )
         report = prune_model(model, calibration, config)
         found.append(perplexity(model, text.test_dataloader()))
         assert report.sparsity["achieved"] == pytest.approx(sparsity, abs=1e-4)
-        assert report.calibration["held_out"] == (8 if options else 0)
+        assert report.calibration["held_out"] == (8 if steps else 0)
         for block in report.blocks:
             tuned = block["reconstruction"]
-            assert (tuned is None) == (not options)
+            assert (tuned is None) == (not steps)
             if tuned:
                 assert tuned["steps"] > 0
                 assert tuned["held_out"][1] < tuned["held_out"][0]
@@ -423,22 +435,22 @@ def test_a_trained_model_gets_better(
 
 
 @pytest.mark.parametrize(("windows", "fitted"), [(11, 8), (1, 1)])
-def test_ranks_give_the_result_of_one_process(windows: int, fitted: int) -> None:
-    """All fitted windows in every step; with one window a rank has none."""
+def test_ranks_give_the_result_of_one_process(windows: int, fitted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step has all fitted windows. If there is one window, the second rank has none."""
+    tune_with(monkeypatch, learning_rate=5e-4, batch_tokens=8 * 32)
     ids = torch.randint(0, VOCABULARY, (windows, 32), generator=torch.Generator().manual_seed(1))
-    options = Reconstruction(steps=4, learning_rate=5e-4, batch_tokens=8 * 32)
-    config, dense = (
-        PruningConfig(preset="paper", method="magnitude", target="model", reconstruct=options),
-        build_model("llama"),
+    config = PruningConfig(
+        preset="paper", method="magnitude", target="model", reconstruction_steps=4, solver_precision="float32"
     )
+    dense = build_model("llama")
 
     def prune(ranks: Ranks) -> tuple[PreTrainedModel, list[Any]]:
-        model, adapter = copy.deepcopy(dense), StrategyAdapter()
-        adapter.ranks = ranks
-        walker = Walker(describe(model, config), config, adapter)
-        batches, _ = take_windows([ids], windows, ranks, torch.device("cpu"), batch_tokens=32)
-        walker.enter(batches, len(range(ranks.rank, fitted, ranks.size)))
-        return model, [result.reconstruction for result in walker.walk()]
+        model = copy.deepcopy(dense)
+        batches, _ = take_windows([ids], windows, ranks, CPU, batch_tokens=32)
+        results = sequential.prune_blocks(
+            make_context(model, config, ranks), batches, len(range(ranks.rank, fitted, ranks.size))
+        )
+        return model, [result.reconstruction for result in results]
 
     single, results = prune(SINGLE)
     many = on_ranks(2, prune)
@@ -457,7 +469,7 @@ def test_ranks_give_the_result_of_one_process(windows: int, fitted: int) -> None
 
 
 def test_a_step_sees_no_window_twice() -> None:
-    """More tokens a step than there are: all of them, once."""
+    """A step of more tokens than there are fitted ones visits each fitted batch once."""
     case = make_case("llama", FITTED)
     reconstructor = case.reconstructor(steps=2, batch_tokens=10**4)
     seen: list[int] = []
@@ -468,66 +480,56 @@ def test_a_step_sees_no_window_twice() -> None:
     assert sorted(seen[: len(fitted)]) == sorted(seen[len(fitted) :]) == fitted
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_tuned_is_what_the_local_solver_gives(name: str) -> None:
-    """With steps too small to change a weight, the weights are the local solver's without reconstruction, up to rounding."""
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_reconstruction_starts_from_the_local_solver(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps too small to change a weight, the weights are those of a run without reconstruction."""
+    tune_with(monkeypatch, learning_rate=1e-30)
     states = []
-    for options in (False, Reconstruction(steps=1, learning_rate=1e-30)):
-        model, batches = build_model(name), random_batches()
-        config = PruningConfig(
-            preset="paper", sparsity=0.6, method="sparsegpt", reconstruct=options, calibration_val_fraction=0
-        )
-        walker = Walker(describe(model, config), config, StrategyAdapter())
-        walker.enter([CalibrationBatch(batch, batch["attention_mask"].bool()) for batch in batches])
-        for result in walker.walk():
-            assert len(result.layer_errors) == len(list(walker.layout.blocks[result.index].projections()))
+    for steps in (0, 1):
+        model = build_model(name)
+        config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", reconstruction_steps=steps)
+        context = make_context(model, config)
+        results, _ = prune_blocks(context, calibration_batches(random_batches()))
+        for result in results:
+            assert len(result.layer_errors) == len(list(context.layout.blocks[result.index].projections()))
         states.append(state_of(model))
     for key, tensor in states[0].items():
-        torch.testing.assert_close(states[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(states[1][key], tensor, rtol=1e-6, atol=1e-7, msg=key)
         assert torch.equal(states[1][key] == 0, tensor == 0), key
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_only_what_will_be_looked_at_is_computed(size: int) -> None:
-    """Two steps of one window on each rank: these, and those held out."""
+def test_batches_that_tuning_uses(size: int) -> None:
+    """Two steps of one window on each rank use two fitted batches, besides those with held-out windows."""
     ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1))
-    config, dense = (
-        PruningConfig(preset="paper", method="magnitude", reconstruct=Reconstruction(2, batch_tokens=size * 32)),
-        build_model("llama"),
-    )
+    config, model = PruningConfig(preset="paper", method="magnitude", reconstruction_steps=2), build_model("llama")
 
-    def goals(ranks: Ranks) -> tuple[list[int], list[int]]:
-        model, adapter = copy.deepcopy(dense), StrategyAdapter()
-        adapter.ranks = ranks
-        walker = Walker(describe(model, config), config, adapter)
-        batches, _ = take_windows([ids], 16, ranks, torch.device("cpu"), batch_tokens=32)
-        walker.enter(batches, len(range(ranks.rank, 12, ranks.size)))
-        assert config.reconstruct
-        return batches_of_interest(walker.stream, config.reconstruct, adapter, torch.device("cpu")), [
-            result.reconstruction["steps"] for result in walker.walk() if result.reconstruction
-        ]
+    def used(ranks: Ranks) -> list[int]:
+        context = make_context(model, config, ranks)
+        batches, _ = take_windows([ids], 16, ranks, CPU, batch_tokens=32)
+        hidden = [torch.zeros(1, 32, 1) for _ in batches]
+        fitted = len(range(ranks.rank, 12, ranks.size))
+        return batches_of_interest(
+            context, ActivationCache(hidden, [], [None] * len(hidden), CPU, fitted), batch_tokens=size * 32
+        )
 
-    results = [goals(SINGLE)] if size == 1 else on_ranks(2, goals)
     fitted = 12 // size
-    for batches, steps in results:
-        assert batches == [0, 1, *range(fitted, 16 // size)]
-        assert steps == results[0][1]
-        assert len(steps) == 3
+    assert on_ranks(size, used) == [[0, 1, *range(fitted, 16 // size)]] * size
 
 
-def test_windows_of_no_interest_do_not_matter() -> None:
-    """Neither for the tuning nor for what is held out; magnitude pruning does not look at them either."""
+def test_windows_that_tuning_does_not_use_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps visit two of six fitted windows. Magnitude pruning uses none."""
+    tune_with(monkeypatch, batch_tokens=32)
     ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
     other = ids.clone()
     other[2:6] = ids[2:6].flip(0)
-    options = Reconstruction(steps=2, batch_tokens=32)
     found = []
     for windows in (ids, other):
         model = build_model("llama")
         config = PruningConfig(
             preset="paper",
             method="magnitude",
-            reconstruct=options,
+            reconstruction_steps=2,
             calibration_val_fraction=0.25,
             num_calibration_samples=8,
         )

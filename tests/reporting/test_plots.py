@@ -32,7 +32,8 @@ def report_of(blocks: list[dict[str, Any]], sparsities: tuple[float, float] = (0
         calibration={},
         phases={},
         wall_seconds=1.0,
-        peak_memory_bytes=0,
+        peak_memory_bytes=None,
+        added_memory_bytes=None,
         config={},
     )
 
@@ -45,7 +46,7 @@ def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     return {str(line.get_label()): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines}
 
 
-def test_stages_show_what_each_of_them_left() -> None:
+def test_stages_show_the_error_after_each_stage() -> None:
     report = report_of(
         [
             # The second iterate is the best on held-out tokens, the third on fitted ones.
@@ -73,8 +74,7 @@ def test_stages_show_what_each_of_them_left() -> None:
     assert feed_forward.get_yscale() == whole.get_yscale() == "log"
 
 
-def test_nothing_held_out() -> None:
-    """Chosen on fitted tokens, and no lines of others."""
+def test_without_held_out_tokens_the_iterate_is_chosen_on_fitted_tokens() -> None:
     rebuilt = {"steps": 8, "fitted": [0.3, 0.1], "held_out": [None, None]}
     figure = stages_figure(report_of([block_of(0, [0.4, 0.2, 0.3], [], rebuilt)]))
     assert figure is not None
@@ -87,18 +87,23 @@ def test_nothing_held_out() -> None:
 
 
 def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
-    local = stages_figure(report_of([block_of(0, [0.4], []), block_of(1, [], [])]))
-    assert local is not None
-    assert [lines(axes) for axes in local.axes] == [{"local solver, fitted tokens": [(0, 0.4)]}]
+    one_iteration = stages_figure(report_of([block_of(0, [0.4], []), block_of(1, [], [])]))
+    assert one_iteration is not None
+    assert [lines(axes) for axes in one_iteration.axes] == [{"local solver, fitted tokens": [(0, 0.4)]}]
+    # A block that a local solver solves has no errors of the alternation.
+    tuned = stages_figure(report_of([block_of(0, [], [], {"steps": 8, "fitted": [0.3, 0.1], "held_out": [0.4, 0.2]})]))
+    assert tuned is not None
+    assert [axes.get_ylabel() for axes in tuned.axes] == ["relative error of the block's output"]
     assert stages_figure(report_of([block_of(0, [], [])])) is None
     assert save_plots(report_of([]), tmp_path) == [tmp_path / "layers.png"]
-    exact = report_of([block_of(0, [0.0], [])])  # has no logarithm
+    exact = report_of([block_of(0, [0.0], [])])  # 0 has no logarithm
     assert save_plots(exact, tmp_path) == [tmp_path / "stages.png", tmp_path / "layers.png"]
 
 
 @pytest.mark.parametrize(("attention", "limits"), [(0.7, (-2, 102)), (0.6, (59, 71)), (0.0, (-2, 102))])
-def test_layers_fill_the_panel_where_they_differ(attention: float, limits: tuple[float, float]) -> None:
-    """Those that are pruned."""
+def test_the_axis_zooms_in_on_pruned_layers_whose_sparsities_differ(
+    attention: float, limits: tuple[float, float]
+) -> None:
     figure = layers_figure(report_of([], (attention, 0.7)))
     zeros, errors = figure.axes
     assert lines(zeros)["q_proj"] == [(0, 100 * attention), (1, 100 * attention)]
@@ -107,4 +112,4 @@ def test_layers_fill_the_panel_where_they_differ(attention: float, limits: tuple
     shown = lines(errors)
     assert shown["q_proj"] == [(0, 0.1), (1, 1.1)]
     assert shown["up_proj"][0] == (0, 0.2)
-    assert str(shown["up_proj"][1][1]) == "nan", "left dense"
+    assert str(shown["up_proj"][1][1]) == "nan"  # a projection left dense has no error

@@ -1,169 +1,249 @@
-"""A smaller memory budget changes where activations are kept, never the result."""
+"""Where activations are kept under a memory budget, the measured peak, and the messages when memory runs out."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
-from support.feed_forward import make_block, make_tokens, prune_with
+from support.batches import random_batches
 from support.models import build_model
-from torch import Tensor
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
-from sparsellm_lightning import walker as walker_module
 from sparsellm_lightning.errors import OutOfMemoryError
-from sparsellm_lightning.runtime import Placement, Shelf, Sizes, format_bytes, place, return_free_memory
-from sparsellm_lightning.solvers import Unstructured
-from sparsellm_lightning.solvers.sparsellm import solve_feed_forward
+from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.runtime import (
+    MemoryMeter,
+    Placement,
+    Sizes,
+    explaining_memory,
+    format_bytes,
+    memory,
+    peak_memory,
+    place,
+    return_free_memory,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SIZES = Sizes(work=1000, inputs=100, auxiliaries=40, predictions=40, hidden=0)
+SIZES = Sizes(work=1000, activations=100, auxiliaries=40)
+MB = 1_000_000
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (1180, Placement(GPU, GPU, True, True)),
-        (1179, Placement(GPU, GPU, False, False)),
-        (1140, Placement(GPU, GPU, False, False)),
-        (1139, Placement(GPU, CPU, False, False)),
-        (1100, Placement(GPU, CPU, False, False)),
-        (1099, Placement(CPU, CPU, False, False)),
-        (1000, Placement(CPU, CPU, False, False)),
+        (1140, Placement(GPU, GPU)),
+        (1139, Placement(GPU, CPU)),
+        (1100, Placement(GPU, CPU)),
+        (1099, Placement(CPU, CPU)),
+        (1000, Placement(CPU, CPU)),
     ],
 )
-def test_what_is_given_up_first(budget: int, expected: Placement) -> None:
+def test_auxiliaries_move_to_the_host_before_activations(budget: int, expected: Placement) -> None:
     assert place(budget, SIZES, GPU) == expected
 
 
-def test_the_host_has_nowhere_to_move_to() -> None:
-    assert place(1140, SIZES, CPU) == Placement(CPU, CPU, False, False)
-    with pytest.raises(UserError, match=r"memory must be at least .*num_calibration_samples"):
-        place(1139, SIZES, CPU)
-    with pytest.raises(UserError, match="memory must be at least"):
+def test_a_budget_below_the_least_is_refused() -> None:
+    with pytest.raises(UserError, match=r"memory must be at least 1000 B .*got 999 B.*num_calibration_samples"):
         place(999, SIZES, GPU)
+    assert place(1140, SIZES, CPU) == Placement(CPU, CPU)
+    # Without an accelerator there is no other memory to move to.
+    with pytest.raises(UserError, match=r"work 1000 B, activations 100 B, auxiliaries 40 B.*num_calibration_samples"):
+        place(1139, SIZES, CPU)
 
 
-def test_auto_takes_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place("auto", SIZES, CPU) == Placement.everything_on(CPU)
-    monkeypatch.setattr("sparsellm_lightning.placement._available", lambda device: 1150.0)
-    assert place("auto", SIZES, GPU) == Placement(GPU, GPU, False, False)
-    monkeypatch.setattr("sparsellm_lightning.placement._available", lambda device: 0.0)
-    assert place("auto", SIZES, GPU) == Placement(CPU, CPU, False, False)  # tries all the same
+@pytest.mark.parametrize(
+    ("free", "expected"), [(1140.0, Placement(GPU, GPU)), (1100.0, Placement(GPU, CPU)), (0.0, Placement(CPU, CPU))]
+)
+def test_auto_takes_the_free_memory_and_refuses_nothing(
+    free: float, expected: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place("auto", SIZES, CPU) == Placement(CPU, CPU)
+    monkeypatch.setattr(memory, "_available", lambda device: free)
+    assert place("auto", SIZES, GPU) == expected
 
 
-@pytest.mark.parametrize("value", [0, -1, True, "lots", 1.5])
-def test_what_memory_may_be(value: Any) -> None:
-    with pytest.raises(UserError, match="memory must be 'auto' or a positive number of bytes"):
-        PruningConfig(preset="paper", memory=value)
-
-
-def test_shelf_reuses_its_buffers() -> None:
-    shelf = Shelf(torch.bfloat16, CPU)
-    shelf.put(3, torch.ones(2, 2))
-    first = shelf.get(3, CPU)
-    shelf.put(3, torch.full((2, 2), 7.0))
-    assert torch.equal(shelf.get(3, CPU), torch.full((2, 2), 7.0, dtype=torch.bfloat16))
-    assert first.data_ptr() == shelf.get(3, CPU).data_ptr()
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_every_placement_gives_the_same_bits(gated: bool, dtype: torch.dtype, iterations: int) -> None:
-    block = make_block(gated=gated, biases=True, dim=16, width=48)
-    x, y = (t.to(dtype) for t in make_tokens(block, n=600))
-    chunks = [100, 200, 50, 250]
-    solutions = [
-        solve_feed_forward(
-            block,
-            x,
-            y,
-            prune_with(Unstructured(0.6)),
-            iterations=iterations,
-            chunks=chunks,
-            auxiliary_dtype=torch.bfloat16,
-            placement=Placement(CPU, CPU, kept, kept),
+def test_sizes_of_a_block() -> None:
+    def sizes(gated: bool, auxiliary_tokens: int) -> Sizes:
+        return Sizes.of_block(
+            *(1000, 64, 128),
+            gated=gated,
+            auxiliary_tokens=auxiliary_tokens,
+            copies=5,
+            itemsize=4,
+            auxiliary_itemsize=2,
         )
-        for kept in [False, True]
-    ]
-    for solution in solutions:
-        assert solution.errors == solutions[0].errors
-        assert solution.change.dtype == dtype
-        assert torch.equal(solution.change, solutions[0].change)
-        assert torch.equal(solution.feed_forward.up, solutions[0].feed_forward.up)
-        assert torch.equal(solution.feed_forward.down, solutions[0].feed_forward.down)
-    expected = solutions[0].feed_forward(x.float()) - y.float()
-    rounding = float(torch.finfo(dtype).eps * y.float().abs().max())  # of h, and of the change
-    torch.testing.assert_close(solutions[0].change.float(), expected, rtol=1e-2, atol=2 * rounding)
+
+    alternated, local, plain = sizes(True, 900), sizes(True, 0), sizes(False, 900)
+    assert alternated.activations == local.activations == plain.activations == 5 * 1000 * 64 * 4
+    assert alternated.auxiliaries == 2 * 900 * 128 * 2
+    assert plain.auxiliaries == 900 * 128 * 2
+    assert local.auxiliaries == 0
+    assert local.work < alternated.work
+    assert plain.work < alternated.work
+    assert "auxiliaries" in alternated.describe()
+    assert "auxiliaries" not in local.describe()
 
 
-@pytest.mark.parametrize("name", ["llama", "opt-350m"])
-def test_a_model_pruned_within_the_least_memory(name: str, calibration: list[dict[str, Tensor]]) -> None:
-    config = {"sparsity": 0.6, "num_iterations": 2, "num_calibration_samples": 16}
-    ample, tight = build_model(name), build_model(name)
-    prune_model(ample, calibration, PruningConfig(**config))
+def test_format_bytes() -> None:
+    sizes = {5: "5 B", 2048: "2 KiB", 3 * 2**20: "3 MiB", 2**30: "1 GiB", 1.5 * 2**40: "1536 GiB"}
+    assert [format_bytes(size) for size in sizes] == list(sizes.values())
+
+
+def test_a_model_pruned_within_the_least_memory() -> None:
+    config = {"preset": "paper", "sparsity": 0.6, "num_iterations": 2, "num_calibration_samples": 8}
+    ample, tight, batches = build_model("llama"), build_model("llama"), random_batches()
+    dense = [parameter.clone() for parameter in tight.parameters()]
+    prune_model(ample, batches, PruningConfig(**config))
     with pytest.raises(UserError, match="memory must be at least") as refused:
-        prune_model(tight, calibration, PruningConfig(**config, memory=1000))
+        prune_model(tight, batches, PruningConfig(**config, memory=1000))
+    for parameter, before in zip(tight.parameters(), dense, strict=True):
+        assert torch.equal(parameter, before)
     value, unit = str(refused.value).split("at least ")[1].split(" for")[0].split()
     least = int(1.001 * float(value) * {"KiB": 2**10, "MiB": 2**20}[unit])
-    prune_model(tight, calibration, PruningConfig(**config, memory=least))
+    prune_model(tight, batches, PruningConfig(**config, memory=least))
     for one, other in zip(ample.parameters(), tight.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
+ALLOCATOR_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("can't allocate memory: 9"),
+]
+
+
+@pytest.mark.parametrize("error", ALLOCATOR_ERRORS)
+def test_an_allocator_error_gets_an_explanation(error: RuntimeError) -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match=r"^Out of memory \(.*\)\. Lower it\.$") as raised,
+        explaining_memory(lambda: "Lower it."),
+    ):
+        raise error
+    assert str(error) in str(raised.value)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ZeroDivisionError()])
+def test_other_errors_are_not_explained(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, explaining_memory(lambda: "Lower it."):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory: 9")],
+    ("failing", "settings", "message"),
+    [
+        (
+            "pipeline.sequential.solve_feed_forward",
+            {},
+            r"In model\.layers\.0: .*auxiliaries.*Lower memory.*num_calibration_samples,",
+        ),
+        (
+            "pipeline.sequential.allocate",
+            {"allocation": "kl"},
+            r"In allocation: .*Lower memory.*num_calibration_samples,",
+        ),
+        (
+            "data.synthetic._sample",
+            {"continuations": 1},
+            r"keys and values of \d+ tokens take [\d.]+ \wiB\. Set continuations to 0",
+        ),
+    ],
 )
-def test_out_of_memory_says_what_to_lower(
-    error: RuntimeError, calibration: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+def test_pruning_explains_an_allocator_error(
+    failing: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
+        raise ALLOCATOR_ERRORS[0]
 
-    monkeypatch.setattr(walker_module, "solve_feed_forward", fail)
-    model = build_model("llama")
-    with pytest.raises(
-        OutOfMemoryError, match=r"layers\.0.*auxiliaries.*Lower memory.*num_calibration_samples"
-    ) as raised:
-        prune_model(model, calibration, PruningConfig(preset="paper", num_calibration_samples=4))
-    assert str(error) in str(raised.value)
-    monkeypatch.setattr(walker_module, "allocate", fail)
-    with pytest.raises(OutOfMemoryError, match=r"In allocation: .*Lower memory.*num_calibration_samples"):
-        prune_model(model, calibration, PruningConfig(preset="paper", num_calibration_samples=4, allocation="kl"))
-    monkeypatch.setattr("sparsellm_lightning.generation._sample", fail)
-    with pytest.raises(
-        OutOfMemoryError, match=r"keys and values of \d+ tokens take [\d.]+ \wiB. Set continuations to 0"
-    ):
-        prune_model(model, calibration, PruningConfig(preset="paper", num_calibration_samples=4, continuations=1))
-    monkeypatch.setattr(walker_module, "solve_feed_forward", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(f"sparsellm_lightning.{failing}", fail)
+    config = PruningConfig(preset="paper", num_calibration_samples=4, **settings)
+    with pytest.raises(OutOfMemoryError, match=message):
+        prune_model(build_model("llama"), random_batches(4), config)
+
+
+def test_pruning_does_not_explain_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "solve_feed_forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prune_model(model, calibration, PruningConfig(preset="paper", num_calibration_samples=4))
+        prune_model(build_model("llama"), random_batches(4), PruningConfig(preset="paper", num_calibration_samples=4))
 
 
-def test_sizes_are_those_of_what_is_held() -> None:
-    sizes = Sizes.of_block(
-        1000, 64, 128, gated=True, auxiliary_tokens=1000, streams=5, itemsize=4, auxiliary_itemsize=2
-    )
-    assert sizes.inputs == 5 * 1000 * 64 * 4
-    assert sizes.auxiliaries == sizes.predictions == 2 * 1000 * 128 * 2
-    local = Sizes.of_block(1000, 64, 128, gated=True, auxiliary_tokens=0, streams=5, itemsize=4, auxiliary_itemsize=2)
-    assert (sizes.hidden, local.auxiliaries, local.hidden) == (0, 0, 1000 * 128 * 4)
-    assert local.work < sizes.work
-    assert [format_bytes(n) for n in (5, 2048, 3 * 2**20, 2**30, 1.5 * 2**40)] == [
-        "5 B",
-        "2 KiB",
-        "3 MiB",
-        "1 GiB",
-        "1536 GiB",
-    ]
+@pytest.mark.parametrize(("platform", "trimmed"), [("linux", [0]), ("darwin", []), ("win32", [])])
+def test_free_memory_is_returned_on_linux_only(
+    platform: str, trimmed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    return_free_memory()
+    assert calls == trimmed
 
 
-@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_returning_free_memory_is_harmless(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_returning_free_memory_keeps_tensors() -> None:
     kept = torch.arange(1000)
-    monkeypatch.setattr("sparsellm_lightning.placement.sys.platform", platform)
     return_free_memory()
     assert torch.equal(kept, torch.arange(1000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
+def test_added_memory_excludes_an_earlier_peak() -> None:
+    earlier = torch.ones(300 * MB // 4)
+    del earlier
+    meter = MemoryMeter(CPU)
+    during = torch.ones(60 * MB // 4)
+    added, peak = meter.added(), meter.peak()
+    del during
+    assert added is not None
+    assert peak is not None
+    assert 50 * MB < added < 150 * MB
+    assert peak > added
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
+def test_added_memory_includes_memory_that_is_free_again() -> None:
+    meter = MemoryMeter(CPU)
+    torch.ones(200 * MB // 4)
+    added = meter.added()
+    assert added is not None
+    assert 190 * MB < added < 290 * MB
+
+
+def test_peak_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system call getrusage replaces /proc. It counts KiB on Linux and bytes on macOS."""
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    monkeypatch.setattr(memory, "_status", lambda key: None)
+    expected = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = peak_memory(CPU)
+    assert found is not None
+    assert expected <= found <= 1.1 * expected
+    added = MemoryMeter(CPU).added()
+    assert added is not None
+    assert added >= 0
+
+
+WITHOUT_RESOURCE = """
+import sys
+sys.modules["resource"] = None  # importing it raises ImportError, as on Windows
+import torch
+import sparsellm_lightning
+from sparsellm_lightning.runtime import MemoryMeter, memory, peak_memory
+
+cpu = torch.device("cpu")
+if sys.platform == "linux":
+    assert peak_memory(cpu) > 10_000_000
+    assert MemoryMeter(cpu).added() >= 0
+memory._status = lambda key: None  # no /proc
+assert peak_memory(cpu) is None
+meter = MemoryMeter(cpu)
+assert (meter.peak(), meter.added()) == (None, None)
+print("done")
+"""
+
+
+def test_the_package_works_without_the_module_resource() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_RESOURCE], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout == "done\n"

@@ -1,13 +1,16 @@
-"""float32 products stay float32 products, whichever library makes them."""
+"""Float32 products keep float32's accuracy with every library, and bfloat16 follows from the hardware alone."""
 
 from __future__ import annotations
+
+import time
+from typing import Any
 
 import pytest
 import torch
 
-from sparsellm_lightning.runtime import coarse_dtype, fastest_float32
+from sparsellm_lightning.runtime import coarse_dtype, fastest_float32, precision
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def error_of_a_product() -> float:
@@ -17,7 +20,7 @@ def error_of_a_product() -> float:
     return float((a @ b - exact).norm() / exact.norm())
 
 
-def test_as_exact_as_before_and_put_back_afterwards() -> None:
+def test_products_stay_exact_and_the_setting_is_restored() -> None:
     before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
     with fastest_float32(CPU):
         assert error_of_a_product() < 2e-6
@@ -29,51 +32,67 @@ def test_as_exact_as_before_and_put_back_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "exact", "expected"), [("cpu", True, "medium"), ("cpu", False, "highest"), ("cuda", True, "highest")]
+    ("device", "exact", "expected"), [(CPU, True, "medium"), (CPU, False, "highest"), (GPU, True, "highest")]
 )
-def test_only_where_it_is_exact(device: str, exact: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_is_float32_all_the_same", lambda: exact)
+def test_the_setting_changes_only_where_products_stay_exact(
+    device: torch.device, exact: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_medium_is_exact", lambda: exact)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        with fastest_float32(torch.device(device)):
+        with fastest_float32(device):
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(
-    ("supported", "gain", "exact", "expected"),
-    [
-        (True, 2.0, False, torch.bfloat16),
-        (True, 2.0, True, torch.float32),
-        (True, 0.5, False, torch.float32),
-        (True, 1.1, False, torch.float32),
-        (False, 2.0, False, torch.float32),
-    ],
-)
-def test_bfloat16_only_where_it_is_faster(
-    supported: bool, gain: float, exact: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every clock raises, so that a timing fails."""
+
+    def fail(*args: Any) -> float:
+        raise AssertionError("the choice must not depend on a timing")
+
+    for name in ("perf_counter", "perf_counter_ns", "process_time", "monotonic"):
+        monkeypatch.setattr(time, name, fail)
+
+
+@pytest.mark.usefixtures("_no_clock")
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_bfloat16_where_the_hardware_has_matrix_units(
+    device: torch.device, supported: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_has_bfloat16", lambda: supported)
-    monkeypatch.setattr(products, "_gain_of_bfloat16", lambda: gain)
-    assert coarse_dtype(CPU, exact) is expected
+    asked: list[bool] = []
+
+    def bf16_supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return supported
+
+    # The other device's check says the opposite, so that the wrong check fails.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported == (device == CPU), raising=False)
+    if device == GPU:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16_supported)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not supported)
+    assert coarse_dtype(device) is expected
+    assert coarse_dtype(device, exact=True) is torch.float32
+    assert asked == ([False] if device == GPU else [])
 
 
-def test_the_gain_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.mark.usefixtures("_no_clock")
+def test_the_choice_follows_the_check_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (True, False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=supported: found, raising=False)
+        assert coarse_dtype(CPU) is (torch.bfloat16 if supported else torch.float32)
 
-    def peak(device: torch.device, dtype: torch.dtype, *args: float) -> float:
-        asked.append(dtype)
-        return 3.0 if dtype is torch.bfloat16 else 2.0
 
-    monkeypatch.setattr(products, "gemm_peak", peak)
-    products._gain_of_bfloat16.cache_clear()
-    try:
-        assert products._gain_of_bfloat16() == 1.5
-        once = len(asked)
-        assert products._gain_of_bfloat16() == 1.5
-        assert set(asked) == {torch.float32, torch.bfloat16}
-        assert len(asked) == once
-    finally:
-        products._gain_of_bfloat16.cache_clear()
+def test_float32_where_torch_has_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert coarse_dtype(CPU) is torch.float32
+
+
+def test_float32_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert coarse_dtype(torch.device("mps")) is torch.float32

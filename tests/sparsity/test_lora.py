@@ -65,10 +65,10 @@ def test_prune_train_export(tmp_path: Path, model_dir: Path, ids: Tensor) -> Non
     data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=32)
     pruner = SparseLLMCallback(
         preset="paper",
+        method="sparsegpt",
         sparsity=0.7,
         finetune=True,
         num_calibration_samples=16,
-        num_iterations=2,
         export_dir=str(tmp_path / "out"),
     )
     pruned: dict[str, Tensor] = {}
@@ -174,10 +174,10 @@ def test_pruning_a_peft_model_in_an_own_module(tmp_path: Path, trained, ids: Ten
     module = Peft(trained("llama"), peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1))
     pruner = SparseLLMCallback(
         preset="paper",
+        method="sparsegpt",
         sparsity=0.7,
         finetune=True,
         num_calibration_samples=16,
-        num_iterations=2,
         export_dir=str(tmp_path / "out"),
     )
     trainer(pruner, max_steps=10).fit(module, DataLoader(ids, batch_size=8))
@@ -238,10 +238,10 @@ def test_adapters_outside_the_blocks(tmp_path: Path, model_dir: Path, ids: Tenso
     )
     pruner = SparseLLMCallback(
         preset="paper",
+        method="sparsegpt",
         sparsity=0.7,
         finetune=True,
         num_calibration_samples=8,
-        num_iterations=2,
         export_dir=str(tmp_path / "out"),
     )
     trainer(pruner, max_steps=5).fit(module, TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=4))

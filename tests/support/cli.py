@@ -9,8 +9,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
-from sparsellm_lightning.cli import main
+from sparsellm_lightning.callbacks import SparseLLMCallback
+from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI, main
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.models import CausalLM
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -45,3 +49,21 @@ def sparsellm_process(*arguments: object, cwd: Path) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "sparsellm_lightning", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def instantiate(*arguments: object) -> SparseLLMCLI:
+    """Parse a command line and make its objects, without running the subcommand."""
+    with patch.object(SparseLLMCLI, "_run_subcommand"):
+        return SparseLLMCLI(
+            *(CausalLM, TextDataModule),
+            trainer_class=PruningTrainer,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            args=[str(argument) for argument in arguments],
+        )
+
+
+def pruner_of(cli: SparseLLMCLI) -> SparseLLMCallback:
+    """The pruning callback of a command line."""
+    (pruner,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, SparseLLMCallback))
+    return pruner
