@@ -1,6 +1,7 @@
 """From activations to statistics to weights: the cache of activations, block forwards, and the solve of one input's layers."""
 
 from sparsellm_lightning.calibration.activations import ActivationCache
+from sparsellm_lightning.calibration.checks import check_finite_activations, check_finite_weights
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.calibration.forward import Observer, capture, observe_input, run_block, tail_logits
 from sparsellm_lightning.calibration.layers import LayerSolver
@@ -11,6 +12,8 @@ __all__ = [
     "LayerSolver",
     "Observer",
     "capture",
+    "check_finite_activations",
+    "check_finite_weights",
     "observe_input",
     "run_block",
     "tail_logits",

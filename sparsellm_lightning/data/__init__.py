@@ -6,6 +6,7 @@ from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
 from sparsellm_lightning.data.windows import (
     CalibrationBatch,
     add_written_windows,
+    count_tokens,
     equally_many,
     first_tokens,
     fitted_windows,
@@ -18,6 +19,7 @@ __all__ = [
     "TextDataModule",
     "add_written_windows",
     "calibration_batches",
+    "count_tokens",
     "equally_many",
     "first_tokens",
     "fitted_windows",

@@ -108,6 +108,12 @@ def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
     return len(range(ranks.rank, windows - held_out_windows(windows, fraction), ranks.size))
 
 
+def count_tokens(batches: Sequence[CalibrationBatch], fitted: int) -> tuple[int, int]:
+    """This rank's numbers of tokens that count: in all windows, and in the first ``fitted`` ones."""
+    ahead, _ = _split(list(batches), fitted)
+    return sum(batch.tokens for batch in batches), sum(batch.tokens for batch in ahead)
+
+
 def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:
     """One batch of the first ``length`` tokens of the first windows, with ``tokens`` tokens over all ranks.
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from sparsellm_lightning.models.evaluation import IGNORED, labels_of, new_metric, update
-from sparsellm_lightning.models.loading import is_checkpoint, load_checkpoint, load_model, load_tokenizer
+from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
 

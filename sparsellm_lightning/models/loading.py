@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import pickle
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,10 +41,10 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
 
     def load(**extra: Any) -> PreTrainedModel:
         options = {**kwargs, **extra, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-        _refuse_missing(pretrained, found["missing_keys"])
-        complete: PreTrainedModel = model
-        return complete
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        model: PreTrainedModel = loaded[0]
+        _refuse_missing(pretrained, loaded[1]["missing_keys"])
+        return model
 
     if gguf_file is None:
         return _or_user_error(pretrained, lambda: load(dtype=dtype))
@@ -76,47 +74,6 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
     return _or_user_error(pretrained, load)
-
-
-def is_checkpoint(path: str) -> bool:
-    """Whether this is a Lightning checkpoint: a ``.ckpt`` file, or the folder of a sharded one."""
-    return path.endswith(".ckpt") or (Path(path) / ".metadata").is_file()
-
-
-def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
-    """Load the weights of a Lightning checkpoint into a model. Optimizer and progress are not read.
-
-    Args:
-        model: of the same architecture.
-        path: a file (``save_weights_only`` or not), or the folder of a sharded checkpoint.
-        prefix: of the model's weights in the LightningModule.
-
-    Raises:
-        UserError: there is no such checkpoint, or it belongs to another model.
-    """
-    if not Path(path).exists():
-        raise UserError(f"weights looks like a checkpoint, but {path} does not exist. Correct the path.")
-    try:
-        state = _read_sharded(Path(path)) if Path(path).is_dir() else torch.load(path, "cpu", weights_only=True)
-        model.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
-        )
-    except (KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"weights must be a checkpoint of the model that pretrained names, got {path}: {cause}. Check both; a checkpoint "
-            "with LoRA adapters has to be exported first."
-        ) from error
-
-
-def _read_sharded(folder: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole.pt"
-        dcp_to_torch_save(folder, whole)
-        state: dict[str, Any] = torch.load(whole, "cpu", weights_only=True)
-    return state
 
 
 def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import describe
-from sparsellm_lightning.calibration import Context
+from sparsellm_lightning.calibration import Context, check_finite_weights
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import (
     CalibrationBatch,
     add_written_windows,
+    count_tokens,
     equally_many,
     fitted_windows,
     held_out_windows,
@@ -27,6 +28,7 @@ from sparsellm_lightning.data import (
     take_windows,
 )
 from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
@@ -98,7 +100,8 @@ def prune_model(
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
         batches, fitted, written = _write_windows(context, batches, fitted, journal)
-        (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
+        tokens = _count_tokens(context, batches, fitted)
+        check_finite_weights(context, dict(model.named_parameters()))
         if adapter.forward_is_collective:
             batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
@@ -153,6 +156,22 @@ def _write_windows(
 
     with phase("generation"):
         return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)
+
+
+def _count_tokens(context: Context, batches: list[CalibrationBatch], fitted: int) -> int:
+    """Number of tokens that count, over all ranks.
+
+    Raises:
+        UserError: none of them counts, or none in the fitted windows.
+    """
+    tokens, fitted_tokens = context.ranks.total(*count_tokens(batches, fitted))
+    if not fitted_tokens:
+        which = "every fitted token" if tokens else "every token"
+        raise UserError(
+            f"Pruning is fitted to tokens, but attention_mask is 0 for {which} of the calibration windows. Write 1 for tokens and "
+            "0 for padding."
+        )
+    return tokens
 
 
 def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from sparsellm_lightning.allocation import allocate
 from sparsellm_lightning.architecture import Block
-from sparsellm_lightning.calibration import ActivationCache, Context, LayerSolver, capture, run_block
+from sparsellm_lightning.calibration import (
+    ActivationCache,
+    Context,
+    LayerSolver,
+    capture,
+    check_finite_activations,
+    check_finite_weights,
+    run_block,
+)
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, solve_block
 from sparsellm_lightning.pipeline.resume import Journal
@@ -55,6 +64,7 @@ def prune_blocks(
         OutOfMemoryError: no room for a block's solve.
     """
     cache = capture(context, batches, fitted)
+    check_finite_activations(context, cache.valid_tokens(), "in front of the first block")
     windows = _alternation_windows(context, cache)
     sizes = _sizes(context, cache, windows)
     placement = place(context.config.memory, sizes, context.device)
@@ -93,8 +103,10 @@ def prune_blocks(
                 result.seconds = time.perf_counter() - start
                 if journal is not None:
                     journal.write(block, result)
+            check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
             if block is not context.layout.blocks[-1]:
                 cache.hidden = run_block(context, block, cache)
+                check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
         cache.forget_arguments(block.index)
         return_free_memory()
         yield result
@@ -153,6 +165,8 @@ def _plan_tuning(
     batches = batches_of_interest(context, cache)
     used = cache.part(batches)
     goal = run_block(context, block, used) if dense is None else [dense.hidden[index] for index in batches]
+    reached = replace(used, hidden=goal)
+    check_finite_activations(context, reached.valid_tokens(), f"behind the dense {block.name}")
     return used, goal
 
 

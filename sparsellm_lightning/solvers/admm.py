@@ -10,6 +10,8 @@ from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.patterns import Pattern
 
 _FIRST_PENALTY = 0.1
+_CONVERGED = 1e-12  # share of the first squared residual at which conjugate gradients have converged in float32
+_FLAT = 1e-6  # curvature below which float32 rounding decides, in units of h's unit diagonal
 _EVERY = 3  # iterations between two comparisons of the support
 # (share, factor): the penalty grows by the factor of the first entry whose share of the support, or more, still changes.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -86,13 +88,17 @@ def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, st
     residual = (target - weight @ h) * keep
     direction = residual
     squares = residual.square().sum(1, keepdim=True)
+    least = squares * _CONVERGED
     for _ in range(steps):
         image = (direction @ h) * keep
-        length = squares / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(h.dtype).tiny)
+        curvature = (direction * image).sum(1, keepdim=True)
+        # A row stops where it has converged, or where rounding decides the curvature: further steps would diverge.
+        moves = (squares > least) & (curvature > _FLAT * direction.square().sum(1, keepdim=True))
+        length = torch.where(moves, squares / curvature, 0)
         weight = weight + length * direction
         residual = residual - length * image
         before, squares = squares, residual.square().sum(1, keepdim=True)
-        direction = residual + squares / before.clamp(min=torch.finfo(h.dtype).tiny) * direction
+        direction = torch.where(moves, residual + squares / before * direction, 0)
     return weight
 
 

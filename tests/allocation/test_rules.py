@@ -1,4 +1,4 @@
-"""Uneven sparsities: exact budgets, published rules by definition, the optimum by enumeration and in closed form."""
+"""Rules of uneven sparsity: exact sums, the published rules by definition, the optimum by enumeration and in closed form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mean(sparsities: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def log_damage(curve: Curve, sparsity: float) -> float:
-    """Naive interpolation of rising positive samples."""
+    """Log damage of rising positive samples, linear between them."""
     (at, damages) = curve
     left = max([index for index in range(len(at) - 1) if at[index] <= sparsity], default=0)
     share = (sparsity - at[left]) / (at[left + 1] - at[left])
@@ -90,14 +90,14 @@ def test_outliers_over_rows_of_ranks_and_projections() -> None:
 
 
 def test_owl_by_its_definition() -> None:
-    # The middle part's outliers are a quarter of the way; the weighted mean of d is (0 + 2 * 0.25 + 1) / 4.
+    # d is 0, 0.25 and 1. Its weighted mean is (0 + 2 * 0.25 + 1) / 4.
     result = owl([0.01, 0.02, 0.05], [10, 20, 10], 0.7, 0.08)
     assert result == pytest.approx([0.7 + 0.16 * (0.375 - d) for d in (0, 0.25, 1)], abs=1e-12)
     assert owl([1, 2, 5], [10, 20, 10], 0.7, 0.08) == pytest.approx(result, abs=1e-12)
     assert owl([0.03] * 3, [1, 2, 3], 0.7, 0.08) == [0.7] * 3
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_owl_and_atp_keep_the_budget_the_order_and_the_range(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [rng.randint(1, 10**8) for _ in range(rng.randint(2, 60))]
@@ -119,7 +119,7 @@ def test_atp_of_equal_sizes_is_the_papers() -> None:
     assert atp([5], 0.7, atp_step(1, 0.1)) == [0.7]
 
 
-def test_rules_refuse_what_leaves_the_unit_interval() -> None:
+def test_rules_refuse_sparsities_outside_the_unit_interval() -> None:
     with pytest.raises(UserError, match="smaller spread"):
         owl([0.1, 0.2], [1, 1], 0.95, 0.08)
     with pytest.raises(UserError, match="smaller step"):
@@ -132,7 +132,7 @@ def test_rules_refuse_what_leaves_the_unit_interval() -> None:
         owl([0.1, math.nan], [1, 1], 0.5, 0.08)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("convex", [True, False])
 def test_least_damage_against_enumeration(seed: int, convex: bool) -> None:
     rng = random.Random(seed)
@@ -148,7 +148,7 @@ def test_least_damage_against_enumeration(seed: int, convex: bool) -> None:
     damage = np.interp(first, *hulls[0])[:, None] + np.interp(second, *hulls[1]) + np.interp(third, *hulls[2])
     best = damage[(third >= low[2]) & (third <= high[2])].min()
     found = sum(float(np.interp(sparsity, *hull)) for sparsity, hull in zip(result, hulls, strict=True))
-    # Both are off by the kinks between points of their grids, the enumeration also by its coarse one.
+    # Both have an error from kinks between points of their grids. The enumeration's grid is coarser.
     assert best * 0.99 < found <= best * 1.001
     if convex:
         # The curve is its own envelope.
@@ -176,7 +176,7 @@ def test_least_damage_of_exponential_curves_in_closed_form() -> None:
     assert total_damage(curves, result) == pytest.approx(total_damage(curves, expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_least_damage_keeps_budget_and_bounds(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [rng.randint(1, 10**8) for _ in range(rng.randint(1, 40))]
@@ -195,7 +195,7 @@ def test_least_damage_keeps_budget_and_bounds(seed: int) -> None:
 
 
 @pytest.mark.parametrize("convex", [True, False])
-def test_parts_alike_get_sparsities_alike(convex: bool) -> None:
+def test_equal_damage_per_weight_gives_equal_sparsities(convex: bool) -> None:
     at, damages = random_curve(random.Random(1), convex)
     sizes = [3, 7, 11]
     curves = [(at, [size * damage for damage in damages]) for size in sizes]
@@ -215,14 +215,14 @@ def test_damages_of_zero_below_zero_and_falling() -> None:
     result = minimise_damage([harmless, harmful], [1, 1], 0.7, [0.5] * 2, [0.8] * 2)
     assert result == pytest.approx([0.8, 0.6], abs=1e-12)
     assert minimise_damage([harmless] * 2, [1, 3], 0.7, [0.5] * 2, [0.8] * 2) == pytest.approx([0.7] * 2)
-    # Beyond its samples the damage of a part goes on multiplying: here tenfold for every 0.01.
+    # Beyond its samples, a part's damage grows at the same rate: here tenfold for every 0.01.
     steep = ([0.5, 0.51], [0.1, 1])
     result = minimise_damage([steep, harmful], [1, 1], 0.7, [0.5] * 2, [0.9] * 2)
     assert 0.505 < result[0] < 0.515
     assert sum(result) == pytest.approx(1.4, abs=1e-12)
 
 
-def test_least_damage_refuses_what_cannot_be() -> None:
+def test_least_damage_refuses_impossible_arguments() -> None:
     curve = (SAMPLES, [1.0] * 6)
     for sparsity in (0.49, 0.81, math.nan):
         with pytest.raises(UserError, match=r"allow, 0\.5 to 0\.8, got"):
@@ -237,11 +237,11 @@ def test_least_damage_refuses_what_cannot_be() -> None:
         minimise_damage([([0.5, 0.6], [1.0, math.nan])], [1], 0.7, [0.5], [0.8])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_counts_add_up_and_are_rounded(seed: int) -> None:
     rng = random.Random(seed)
     entries = [rng.randint(1, 10 ** rng.randint(1, 8)) for _ in range(rng.randint(1, 50))]
-    # As many rules give them: a mean over the whole that is exact to rounding.
+    # Like those of the rules: their mean over all weights is exact to rounding.
     sparsities = atp(entries, 0.6, atp_step(len(entries), 0.1))
     total = round(0.6 * sum(entries))
     counts = round_counts(sparsities, entries, total)

@@ -158,7 +158,7 @@ def test_distilled_ends_lower(trained, text: TextDataModule) -> None:
     once = SparseLLMCallback(preset="paper", method="sparsegpt", sparsity=0.8, num_calibration_samples=64)
     trainer(once, limit_val_batches=0).fit(start, text.train_dataloader())
     pruned = perplexity(start.backbone, text.test_dataloader())
-    for seed in (0, 1):  # of the windows' order
+    for seed in (0, 1):  # of the order of windows
         ends = {}
         for name, more in {"alone": [], "taught": [Distillation(trained("llama"))]}.items():
             module = Tokens(copy.deepcopy(start.backbone), optimizer)
@@ -250,7 +250,7 @@ def test_a_path_as_teacher_of_an_own_module(model_dir: Path, ids: Tensor) -> Non
     assert perplexity(module.backbone, [{"input_ids": ids[:8]}]) > 1
 
 
-# -- steps, teachers and students of every kind -----------------------------------------------------------------------
+# -- kinds of steps, teachers and students ----------------------------------------------------------------------------
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -500,7 +500,7 @@ def test_the_training_step_is_restored(trained, sparse: PreTrainedModel, ids: Te
     with pytest.raises(RuntimeError, match="stop here"):
         loss_of(module, ids, SparseFinetuning(), taught, Failing())
     assert "training_step" not in vars(module)
-    # The same callback again.
+    # The callback works in another run.
     assert loss_of(module, ids, SparseFinetuning(), taught).losses
 
     own = Module(copy.deepcopy(sparse), adamw)

@@ -140,7 +140,7 @@ def test_calibration_takes_no_training_batches(trained, ids: torch.Tensor, stage
         pl.seed_everything(0, verbose=False)
         loader = DataLoader(ids[:24], batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
         batches = Batches()
-        trainer(*callbacks, batches, max_steps=8).fit(OwnModule(trained("llama")), loader)  # six are an epoch
+        trainer(*callbacks, batches, max_steps=8).fit(OwnModule(trained("llama")), loader)  # an epoch has six batches
         return torch.cat(batches.seen)
 
     pruner = SparseLLMCallback(preset="paper", method="magnitude", finetune=True, num_calibration_samples=8, **stages)

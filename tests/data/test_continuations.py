@@ -1,31 +1,24 @@
-"""Windows written from the calibration windows, against a loop without a cache, and against being given as data."""
+"""Windows that the model writes: against a loop without a cache, and against a run whose calibration windows include them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
+from support.runs import tune_with
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, prune_model
-from sparsellm_lightning.config import Reconstruction
 from sparsellm_lightning.data import CalibrationBatch, add_written_windows, equally_many, rewrite_windows
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
-Trained = Callable[[str], PreTrainedModel]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _without_measuring_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsellm_lightning.pruning.gemm_peak", lambda *args: 1e12)
 
 
 def random_ids(windows: int, length: int, seed: int = 0) -> Tensor:
@@ -34,7 +27,7 @@ def random_ids(windows: int, length: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def naive(model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]], name: str) -> list[int]:
-    """Each part of a window as a prompt, run through the model whole for every token."""
+    """Each part of a window is a prompt. For every token, the whole text so far goes through the model."""
     written: list[int] = []
     for number, (start, end) in enumerate(cuts):
         generator = torch.Generator().manual_seed(random.Random(f"{name}/{number}").getrandbits(63))
@@ -51,50 +44,50 @@ def naive(model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]]
     ("length", "prompt", "cuts"),
     [
         (48, 16, [(0, 16), (16, 32), (32, 48)]),
-        (41, 16, [(0, 14), (14, 28), (27, 41)]),  # three parts of 14, the last of which overlaps
+        (41, 16, [(0, 14), (14, 28), (27, 41)]),  # three parts of 14. The last two overlap
         (9, 128, [(0, 9)]),
         (100, 128, [(0, 50), (50, 100)]),  # a window and its continuation would not fit into the context of 128
     ],
 )
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
-def test_what_is_written(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, name: str, length: int, prompt: int, cuts: list[tuple[int, int]]
+def test_written_tokens(
+    monkeypatch: pytest.MonkeyPatch, name: str, length: int, prompt: int, cuts: list[tuple[int, int]]
 ) -> None:
-    """Also past the sliding window (16) of those that have one, and in several batches."""
-    model = trained(name)
+    """The tokens of the loop without a cache, in one and in several batches. Mistral has a sliding window of 16 tokens."""
+    model = build_model(name)
     windows, names = random_ids(2, length), ["a", "b"]
-    monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", prompt)
+    monkeypatch.setattr("sparsellm_lightning.data.synthetic.PROMPT", prompt)
     expected = [naive(model, window, cuts, name) for window, name in zip(windows.tolist(), names, strict=True)]
     a_token = 2 * 3 * 64 * 4  # keys and values of three layers, at most as wide as the model, in float32
     for tokens, held in [(10_000, 2**30), (60, 2**30), (10_000, 60 * a_token), (1, 1)]:
-        monkeypatch.setattr("sparsellm_lightning.generation.HELD_TOKENS", tokens)
-        monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held)
+        monkeypatch.setattr("sparsellm_lightning.data.synthetic.HELD_TOKENS", tokens)
+        monkeypatch.setattr("sparsellm_lightning.data.synthetic.HELD_BYTES", held)
         assert rewrite_windows(model, windows, names, StrategyAdapter()).tolist() == expected
 
 
 @pytest.mark.parametrize(("held", "at_once"), [(5 * 32, 5), (3 * 32 - 1, 2), (1, 1), (1000 * 32, 6)])
-def test_what_they_hold(trained: Trained, monkeypatch: pytest.MonkeyPatch, held: int, at_once: int) -> None:
-    """Six prompts of 16 tokens and their continuations, so many at a time as have room for 2 x 16 tokens each."""
-    model = trained("llama")
+def test_prompts_at_once(monkeypatch: pytest.MonkeyPatch, held: int, at_once: int) -> None:
+    """Each of six prompts needs room for 2 x 16 tokens: its own and its continuation's. There is room for ``held`` tokens."""
+    model = build_model("llama")
     a_token = sum(
         2 * layer.self_attn.k_proj.out_features * layer.self_attn.k_proj.weight.itemsize for layer in model.model.layers
     )
-    monkeypatch.setattr("sparsellm_lightning.generation.PROMPT", 16)
-    monkeypatch.setattr("sparsellm_lightning.generation.HELD_BYTES", held * a_token)
+    monkeypatch.setattr("sparsellm_lightning.data.synthetic.PROMPT", 16)
+    monkeypatch.setattr("sparsellm_lightning.data.synthetic.HELD_BYTES", held * a_token)
     batches: list[int] = []
 
     def sample(model: PreTrainedModel, prompts: Tensor, *args: Any) -> Tensor:
         batches.append(len(prompts))
         return prompts
 
-    monkeypatch.setattr("sparsellm_lightning.generation._sample", sample)
+    monkeypatch.setattr("sparsellm_lightning.data.synthetic._sample", sample)
     rewrite_windows(model, random_ids(2, 48), ["a", "b"], StrategyAdapter())
     assert sum(batches) == 6
     assert max(batches) == at_once
 
 
 def echo(windows: Tensor, names: list[str]) -> Tensor:
-    """Stands for the model: the window's first token, then its own number and the copy's."""
+    """In place of the model: the second and third token are replaced by the number of the window and that of the copy."""
     numbers = torch.tensor([[int(part) for part in name.split("/")] for name in names])
     return torch.cat([windows[:, :1], numbers, windows[:, 3:]], 1)
 
@@ -103,8 +96,8 @@ def rows_of(batches: list[CalibrationBatch]) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in batch.inputs["input_ids"]]
 
 
-def test_where_they_go() -> None:
-    """Behind the fitted windows, in front of those held out, though these share a batch."""
+def test_place_among_the_windows() -> None:
+    """Behind the fitted windows and in front of the held-out ones. The batch that holds both kinds is split."""
     ids = random_ids(7, 8)
     positions = torch.arange(8)[None]
     batches = [CalibrationBatch({"input_ids": part, "position_ids": positions}, None) for part in ids.split(3)]
@@ -134,7 +127,7 @@ def test_windows_with_padding_or_shorter_are_left_out() -> None:
 
 @pytest.mark.parametrize("windows", [7, 1])
 def test_ranks_write_what_one_process_does(windows: int) -> None:
-    """With one window, the second rank has none, and takes part all the same."""
+    """If there is one window, the second rank has none, but makes as many forwards."""
     ids = random_ids(windows, 8)
 
     def write(ranks: Ranks) -> tuple[list[list[int]], int, int]:
@@ -157,23 +150,25 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
 
     one, two = write(SINGLE), on_ranks(2, write)
     assert sorted(two[0][0] + two[1][0]) == sorted(one[0])
-    assert two[0][1] == two[1][1] == 2 * -(-windows // 2), "as many forwards on every rank"
+    assert two[0][1] == two[1][1] == 2 * -(-windows // 2), "equally many forwards on every rank"
     assert [result[2] for result in two] == [one[2]] * 2 == [2 * windows] * 2
 
 
-def test_pruning_fits_them_like_any_other(trained: Trained) -> None:
-    """The same as a run whose calibration windows hold them."""
+def test_pruning_fits_them_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with continuations gives the weights of a run whose calibration windows include them."""
+    tune_with(monkeypatch, batch_tokens=64)
     windows = random_ids(8, 32)
     options: dict[str, Any] = {
+        "preset": "paper",
         "sparsity": 0.6,
         "method": "sparsegpt",
         "target": "model",
-        "reconstruct": Reconstruction(steps=8, batch_tokens=64),
+        "reconstruction_steps": 8,
         "seed": 4,
         "solver_precision": "float32",
     }
     names = [f"4/{window}/{copy}" for copy in range(2) for window in range(6)]
-    ours, theirs = trained("llama"), trained("llama")
+    ours, theirs = build_model("llama"), build_model("llama")
     written = rewrite_windows(theirs, windows[:6].repeat(2, 1), names, StrategyAdapter())
     both = torch.cat([windows[:6], written, windows[6:]])
     config = PruningConfig(**options, calibration_val_fraction=0.25, continuations=2, num_calibration_samples=8)
@@ -188,7 +183,7 @@ def test_pruning_fits_them_like_any_other(trained: Trained) -> None:
     assert report.phases["generation"] > 0
 
 
-def test_what_cannot_be_continued_is_refused() -> None:
+def test_models_and_batches_without_tokens_are_refused() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     headless = AutoModelForSequenceClassification.from_config(config)
     settings = PruningConfig(preset="paper", sparsity=0.5, method="wanda", continuations=1, num_calibration_samples=1)
@@ -202,7 +197,7 @@ def test_what_cannot_be_continued_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])
 def test_setting(value: Any) -> None:
-    assert PruningConfig().continuations == 0
+    assert PruningConfig(preset="paper").continuations == 0
     assert SparseLLMCallback(preset="best", continuations=3).config.continuations == 3
     with pytest.raises(UserError, match="continuations must be an integer of at least 0, got"):
         PruningConfig(preset="paper", continuations=value)

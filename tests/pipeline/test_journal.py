@@ -1,26 +1,37 @@
-"""A run that is killed and started again ends with the weights of one that was not."""
+"""A run that is killed and started again ends with the weights of a run that was not killed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.batches import random_batches
+from support.models import VOCABULARY, build_model
+from support.runs import calibration_batches, make_context, state_of, tune_with
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
-from sparsellm_lightning.config import Reconstruction
-from sparsellm_lightning.reporting import PruningReport
+from sparsellm_lightning.distributed import ProcessGroupRanks
+from sparsellm_lightning.pipeline.resume import Journal
+from sparsellm_lightning.pipeline.sequential import prune_blocks
+from sparsellm_lightning.reporting import BlockResult, PruningReport
+from sparsellm_lightning.solvers import Ranks
 
-CONFIG = PruningConfig(preset="paper", sparsity=0.7, num_iterations=2, num_calibration_samples=16)
-TUNED = Reconstruction(steps=4, batch_tokens=512, learning_rate=2e-3)
+CONFIG = PruningConfig(preset="paper", sparsity=0.7, num_iterations=2, num_calibration_samples=8)
+COARSE_DTYPE = "sparsellm_lightning.calibration.context.coarse_dtype"
+
+Event = tuple[int, int, float]  # block, iteration, error
 
 
 class Killed(Exception):
@@ -29,20 +40,27 @@ class Killed(Exception):
 
 def prune(
     model: PreTrainedModel, batches: Any, folder: Path | None, config: PruningConfig = CONFIG, stop: int | None = None
-) -> tuple[PruningReport, int]:
-    """Prune; stopped at the so-manieth iteration of an alternation, if asked. The report, and how many there were."""
-    seen = 0
+) -> tuple[PruningReport, list[Event]]:
+    """The report of a run, and its calls of ``on_iteration``.
+
+    Args:
+        model: pruned in place.
+        batches: calibration windows.
+        folder: of the journal. None: no journal.
+        config: settings.
+        stop: number of calls after which the next call raises :class:`Killed`.
+    """
+    events: list[Event] = []
 
     def on_iteration(block: int, iteration: int, error: float) -> None:
-        nonlocal seen
-        if seen == stop:
+        if len(events) == stop:
             raise Killed
-        seen += 1
+        events.append((block, iteration, error))
 
-    return prune_model(model, batches, config, resume_dir=folder, on_iteration=on_iteration), seen
+    return prune_model(model, batches, config, resume_dir=folder, on_iteration=on_iteration), events
 
 
-def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
+def assert_same(one: nn.Module, other: nn.Module) -> None:
     for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(weight, expected), name
 
@@ -50,105 +68,201 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("llama", {}),
         ("llama", {"target": "model", "ignore": ("up_proj",)}),
         ("opt", {"pattern": "2:4", "sparsity": None}),
-        ("opt-350m", {}),
         ("gpt2", {"alternation_blocks": [1]}),
-        ("llama", {"reconstruct": TUNED, "target": "model", "ignore": ("*.1.*",)}),
-        ("opt-350m", {"reconstruct": TUNED}),
-        ("gpt2", {"reconstruct": TUNED, "method": "sparsegpt", "allocation": "kl"}),
+        ("llama", {"reconstruction_steps": 4, "target": "model", "ignore": ("*.1.*",)}),
+        ("opt-350m", {"reconstruction_steps": 4}),
+        ("gpt2", {"reconstruction_steps": 4, "method": "sparsegpt", "allocation": "kl"}),
     ],
 )
-def test_stopped_anywhere(tmp_path: Path, trained, calibration, name: str, settings: dict[str, Any]) -> None:
-    config = PruningConfig(**{**vars(CONFIG), **settings})
-    whole = trained(name)
-    report, iterations = prune(whole, calibration, None, config)
-    if config.reconstruct:
-        changed = [
-            n for (n, w), d in zip(whole.named_parameters(), trained(name).parameters(), strict=True) if (w != d).any()
-        ]
-        assert any("norm" in n or "ln_" in n for n in changed), "what the journal must hold besides projections"
-    a_block = 3 if config.reconstruct else 2  # two iterations, and what reconstruction made of them
-    for stop in range(0, iterations, 2):
+def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tune_with(monkeypatch, learning_rate=2e-3, batch_tokens=64)
+    config, batches = replace(CONFIG, **settings), random_batches()
+    whole = build_model(name)
+    report, events = prune(whole, batches, None, config)
+    if config.reconstruction_steps:
+        dense = state_of(build_model(name))
+        changed = [key for key, tensor in whole.state_dict().items() if not torch.equal(tensor, dense[key])]
+        assert any("norm" in key or "ln_" in key for key in changed), "reconstruction changes more than projections"
+    for stop in range(0, len(events), 2):
         folder = tmp_path / str(stop)
         with pytest.raises(Killed):
-            prune(trained(name), calibration, folder, config, stop)
-        again = trained(name)
-        resumed, after = prune(again, calibration, folder, config)
+            prune(build_model(name), batches, folder, config, stop)
+        again = build_model(name)
+        resumed, after = prune(again, batches, folder, config)
         assert_same(again, whole)
-        assert after <= iterations - a_block * (stop // a_block) or name == "gpt2", (
+        assert after == [event for event in events if event[0] >= events[stop][0]], (
             "finished blocks are not solved again"
         )
         for key in ("errors", "held_out_errors", "reconstruction"):
             assert [b[key] for b in resumed.blocks] == [b[key] for b in report.blocks]
         assert [layer["error"] for layer in resumed.layers] == [layer["error"] for layer in report.layers]
-    finished = trained(name)
-    assert prune(finished, calibration, tmp_path / "0", config)[1] == 0
+    finished = build_model(name)
+    assert prune(finished, batches, tmp_path / "0", config)[1] == []
     assert_same(finished, whole)
 
 
-def test_another_run_is_refused(tmp_path: Path, trained, calibration) -> None:
-    prune(trained("llama"), calibration, tmp_path)
-    with pytest.raises(UserError, match=r"config.sparsity: 0.7 there, 0.6 here. Choose"):
-        prune(trained("llama"), calibration, tmp_path, PruningConfig(**{**vars(CONFIG), "sparsity": 0.6}))
-    with pytest.raises(
-        UserError, match=r"config.reconstruct: False there.*config.reconstruct.steps: None there, 4 here"
-    ):
-        prune(trained("llama"), calibration, tmp_path, PruningConfig(**{**vars(CONFIG), "reconstruct": TUNED}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_blocks_are_restored_bit_equal(
+    tmp_path: Path, steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block of a plain run (no steps) and of a reconstructed one: all parameters, and the result."""
+    tune_with(monkeypatch, learning_rate=2e-3, batch_tokens=64)
+    config, batches = replace(CONFIG, reconstruction_steps=steps), calibration_batches(random_batches())
+    pruned, dense = build_model("gpt2").to(dtype), build_model("gpt2").to(dtype)
+    context = make_context(pruned, config)
+    results = list(prune_blocks(context, batches, 7, Journal(tmp_path, context, batches)))
+    assert all(bool(result.reconstruction) == bool(steps) for result in results)
+    context = make_context(dense, config)
+    journal = Journal(tmp_path, context, batches)
+    for block, pruned_block, result in zip(context.layout.blocks, pruned.transformer.h, results, strict=True):
+        assert not torch.equal(block.module.mlp.c_fc.weight, pruned_block.mlp.c_fc.weight)
+        with torch.no_grad():
+            assert journal.restore(block) == result
+        assert_same(block.module, pruned_block)
+        norms = torch.equal(
+            pruned_block.ln_1.weight, build_model("gpt2").to(dtype).transformer.h[block.index].ln_1.weight
+        )
+        assert norms == (not steps)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    batches = random_batches()
+    prune(build_model("llama"), batches, tmp_path)
+    with pytest.raises(UserError, match=r"config\.sparsity: 0\.7 there, 0\.6 here\. Choose"):
+        prune(build_model("llama"), batches, tmp_path, replace(CONFIG, sparsity=0.6))
+    with pytest.raises(UserError, match=r"config\.reconstruction_steps: 0 there, 4 here"):
+        prune(build_model("llama"), batches, tmp_path, replace(CONFIG, reconstruction_steps=4))
     with pytest.raises(UserError, match="windows:"):
-        prune(trained("llama"), calibration[1:], tmp_path)
-    other = trained("llama")
+        prune(build_model("llama"), batches[1:], tmp_path)
+    other = build_model("llama")
     other.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
-    with pytest.raises(UserError, match=r"model.weights:"):
-        prune(other, calibration, tmp_path)
+    with pytest.raises(UserError, match=r"model\.weights:"):
+        prune(other, batches, tmp_path)
+    prune(build_model("llama"), batches, tmp_path, replace(CONFIG, memory=2**30))
 
 
-def test_damaged_and_half_written_files(tmp_path: Path, trained, calibration) -> None:
-    whole = trained("llama")
-    prune(whole, calibration, tmp_path)
+def test_other_arithmetic_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with matrix units for bfloat16 does not go on with the run of a machine without them."""
+    monkeypatch.setattr(COARSE_DTYPE, lambda device, exact: torch.float32)
+    with pytest.raises(Killed):
+        prune(build_model("llama"), random_batches(), tmp_path, stop=3)
+    monkeypatch.setattr(COARSE_DTYPE, lambda device, exact: torch.bfloat16)
+    message = r"arithmetic\.coarse_dtype: torch\.float32 there, torch\.bfloat16 here"
+    with pytest.raises(UserError, match=message):
+        prune(build_model("llama"), random_batches(), tmp_path)
+    monkeypatch.setattr(COARSE_DTYPE, lambda device, exact: torch.float32)
+    prune(build_model("llama"), random_batches(), tmp_path)
+
+
+def test_damaged_and_half_written_files(tmp_path: Path) -> None:
+    """A file with a changed byte, a file that was not renamed, and a file of other content whose name holds its SHA-256."""
+    batches, whole = random_batches(), build_model("llama")
+    _, events = prune(whole, batches, tmp_path)
     first, second, third = sorted(tmp_path.glob("block-*"))
     damaged = bytearray(second.read_bytes())
     damaged[-3] ^= 1
     second.write_bytes(damaged)
     third.unlink()
     (tmp_path / f".{third.name}.partial").write_bytes(b"half")
-    again = trained("llama")
+    again = build_model("llama")
     with pytest.warns(UserWarning, match="damaged"):
-        assert prune(again, calibration, tmp_path)[1] == 4, "two blocks of two iterations"
+        assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] > 0]
     assert_same(again, whole)
     assert first.exists()
 
+    stem = first.name.split(".")[0]
+    first.unlink()
+    nonsense = b"nonsense"
+    (tmp_path / f"{stem}.{hashlib.sha256(nonsense).hexdigest()}.safetensors").write_bytes(nonsense)
+    again = build_model("llama")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] == 0]
+    assert_same(again, whole)
 
-def test_written_windows_are_noted(tmp_path: Path, trained, calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that would write other windows goes on with those of the one that began."""
-    config = PruningConfig(**{**vars(CONFIG), "continuations": 1})
-    whole = trained("llama")
-    prune(whole, calibration, None, config)
+
+def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that would write other windows goes on with those of the machine that began the run."""
+    ids = torch.randint(0, VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(1))
+    config, batches = replace(CONFIG, continuations=1, num_calibration_samples=16), ids.split(4)
+    whole = build_model("llama")
+    prune(whole, batches, None, config)
     with pytest.raises(Killed):
-        prune(trained("llama"), calibration, tmp_path, config, 3)
-    rounding = "sparsellm_lightning.pruning.rewrite_windows"
-    monkeypatch.setattr(rounding, lambda model, ids, *others: ids.flip(1))
-    again = trained("llama")
-    report, _ = prune(again, calibration, tmp_path, config)
+        prune(build_model("llama"), batches, tmp_path, config, 3)
+    monkeypatch.setattr("sparsellm_lightning.pipeline.prune.rewrite_windows", lambda model, ids, *others: ids.flip(1))
+    again = build_model("llama")
+    report, _ = prune(again, batches, tmp_path, config)
     assert_same(again, whole)
     assert report.calibration["written"] == 14
     (file,) = tmp_path.glob("written-windows-*")
     file.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="damaged; written-windows is done again"):
-        prune(trained("llama"), calibration, tmp_path, config)
-    assert list(tmp_path.glob("written-windows-*")) != [file], "what was done again is noted"
+    with pytest.warns(UserWarning, match=r"damaged\. written-windows is done again"):
+        prune(build_model("llama"), batches, tmp_path, config)
+    assert len(list(tmp_path.glob("written-windows-*"))) == 1
+    assert list(tmp_path.glob("written-windows-*")) != [file], "the new windows are noted"
 
 
+class OnMeta(Ranks):
+    """The first of two ranks that exchange tensors on the device ``meta``. The second rank sends ones."""
+
+    rank, size, device = 0, 2, torch.device("meta")
+
+    def __init__(self) -> None:
+        self.gathered = 0
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        assert tensor.device == self.device
+        self.gathered += 1
+        return [torch.ones(tensor.shape, dtype=tensor.dtype)] * 2
+
+
+def test_journal_sends_tensors_on_the_ranks_device(tmp_path: Path) -> None:
+    """NCCL refuses tensors on the CPU."""
+    model, batches, ranks = build_model("llama"), calibration_batches(random_batches()), OnMeta()
+    context = make_context(model, CONFIG, ranks)
+    journal = Journal(tmp_path, context, batches)
+    compared = ranks.gathered
+    assert compared > 0
+    block, result = context.layout.blocks[1], BlockResult(1, errors=[0.5])
+    journal.write(block, result)
+    written = state_of(block.module)
+    with torch.no_grad():
+        for parameter in block.module.parameters():
+            parameter.zero_()
+        assert asdict(journal.restore(block)) == asdict(result)
+    assert ranks.gathered > compared
+    assert all(torch.equal(tensor, written[key]) for key, tensor in block.module.state_dict().items())
+    assert journal.remember("windows", lambda: torch.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_process_groups_send_counts_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = object.__new__(ProcessGroupRanks)
+    ranks.rank, ranks.size, ranks.group, ranks.device, ranks.elements = 0, 2, None, torch.device("meta"), 0
+
+    def all_gather(parts: list[Tensor], tensor: Tensor, group: Any) -> None:
+        assert {part.device for part in (*parts, tensor)} == {ranks.device}
+        assert {(part.shape, part.dtype) for part in (*parts, tensor)} == {((2,), torch.int64)}
+        parts[:] = [torch.tensor([1, 2]), torch.tensor([30, 40])]
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    assert ranks.gather_counts(1, 2) == [[1, 2], [30, 40]]
+    assert ranks.total(1, 2) == [31, 42]
+    assert ranks.elements == 8
+
+
+@pytest.mark.slow
 def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
-    """The command line, killed dead at random moments, and started again each time."""
+    """The command line, killed at random moments and started again each time."""
 
     def command(out: str, *more: str) -> list[str]:
         return [
             *(sys.executable, "-m", "sparsellm_lightning", "prune", "--model.pretrained", str(model_dir)),
             *("--data.sequence_length", "64", "--data.batch_size", "4", "--data.max_eval_windows", "4"),
-            *("--pruner.sparsity", "0.7", "--pruner.num_calibration_samples", "64", "--pruner.measure", "false"),
-            *("--pruner.num_iterations", "30", "--pruner.export_dir", str(tmp_path / out), "--trainer.logger", "false"),
+            *("--pruner.preset", "paper", "--pruner.sparsity", "0.7", "--pruner.num_calibration_samples", "64"),
+            *("--pruner.num_iterations", "30", "--pruner.measure", "false"),
+            *("--pruner.export_dir", str(tmp_path / out), "--trainer.logger", "false"),
             *("--trainer.accelerator", "cpu", "--trainer.enable_checkpointing", "false", *more),
         ]
 
@@ -162,14 +276,14 @@ def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
     start = time.monotonic()
     subprocess.run(command("whole"), check=True, timeout=300, **options)
     longest = time.monotonic() - start
-    journalled = command("killed", "--pruner.resume_dir", str(journal))
+    with_journal = command("killed", "--pruner.resume_dir", str(journal))
     rng = random.Random(0)
     for _ in range(5):
-        process = subprocess.Popen(journalled, **options)
+        process = subprocess.Popen(with_journal, **options)
         time.sleep(rng.uniform(0.4, 1.0) * longest)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([*journalled, "--pruner.overwrite", "true"], check=True, timeout=300, **options)
+    subprocess.run([*with_journal, "--pruner.overwrite", "true"], check=True, timeout=300, **options)
     whole, killed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
     assert_same(killed, whole)
     assert len(list((journal / "stage-0").glob("block-*"))) == 3

@@ -12,7 +12,7 @@ from sparsellm_lightning.solvers import Containing, NofM, Pattern, Stacked, Unst
 
 
 def brute_force(scores: Tensor, given: Tensor, count: int) -> Tensor:
-    """Kept entries when the given ones are pruned first, then the smallest, until ``count`` are."""
+    """The kept entries, if all given entries are pruned, and then the smallest others until ``count`` are pruned."""
     flat = [
         (not g, s, i) for i, (s, g) in enumerate(zip(scores.flatten().tolist(), given.flatten().tolist(), strict=True))
     ]
@@ -24,14 +24,14 @@ def scores_with_ties(rows: int, columns: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(rows * columns)
     scores = torch.rand(rows, columns, generator=generator)
     yield scores
-    yield (scores * 4).floor()  # ties, and zeros that are not pruned
+    yield (scores * 4).floor()  # ties, and scores of zero at entries that are not given
     yield torch.zeros(rows, columns)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.75])
 def test_containing(sparsity: float, fraction: float) -> None:
-    """The given ones are pruned whatever their score; where that is more than the pattern's number, all of them."""
+    """Given entries are pruned with any score. If more are given than the pattern prunes, all of them are pruned."""
     for scores in scores_with_ties(6, 20):
         given = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < fraction
         kept = Containing(Unstructured(sparsity), given).select(scores)
@@ -43,7 +43,7 @@ def test_containing(sparsity: float, fraction: float) -> None:
 
 
 def test_containing_by_columns_and_groups() -> None:
-    """A sweep asks for some columns at a time; stacked matrices and groups of four decide on their own."""
+    """A sweep selects a few columns at a time. Stacked matrices and groups of four have masks of their own."""
     for scores in scores_with_ties(6, 20):
         given = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) < 0.3
         stacked_pattern: Pattern = Stacked([Unstructured(0.5), Unstructured(0.75)], [2, 4])

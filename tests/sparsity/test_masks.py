@@ -70,7 +70,7 @@ def test_check_names_the_layer_and_both_counts() -> None:
         layer.weight[0, 0] = 1e-30
     with pytest.raises(MaskError, match=r"layer .*4 zeros \(50.0000 %\).*has 3 \(37.5000 %\), 1 of its weights"):
         masks.check()
-    with torch.no_grad():  # as many zeros as before, elsewhere
+    with torch.no_grad():  # the number of zeros is right, but not their places
         layer.weight[0, 1] = 0
     with pytest.raises(MaskError, match=r"layer .*4 zeros.*has 4 .*, 2 of its weights"):
         masks.check()

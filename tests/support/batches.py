@@ -9,6 +9,7 @@ from support.models import VOCABULARY
 
 
 def random_batches(windows: int = 8, length: int = 32) -> list[dict[str, Tensor]]:
+    """Batches of three windows. The first window begins with 10 padded tokens, the fourth ends with ``length - 20``."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (windows, length), generator=generator)
     mask = torch.ones_like(ids)

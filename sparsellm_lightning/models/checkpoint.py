@@ -1,0 +1,108 @@
+"""Reading Lightning checkpoints without executing code from them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.errors import UserError
+
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_HARMLESS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(("builtins", name) for name in ("dict", "frozenset", "list", "set", "slice", "tuple")),
+}
+# A damaged pickle raises almost any of these.
+_UNREADABLE = (
+    *(KeyError, IndexError, AttributeError, TypeError, ValueError, ImportError, EOFError),
+    *(RuntimeError, OSError, AssertionError, pickle.UnpicklingError, CheckpointException),
+)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether this is a Lightning checkpoint: a ``.ckpt`` file, or the folder of a sharded one."""
+    return path.endswith(".ckpt") or (Path(path) / ".metadata").is_file()
+
+
+def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
+    """Load the weights of a Lightning checkpoint into a model. Optimizer and progress are not read.
+
+    Args:
+        model: of the same architecture.
+        path: a file (``save_weights_only`` or not), or the folder of a sharded checkpoint.
+        prefix: of the model's weights in the LightningModule.
+
+    Raises:
+        UserError: there is no such checkpoint, it belongs to another model, or reading it would execute code.
+    """
+    if not Path(path).exists():
+        raise UserError(f"weights looks like a checkpoint, but {path} does not exist. Correct the path.")
+    try:
+        state = _read_sharded(Path(path)) if Path(path).is_dir() else torch.load(path, "cpu", weights_only=True)
+        model.load_state_dict(
+            {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
+        )
+    except _UNREADABLE as error:
+        text = str(error)
+        if isinstance(error, CheckpointException):  # its text is a traceback
+            text = text.strip().splitlines()[-1]
+        cause = " ".join(text.split())[:300]
+        raise UserError(
+            f"weights must be a checkpoint of the model that pretrained names, got {path}: {cause}. Check both; a checkpoint "
+            "with LoRA adapters has to be exported first."
+        ) from error
+
+
+def _read_sharded(folder: Path) -> dict[str, Any]:
+    """The state of a sharded checkpoint, whole and on the CPU."""
+    reader = _SafeReader(folder)
+    reader.read_metadata()  # a refusal here keeps its message
+    state: dict[str, Any] = {}
+    _load_state_dict(state, storage_reader=reader, planner=_SafePlanner(keys={"state_dict"}), no_dist=True)
+    return state
+
+
+class _SafeReader(FileSystemReader):
+    """Reads ``.metadata``, which is a pickle, with an unpickler that knows only the classes of such files."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"its .metadata names the file {stored.relative_path}, outside the folder")
+        return metadata
+
+
+class _SafePlanner(_EmptyStateDictLoadPlanner):
+    """Loads entries that are not tensors with torch's restricted unpickler."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _METADATA_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type):
+                return found
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which may execute code")

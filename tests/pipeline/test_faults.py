@@ -1,0 +1,81 @@
+"""Faults in the model, the text and the settings end a run with a message, and never with a wrong result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.models import VOCABULARY, build_model
+
+from sparsellm_lightning import NumericalError, PruningConfig, UserError, prune_model
+from sparsellm_lightning.solvers import Gram, NofM, Ranks, Unstructured, admm
+
+PRESETS = ["paper", "fast", "balanced"]
+
+
+def windows(count: int = 8, length: int = 16) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def config(**settings: Any) -> PruningConfig:
+    return PruningConfig(sparsity=0.5, num_calibration_samples=8, **settings)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_token_counts(preset: Any) -> None:
+    model = build_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = windows()
+    with pytest.raises(UserError, match="attention_mask is 0 for every token"):
+        prune_model(model, [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}], config(preset=preset))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_no_fitted_token_counts() -> None:
+    ids = windows()
+    mask = torch.zeros_like(ids)
+    mask[-1] = 1  # the held-out window
+    with pytest.raises(UserError, match="attention_mask is 0 for every fitted token"):
+        prune_model(build_model("llama"), [{"input_ids": ids, "attention_mask": mask}], config(preset="balanced"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_is_not_finite(preset: Any, name: str, value: float) -> None:
+    model = build_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(NumericalError, match=name):
+        prune_model(model, [windows()], config(preset=preset))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("window", [0, 7], ids=["fitted", "held out"])
+def test_an_activation_is_not_finite(preset: Any, window: int) -> None:
+    model = build_model("llama")
+    embeds = model.get_input_embeddings()(windows()).detach()
+    embeds[window, 3] = float("nan")
+    with pytest.raises(NumericalError, match="hidden states in front of the first block"):
+        prune_model(model, [{"inputs_embeds": embeds}], config(preset=preset))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8])
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NofM(2, 4)])
+def test_admm_without_damping_does_not_diverge(damping: float, tokens: int, pattern: Any) -> None:
+    """The Gram matrix is singular. Conjugate gradients that go on after convergence gave 1e32 or NaN."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight = torch.randn(tokens, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    gram = Gram(64)
+    gram.add(x)
+    pruned = admm(weight, gram.mean(Ranks()), damping, pattern)
+    assert bool(torch.isfinite(pruned).all())
+    assert float(pruned.abs().max()) < 100 * float(weight.abs().max())
+    magnitude = weight * pattern.select(weight.abs())
+    error, reference = ((x @ (weight - w).T).square().sum() for w in (pruned, magnitude))
+    assert error <= reference
