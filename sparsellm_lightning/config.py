@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import SINGLE, NofM, Pattern, Penalties, Ranks, Unstructured
@@ -129,6 +129,10 @@ class PruningConfig:
                 f"ignore must be a list of patterns, got the string {self.ignore!r}. Write ['{self.ignore}']."
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        for name in ("sparsity", "damping", "allocation_spread", "calibration_val_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, SupportsFloat):  # NumPy's numbers too, which JSON does not know
+                object.__setattr__(self, name, float(value))
         self._check_sparsity(nofm)
         self._check_choices()
         self._check_numbers()

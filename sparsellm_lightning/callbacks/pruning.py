@@ -134,6 +134,7 @@ class SparseLLMCallback(SparseFinetuning):
         if not (self._restored or pruned_here):
             self.report = None  # of an earlier run with another model
         if self.report is not None:
+            self._check_resumed(self.report)
             if trainer.is_global_zero:
                 log.info("This model is pruned already. It is not pruned again.")
             self._hold(trainer, pl_module)
@@ -250,6 +251,17 @@ class SparseLLMCallback(SparseFinetuning):
         if folder is not None:
             save_report(report, folder)
         trainer.strategy.barrier()
+
+    def _check_resumed(self, report: PruningReport) -> None:
+        """Refuse settings that ask for another sparsity than the one that the model has been pruned to."""
+        if not report.config or self.schedule is not None:
+            return
+        done, asked = report.sparsity["requested"], self.config.requested_sparsity
+        if abs(done - asked) > 1e-6 or report.pattern != self.config.pattern:
+            raise UserError(
+                f"This run resumes one that has pruned to {done:g} ({report.pattern}), but the settings ask for {asked:g} "
+                f"({self.config.pattern}). Restore the settings, or start a new run without ckpt_path."
+            )
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):

@@ -168,8 +168,8 @@ def _count_tokens(context: Context, batches: list[CalibrationBatch], fitted: int
     if not fitted_tokens:
         which = "every fitted token" if tokens else "every token"
         raise UserError(
-            f"Pruning is fitted to tokens, but attention_mask is 0 for {which} of the calibration windows. Write 1 for tokens and "
-            "0 for padding."
+            f"Pruning is fitted to tokens, but attention_mask is 0 for {which} of the calibration windows. Write 1 for tokens "
+            "and 0 for padding."
         )
     return tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -274,18 +275,16 @@ def test_few_tokens_warn_with_both_numbers() -> None:
         prune_model(build_model("llama"), [windows], PruningConfig(**settings, num_calibration_samples=200))
 
 
-@pytest.mark.parametrize(
-    ("per_feature", "expected"), [(1 / 128, 1), (5, 10), (5 + 1 / 128, 11), (49, 98), (50 - 1 / 128, 100), (50, None)]
-)
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (640, 10), (641, 11), (6399, 100), (6400, None)])
 @pytest.mark.parametrize("size", [1, 3])
 def test_which_windows_carry_auxiliaries(
-    per_feature: float, expected: int | None, size: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, expected: int | None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """100 windows of 64 tokens, window i on rank i mod size. The first windows of all ranks carry auxiliaries.
 
     The model has 128 hidden features.
     """
-    monkeypatch.setattr(sequential, "ALTERNATION_TOKENS", per_feature)
+    monkeypatch.setattr(sequential, "ALTERNATION_TOKENS", Fraction(tokens, 128))
     model = build_model("llama")
 
     def work(ranks: Ranks) -> list[int] | None:
