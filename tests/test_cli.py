@@ -145,7 +145,7 @@ def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     """The commands that a recipe's leading comment names parse, from the repository's root, and make their objects."""
     found = commands(recipe)
     assert found, "the leading comment has the command"
-    assert config_files(found[0])[-1:] == [recipe], "the first command ends its configs with this recipe"
+    assert recipe in config_files(found[0]), "the first command uses this recipe"
     monkeypatch.chdir(tmp_path)
     for command in found:
         arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in command]
@@ -157,6 +157,6 @@ def test_recipes_instantiate(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_the_classifier_recipe(model_dir: Path) -> None:
     """A module that is not ``CausalLM`` is pruned to the given sparsity, and learns."""
     recipe = runpy.run_path(str(RECIPES / "finetune" / "classifier.py"))
-    measured = recipe["main"](["--pretrained", str(model_dir), "--steps", "250", "--learning-rate", "1e-3"])
+    measured = recipe["main"](["--pretrained", str(model_dir), "--steps", "120", "--learning-rate", "2e-3"])
     assert measured["sparsity"] == pytest.approx(0.7, abs=0.002)
     assert measured["accuracy"] > 0.9

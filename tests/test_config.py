@@ -317,7 +317,7 @@ def test_configuration_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     ("arguments", "named"),
     [
         ("--pruner.preset good", "pruner.preset"),
-        ("--pruner.reconstruction_step 8", "pruner.reconstruction_step"),
+        ("--pruner.no_such_setting 8", "pruner.no_such_setting"),
         ("--pruner.reconstruction_steps -1", "reconstruction_steps must be an integer of at least 0, got -1"),
     ],
 )

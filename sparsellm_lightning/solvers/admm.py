@@ -71,7 +71,9 @@ def admm(
             rho *= growth
             u /= growth
             inverse = _damped_inverse(h, rho)
-    return solve_on_support(d, target, h, keep, refinements) / scale
+    solved = solve_on_support(d, target, h, keep, refinements) / scale
+    # Kept weights of dead inputs stay as they are.
+    return torch.where(keep & dead, weight, solved)
 
 
 def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, steps: int) -> Tensor:

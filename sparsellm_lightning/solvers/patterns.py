@@ -37,8 +37,8 @@ class Pattern:
 
         Args:
             scores: non-negative float32, (rows, columns); this rank's rows.
-            per_row: keep the same number in every row, instead of one threshold for the matrix. N:M patterns ignore this
-                argument, because they are always per row.
+            per_row: keep the same number in every row (to rounding), instead of one threshold for the matrix. N:M patterns
+                ignore this argument, because they are always per row.
             first_column: index of the first of these columns in the whole matrix.
 
         Returns:
@@ -63,12 +63,18 @@ class Unstructured(Pattern):
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         if per_row:
-            pruned = round(self.sparsity * scores.shape[1])
-            mask = torch.ones_like(scores, dtype=torch.bool)
             # A stable sort prunes equal scores from the left on every backend.
-            order = scores.argsort(dim=1, stable=True)[:, :pruned]
-            return mask.scatter_(1, order, False)
+            order = scores.argsort(dim=1, stable=True)
+            kept = torch.arange(scores.shape[1], device=scores.device) >= self._row_counts(scores)[:, None]
+            return torch.zeros_like(kept).scatter_(1, order, kept)
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
+
+    def _row_counts(self, scores: Tensor) -> Tensor:
+        """Number of entries to prune in each of these rows. Rows differ by one at most, so that the sum over all is exact."""
+        pruned, rows = self.count(scores)
+        first = self.ranks.local_rows(rows).start
+        ends = torch.arange(first, first + scores.shape[0] + 1, device=scores.device) * pruned // max(rows, 1)
+        return ends.diff()
 
     def count(self, scores: Tensor) -> tuple[int, int]:
         """Number of entries to prune and number of rows, both over all ranks."""

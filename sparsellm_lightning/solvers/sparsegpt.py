@@ -38,9 +38,8 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
     # number of rows, and one and many ranks must get equal weights.
     w = weight.new_zeros(columns, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     w[:, :rows] = weight.T
-    w[factor.dead] = 0
     diagonal = upper.diagonal()
-    cost_scale = diagonal.pow(-2)
+    cost_scale = diagonal.pow(-2).masked_fill_(factor.dead, 0)  # dead inputs cost nothing, so they are pruned first
     whole_groups = _whole_groups(block_size, pattern.group)
     leaf = _whole_groups(_LEAF, pattern.group)
 

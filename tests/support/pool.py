@@ -13,7 +13,6 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -150,6 +149,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     os.environ.update({name: str(value) for name, value in values.items()})
     import torch
     import torch.distributed as dist
+
     from support import jobs
     from support.text import tokenised_once
 
@@ -161,10 +161,11 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
                 job, folder, options = pickle.loads(connection.recv_bytes())
             except EOFError:
                 return
-            answer: Sequence[Any]
             try:
-                answer = True, jobs.run(job, folder, options)
+                answer: tuple[bool, Any] = True, jobs.run(job, folder, options)
             except BaseException:
-                answer = False, traceback.format_exc()
+                # The process ends, as it does in a real run. That wakes ranks that wait for this one.
+                connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+                return
             connection.send_bytes(pickle.dumps(answer))
             gc.collect()
