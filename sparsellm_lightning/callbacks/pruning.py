@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import time
+import uuid
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +26,9 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import check_export_dir, export_model, perplexity
+from sparsellm_lightning.models import check_export_dir, claimed, export_model, perplexity
 from sparsellm_lightning.pipeline import prune_model
-from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_report
+from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_plots_if_possible
 from sparsellm_lightning.runtime import Profile
 from sparsellm_lightning.sparsity import has_adapters
 
@@ -90,6 +96,7 @@ class SparseLLMCallback(SparseFinetuning):
         self._restored = False  # whether the report comes from the checkpoint of this run
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
+        self._claim = ExitStack()  # of export_dir, from setup to teardown
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -118,11 +125,16 @@ class SparseLLMCallback(SparseFinetuning):
             check_training()
         if self.schedule is not None:
             self._check_run(trainer, self.schedule)
-        if self.export_dir is not None and trainer.is_global_zero:
-            check_export_dir(self.export_dir, self.overwrite)
+        if self.export_dir is not None:
+            self._check_folders_apart(trainer, Path(self.export_dir))
+            if trainer.is_global_zero:
+                check_export_dir(self.export_dir, self.overwrite)
+                self._claim.enter_context(claimed(self.export_dir))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         describe(self._model(pl_module), self.config)
+        if self.export_dir is not None:
+            getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(
                 "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
@@ -170,6 +182,13 @@ class SparseLLMCallback(SparseFinetuning):
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, self._model(pl_module), self.report)
         self._export(trainer, pl_module, self.report)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._claim.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._claim.close()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"report": None if self.report is None else self.report.to_dict()}
@@ -242,15 +261,36 @@ class SparseLLMCallback(SparseFinetuning):
         """Complete the report's seconds, and write the model and the report if there is an export folder."""
         model = self._model(pl_module)
         state = None if self.export_dir is None else adapter_for(trainer).state_dict(model)
-        folder = None
-        if self.export_dir is not None and trainer.is_global_zero:
-            tokenizer = getattr(pl_module, "tokenizer", None)
-            with self._profile.phase("export"):
-                folder = export_model(model, self.export_dir, tokenizer, self.overwrite, state)
         report.phases |= self._profile.seconds
-        if folder is not None:
-            save_report(report, folder)
+        start = time.perf_counter()
+
+        def content() -> dict[str, Any]:
+            report.phases["export"] = time.perf_counter() - start
+            return report.to_dict()
+
+        if self.export_dir is not None and trainer.is_global_zero:
+            export = partial(
+                export_model,
+                model,
+                tokenizer=getattr(pl_module, "tokenizer", None),
+                state_dict=state,
+                report=content,
+                more=partial(save_plots_if_possible, report),
+            )
+            _export_or_rescue(export, Path(self.export_dir), self.overwrite)
         trainer.strategy.barrier()
+
+    def _check_folders_apart(self, trainer: pl.Trainer, export_dir: Path) -> None:
+        """Refuse a journal or checkpoints inside the export folder, which an export replaces as a whole."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        folders = {"resume_dir": self.resume_dir} | {
+            f"{type(c).__name__}.dirpath": getattr(c, "dirpath", None) for c in callbacks
+        }
+        for name, folder in folders.items():
+            if folder is not None and Path(folder).resolve().is_relative_to(export_dir.resolve()):
+                raise UserError(
+                    f"{name} must not lie inside export_dir {export_dir}, got {folder}. Choose a folder beside it."
+                )
 
     def _check_resumed(self, report: PruningReport) -> None:
         """Refuse settings that ask for another sparsity than the one that the model has been pruned to."""
@@ -302,6 +342,27 @@ class SparseLLMCallback(SparseFinetuning):
     def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
+
+
+def _export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
+    """Export, or if that fails write the model to another folder.
+
+    Raises:
+        UserError: the export failed. Names the folder that holds the model.
+    """
+    try:
+        export(export_dir=export_dir, overwrite=overwrite)
+    except (OSError, UserError) as error:
+        for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
+            rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
+            try:
+                export(export_dir=rescue)
+            except (OSError, UserError):
+                continue
+            raise UserError(
+                f"export_dir {export_dir} could not be written ({error}). The model is in {rescue}."
+            ) from error
+        raise
 
 
 def _is_sparse_already(pl_module: pl.LightningModule) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -74,7 +75,9 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     loader = getattr(data, "calibration_dataloader", None)
     if loader is None:
         assert trainer.train_dataloader is not None
-        return _fresh(trainer.train_dataloader), _is_sharded(trainer.train_dataloader), "training dataloader"
+        batches = trainer.train_dataloader
+        fresh = _Fresh(batches) if isinstance(batches, DataLoader) else batches
+        return fresh, _is_sharded(batches), "training dataloader"
     accepted = inspect.signature(loader).parameters
     wanted = {"num_samples": num_samples, "seed": seed}
     source = str(getattr(data, "source", type(data).__name__))
@@ -95,23 +98,37 @@ def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]
     return loaders, sharded
 
 
-def _fresh(loader: Any) -> Any:
-    """A loader with an iterator of its own.
+class _Fresh:
+    """The batches of a dataloader, without a trace in the loader.
 
-    With persistent workers, ``iter(loader)`` restarts the one iterator that the loader keeps, and training uses that one.
+    With persistent workers, ``iter(loader)`` restarts the one iterator that the loader keeps, and training uses that one. So
+    each iteration has an iterator of its own. When it ends, the loader's random generators are put back where they were.
     """
-    if not isinstance(loader, DataLoader):
-        return loader
-    fresh = copy.copy(loader)
-    fresh._iterator = None
-    if isinstance(fresh, ResumableLoader):
-        fresh.load_state_dict({"epoch": 0, "batches": 0})
-    return fresh
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        fresh = copy.copy(self.loader)
+        fresh._iterator = None
+        if isinstance(fresh, ResumableLoader):
+            fresh.load_state_dict({"epoch": 0, "batches": 0})
+        owners = (fresh, *_samplers(fresh))
+        generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+        states = [generator.get_state() for generator in generators]
+        try:
+            yield from fresh
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _samplers(loader: Any) -> tuple[Any, Any]:
+    return getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
 
 
 def _is_sharded(loader: Any) -> bool:
     """Whether a dataloader gives each rank its own share, as Lightning's distributed sampler does."""
     if isinstance(loader, (list, tuple)):
         return any(_is_sharded(part) for part in loader)
-    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+    return any(isinstance(sampler, DistributedSampler) for sampler in _samplers(loader))

@@ -2,12 +2,14 @@
 
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import model_inputs, perplexity
-from sparsellm_lightning.models.export import check_export_dir, export_model
+from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 
 __all__ = [
+    "REPORT_NAME",
     "CausalLM",
     "check_export_dir",
+    "claimed",
     "export_model",
     "load_model",
     "load_tokenizer",

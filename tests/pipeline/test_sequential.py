@@ -258,12 +258,19 @@ def test_bad_input() -> None:
         prune_model(build_model("llama"), ["text"], config)
 
 
-def test_nan_names_block_and_projection() -> None:
+@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
+@pytest.mark.parametrize(
+    ("overflowing", "named"),
+    [("self_attn.v_proj", r"model\.layers\.1\.self_attn\.o_proj"), ("mlp.up_proj", r"model\.layers\.1: down")],
+)
+def test_overflow_names_the_projection(method: Any, overflowing: str, named: str) -> None:
+    """Weights are finite, but a product inside the middle block overflows. The message names the next projection."""
     model = build_model("llama")
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.o_proj"):
-        prune_model(model, random_batches(), PruningConfig(preset="paper", num_calibration_samples=8))
+        model.get_parameter(f"model.layers.1.{overflowing}.weight").mul_(1e38)
+    config = PruningConfig(preset="paper", method=method, num_calibration_samples=8)
+    with pytest.raises(NumericalError, match=named):
+        prune_model(model, random_batches(), config)
 
 
 def test_few_tokens_warn_with_both_numbers() -> None:

@@ -35,7 +35,7 @@ def sparsellm(*arguments: object, cwd: Path) -> Finished:
     code: object = 0
     os.chdir(cwd)
     try:
-        with redirect_stdout(out), redirect_stderr(errors):
+        with patch.object(sys, "argv", ["sparsellm"]), redirect_stdout(out), redirect_stderr(errors):
             main([str(argument) for argument in arguments])
     except SystemExit as stop:
         code = stop.code
@@ -53,7 +53,7 @@ def sparsellm_process(*arguments: object, cwd: Path) -> subprocess.CompletedProc
 
 def instantiate(*arguments: object) -> SparseLLMCLI:
     """Parse a command line and make its objects, without running the subcommand."""
-    with patch.object(SparseLLMCLI, "_run_subcommand"):
+    with patch.object(sys, "argv", ["sparsellm"]), patch.object(SparseLLMCLI, "_run_subcommand"):
         return SparseLLMCLI(
             *(CausalLM, TextDataModule),
             trainer_class=PruningTrainer,
