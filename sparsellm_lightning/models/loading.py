@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
@@ -168,7 +169,7 @@ def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         cause = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "

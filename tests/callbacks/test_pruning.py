@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader
@@ -241,21 +243,90 @@ def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
         assert (target / name).stat().st_size > 5000
 
 
-def test_export_directory_in_use(tmp_path: Path, model_dir: Path) -> None:
-    (tmp_path / "precious.txt").write_text("x")
+EXPORTING = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 4, "measure": False}
+
+
+def fit_to(model_dir: Path, *callbacks: pl.Callback, **options: Any) -> None:
     data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2)
-    options = {
-        "preset": "paper",
-        "method": "magnitude",
-        "num_calibration_samples": 4,
-        "measure": False,
-        "export_dir": str(tmp_path),
-    }
+    checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    fit = trainer(SparseLLMCallback(**EXPORTING, **options), *callbacks, enable_checkpointing=checkpointing)
+    fit.fit(CausalLM(str(model_dir)), data)
+
+
+def test_export_directory_in_use(tmp_path: Path, model_dir: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("x")
     with pytest.raises(UserError, match=r"must be empty.*overwrite"):
-        trainer(SparseLLMCallback(**options)).fit(CausalLM(str(model_dir)), data)
-    assert (tmp_path / "precious.txt").exists()
-    trainer(SparseLLMCallback(**options, overwrite=True)).fit(CausalLM(str(model_dir)), data)
-    assert (tmp_path / "config.json").exists()
+        fit_to(model_dir, export_dir=str(out))
+    with pytest.raises(UserError, match=r"no export wrote, such as precious\.txt"):
+        fit_to(model_dir, export_dir=str(out), overwrite=True)
+    (out / "precious.txt").unlink()
+    fit_to(model_dir, export_dir=str(out))
+    fit_to(model_dir, export_dir=str(out), overwrite=True)
+    assert (out / "config.json").exists()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out"}, "no lock and no partial folder is left"
+
+
+def test_a_journal_or_checkpoints_inside_the_export_are_refused(tmp_path: Path, model_dir: Path) -> None:
+    inside = str(tmp_path / "out" / "more")
+    with pytest.raises(UserError, match="resume_dir must not lie inside export_dir"):
+        fit_to(model_dir, export_dir=str(tmp_path / "out"), resume_dir=inside)
+    checkpoints = ModelCheckpoint(inside)
+    with pytest.raises(UserError, match=r"ModelCheckpoint\.dirpath must not lie inside export_dir"):
+        fit_to(model_dir, checkpoints, export_dir=str(tmp_path / "out"))
+
+
+def test_two_runs_with_one_export_dir(tmp_path: Path, model_dir: Path) -> None:
+    """The second is refused before it prunes, and the first is not disturbed."""
+
+    class Second(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            with pytest.raises(UserError, match="is being written by another run"):
+                fit_to(model_dir, export_dir=str(tmp_path / "out"))
+
+    fit_to(model_dir, Second(), export_dir=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_export_that_fails_at_the_end_is_rescued(tmp_path: Path, model_dir: Path) -> None:
+    """Somebody puts a file where the folder should go, after the check at the start."""
+
+    class Intruder(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            (tmp_path / "out").write_text("x")
+
+    with pytest.raises(UserError, match=r"could not be written.*The model is in") as caught:
+        fit_to(model_dir, Intruder(), export_dir=str(tmp_path / "out"))
+    rescued = Path(str(caught.value).rsplit("The model is in ", 1)[1].rstrip("."))
+    assert rescued.parent == tmp_path
+    assert AutoModelForCausalLM.from_pretrained(rescued) is not None
+    assert (rescued / "pruning_report.json").exists()
+
+
+def test_a_missing_tokenizer_is_an_error_before_pruning(tmp_path: Path, model_dir: Path) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2, tokenizer=str(model_dir))
+    pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="transformers can load"):
+        trainer(pruner).fit(CausalLM(str(model)), data)
+    assert pruner.report is None
+
+
+def test_a_resumed_run_refuses_another_sparsity(tmp_path: Path, model_dir: Path) -> None:
+    def run(sparsity: float, **options: Any) -> pl.Trainer:
+        pruner = SparseLLMCallback(**EXPORTING, sparsity=sparsity, finetune=True)
+        fit = trainer(pruner, max_steps=options.pop("max_steps"))
+        data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2)
+        fit.fit(CausalLM(str(model_dir)), data, **options)
+        return fit
+
+    run(0.5, max_steps=1).save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"has pruned to 0\.5 .* the settings ask for 0\.9"):
+        run(0.9, max_steps=2, ckpt_path=tmp_path / "last.ckpt")
+    run(0.5, max_steps=2, ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_iteration_errors_reach_the_logger(tmp_path: Path, trained, ids: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """DDP and FSDP2 with gloo processes on the CPU, compared with one process. CUDA, NCCL and FSDP1 where there are GPUs.
 
-One worker of pytest-xdist runs this module, so that the processes of the ranks are started once (``--dist loadgroup``).
+One worker of pytest-xdist runs this folder (see ``conftest.py``), so that the processes of the ranks are started once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning.architecture import describe
-
-pytestmark = pytest.mark.xdist_group("ranks")
 
 Exported = tuple[PreTrainedModel, dict[str, Any]]
 
@@ -116,7 +114,7 @@ def test_reconstruction_and_measured_budgets(
 
     Batches of three windows are spread unevenly: one rank has two windows of a batch, and the other one.
     """
-    pruner = {**SPARSELLM, "method": "sparsegpt", "target": "model", "allocation": "kl", "reconstruction_steps": 48}
+    pruner = {**SPARSELLM, "method": "sparsegpt", "target": "model", "allocation": "kl", "reconstruction_steps": 24}
     options = {"model": folder_of("llama"), "pruner": pruner, "batch_size": 3}
     expected = alone(**options)[1]
     observed = ranks(2).run("prune", tmp_path, strategy=strategy, **options)

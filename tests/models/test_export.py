@@ -1,0 +1,151 @@
+"""Exports: tried at the start, written as one, and nothing lost that no export wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import build_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsellm_lightning import UserError, export_model
+from sparsellm_lightning.models import REPORT_NAME, check_export_dir, claimed
+from sparsellm_lightning.models import export as export_module
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build_model("llama")
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def test_the_report_names_every_file(model: PreTrainedModel, tmp_path: Path) -> None:
+    def more(folder: Path) -> None:
+        (folder / "plot.png").write_bytes(b"0")
+
+    folder = export_model(model, tmp_path / "out", report=lambda: {"sparsity": 0.5}, more=more)
+    report = json.loads((folder / REPORT_NAME).read_text())
+    assert report["sparsity"] == 0.5
+    assert set(report["files"]) == names(folder) >= {"plot.png", "config.json", "model.safetensors", REPORT_NAME}
+    assert names(tmp_path) == {"out"}, "nothing is left beside the export"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_an_earlier_export_is_replaced(model: PreTrainedModel, tmp_path: Path) -> None:
+    export_model(model, tmp_path / "out", report=lambda: {"run": 1}, more=lambda folder: (folder / "old.png").touch())
+    with pytest.raises(UserError, match="must be empty"):
+        export_model(model, tmp_path / "out")
+    export_model(model, tmp_path / "out", overwrite=True, report=lambda: {"run": 2})
+    assert json.loads((tmp_path / "out" / REPORT_NAME).read_text())["run"] == 2
+    assert "old.png" not in names(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "data"])
+def test_files_that_no_export_wrote_are_not_deleted(model: PreTrainedModel, tmp_path: Path, foreign: str) -> None:
+    folder = export_model(model, tmp_path / "out")
+    (folder / foreign).mkdir() if foreign == "data" else (folder / foreign).write_text("mine")
+    with pytest.raises(UserError, match=f"files that no export wrote, such as {foreign}"):
+        export_model(model, folder, overwrite=True)
+    assert (folder / foreign).exists()
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_folder_without_a_report_is_not_replaced(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"such as thesis\.tex"):
+        export_model(model, tmp_path / "work", overwrite=True)
+
+
+@pytest.mark.parametrize("folder", [".", "..", "../..", "inside/.."])
+def test_the_working_directory_and_its_parents_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    here = tmp_path / "a" / "b"
+    (here / "inside").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match="must not be the working directory or a folder above it"):
+        check_export_dir(folder, overwrite=True)
+
+
+def test_what_is_no_plain_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for path, kind in (("file", "file"), ("link", "symbolic link")):
+        with pytest.raises(UserError, match=f"must be a plain folder, got the {kind}"):
+            check_export_dir(tmp_path / path, overwrite=True)
+    with pytest.raises(UserError, match="got the mount point"):
+        check_export_dir("/proc", overwrite=True)
+
+
+@pytest.mark.parametrize("folder", ["file/out", "file/deeper/out"])
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="export_dir must be writable"):
+        check_export_dir(tmp_path / folder, overwrite=False)
+    with pytest.raises(UserError, match="export_dir must be writable"):
+        check_export_dir("/proc/out", overwrite=False)
+
+
+def test_a_trial_leaves_nothing(tmp_path: Path) -> None:
+    check_export_dir(tmp_path / "deep" / "out", overwrite=False)
+    assert not (tmp_path / "deep" / "out").exists()
+    assert not (tmp_path / "deep").exists() or not names(tmp_path / "deep")
+
+
+@pytest.mark.parametrize("fails", ["more", "report"])
+def test_an_export_that_fails_leaves_the_earlier_one(model: PreTrainedModel, tmp_path: Path, fails: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    export_model(model, tmp_path / "out", report=lambda: {"run": 1})
+    before = names(tmp_path / "out")
+    with pytest.raises(OSError, match="No space left"):
+        export_model(model, tmp_path / "out", overwrite=True, **{fails: fail})
+    assert names(tmp_path / "out") == before
+    assert json.loads((tmp_path / "out" / REPORT_NAME).read_text())["run"] == 1
+    assert names(tmp_path) == {"out"}
+
+
+def test_the_new_export_is_in_place_before_the_old_one_goes(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_model(model, tmp_path / "out", report=lambda: {"run": 1})
+    seen = []
+    original = export_module.shutil.rmtree
+
+    def rmtree(path: Path, **kwargs: Any) -> None:
+        if path.name.endswith(".old"):
+            seen.append(json.loads((tmp_path / "out" / REPORT_NAME).read_text())["run"])
+        original(path, **kwargs)
+
+    monkeypatch.setattr(export_module.shutil, "rmtree", rmtree)
+    export_model(model, tmp_path / "out", overwrite=True, report=lambda: {"run": 2})
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        export_model(model, tmp_path / "out", report=lambda: {"perplexity": value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "out"):
+        with pytest.raises(UserError, match="is being written by another run"), claimed(tmp_path / "out"):
+            pass
+        with claimed(tmp_path / "other"):
+            pass
+    with claimed(tmp_path / "out"):
+        pass
+    assert not names(tmp_path), "no lock is left"
