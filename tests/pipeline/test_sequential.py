@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import CONFIGS, build_model
+from support.models import CONFIGS, VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import (
     LAYOUTS,
@@ -21,9 +21,10 @@ from support.runs import (
     prune_blocks,
     state_of,
 )
+from transformers import BloomConfig, BloomForCausalLM
 
-from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning import Architecture, NumericalError, PruningConfig, UserError, perplexity, prune_model
+from sparsellm_lightning.architecture import ARCHITECTURES, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.solvers import Ranks
@@ -67,6 +68,28 @@ def test_cached_hidden_states_are_those_of_the_pruned_model(
         assert_same_hidden(second.hidden, dense, calibration_batches(batches), rtol=1e-4, atol=1e-5)
     pruned = block_outputs(model, describe(model).blocks[-1].module, batches)
     assert not torch.allclose(pruned[0], dense[0], rtol=1e-2, atol=1e-2), "pruning changes the hidden states"
+
+
+def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of BLOOM, for which a row is added to the table."""
+    row = Architecture(
+        blocks="h",
+        attention=(("self_attention.query_key_value",), ("self_attention.dense",)),
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+    )
+    monkeypatch.setitem(ARCHITECTURES, "bloom", row)
+    torch.manual_seed(0)
+    settings = BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=3, n_head=4, hidden_act="gelu_pytorch_tanh")
+    model = BloomForCausalLM(settings).eval()
+    returned: list[Any] = []
+    with model.transformer.h[1].register_forward_hook(lambda _, args, output: returned.append(output)):
+        block_inputs(model, model.transformer.h[1], random_batches())
+    assert all(isinstance(output, tuple) for output in returned)
+    config = PruningConfig(
+        preset="paper", sparsity=0.6, num_iterations=2, target="model", allocation="kl", reconstruction_steps=2
+    )
+    assert_cache_is_the_model(make_context(model, config), rtol=1e-4, atol=1e-5)
 
 
 CASES = [
