@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model
+from sparsellm_lightning.callbacks.finetuning import SPARSE
 from sparsellm_lightning.distributed import adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model
-from sparsellm_lightning.sparsity import sparse_projections
+from sparsellm_lightning.sparsity import linear_layers, zero_shares
 
 _TOKENS = 128  # tokens whose log-probabilities are in float32 at once
 
@@ -166,7 +167,8 @@ class Distillation(pl.Callback):
                     "Distillation cannot copy a model that is sharded over ranks. Give teacher: the path or hub id of the "
                     "dense model."
                 )
-            if trainer.ckpt_path is not None or sparse_projections(pl_module, adapter_for(trainer)):
+            shares = zero_shares(linear_layers(pl_module), adapter_for(trainer))
+            if trainer.ckpt_path is not None or any(SPARSE <= share < 1 for share in shares.values()):
                 raise UserError(
                     "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
                     "may have pruned it. Give teacher: the path or hub id of the dense model."

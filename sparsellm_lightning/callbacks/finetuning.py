@@ -7,11 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from sparsellm_lightning.architecture import Projection
-from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity import Masks, keep_zeros, sparse_projections
+from sparsellm_lightning.sparsity import Masks, keep_zeros, linear_layers, zero_shares
+
+SPARSE = 0.01  # smallest share of zeros of a layer that counts as sparse
 
 
 class SparseFinetuning(pl.Callback):
@@ -55,13 +59,16 @@ class SparseFinetuning(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        projections = sparse_projections(pl_module, adapter_for(trainer))
-        if not projections:
+        layers = linear_layers(pl_module)
+        shares = zero_shares(layers, adapter_for(trainer))
+        if not any(SPARSE <= share < 1 for share in shares.values()):
             raise UserError(
                 f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
                 "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
             )
-        self.hold(trainer, pl_module, projections)
+        _warn_of_lost_zeros(pl_module, shares)
+        # A layer of zeros only is a fresh one that must train.
+        self.hold(trainer, pl_module, [p for p in layers if 0 < shares[p.name] < 1])
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -135,3 +142,15 @@ class SparseFinetuning(pl.Callback):
                     "Resume from the checkpoint that belongs to these weights; to fine-tune other sparse weights, start a new "
                     "run from them (CausalLM(weights=...)) instead of resuming."
                 )
+
+
+def _warn_of_lost_zeros(module: pl.LightningModule, shares: dict[str, float]) -> None:
+    """Name the layers whose zeros are not kept."""
+    lost = [f"{name} (zeros only)" for name, share in shares.items() if share == 1]
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Embedding):
+            weight = local_tensor(child.weight)
+            if weight.numel() and float((weight == 0).double().mean()) >= SPARSE:
+                lost.append(f"{name} (an embedding, and a head tied to it)")
+    if lost:
+        rank_zero_warn(f"The zeros of {', '.join(lost)} are not kept in training. Freeze these weights to keep them.")

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import describe, find_model
-from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
@@ -33,8 +33,6 @@ from sparsellm_lightning.runtime import Profile
 from sparsellm_lightning.sparsity import has_adapters
 
 log = logging.getLogger(__name__)
-
-_SPARSE = 0.01  # smallest share of zeros of a model that counts as sparse
 
 
 class SparseLLMCallback(SparseFinetuning):
@@ -239,7 +237,7 @@ class SparseLLMCallback(SparseFinetuning):
         model, adapter = self._model(pl_module), adapter_for(trainer)
         self.report = report_of_sparse(describe(model, self.config), adapter, self.config.pattern)
         achieved = self.report.sparsity["achieved"]
-        if achieved < _SPARSE:
+        if achieved < SPARSE:
             raise UserError(
                 f"weights must name a sparse model, but only {100 * achieved:.2f} % of the projections of "
                 f"{pl_module.weights} are zero. To prune this model, give it as pretrained instead."

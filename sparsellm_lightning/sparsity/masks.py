@@ -113,17 +113,10 @@ class Masks:
         return {p.name: int(total) for p, total in zip(self.projections, totals, strict=True)}
 
 
-def sparse_projections(module: nn.Module, adapter: StrategyAdapter, at_least: float = 0.01) -> list[Projection]:
-    """The linear layers of any model whose weight has zeros.
-
-    Args:
-        module: anything that holds layers. Embeddings, tied heads and parts of adapters are passed over.
-        adapter: of the strategy the model runs under.
-        at_least: smallest fraction of zeros. Layers of zeros only (fresh adapters) are passed over.
-    """
+def linear_layers(module: nn.Module) -> list[Projection]:
+    """The linear layers of any model. Embeddings, heads tied to them and parts of adapters are passed over."""
     layers: list[Projection] = []
     seen: set[int] = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    # The parts of an adapter are not layers of the model.
     seen |= {
         id(parameter)
         for child in module.modules()
@@ -135,8 +128,13 @@ def sparse_projections(module: nn.Module, adapter: StrategyAdapter, at_least: fl
         if isinstance(child, (nn.Linear, Conv1D)) and id(child.weight) not in seen:
             seen.add(id(child.weight))
             layers.append(Projection(name, child, pruned=True))
+    return layers
+
+
+def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[str, float]:
+    """The fraction of zeros in each layer's weight, by name, over all ranks."""
     zeros = Masks(layers, adapter).zeros
-    return [p for p in layers if at_least <= zeros[p.name] / (p.shape[0] * p.shape[1]) < 1]
+    return {p.name: zeros[p.name] / max(p.size, 1) for p in layers}
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -159,7 +159,9 @@ def beginnings(batches: list[Batch], windows: int, length: int) -> list[Batch]:
     return found
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(512, 128), (12 * 16, 16), (1, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(512, 128), pytest.param(12 * 16, 16, marks=pytest.mark.slow), (1, 128)]
+)
 def test_damages_against_plain_transformers(
     trained: Trained, padded: list[Batch], tokens: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def test_distilled_ends_lower(trained, text: TextDataModule) -> None:
         assert ends["taught"] < ends["alone"] < pruned
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_a_frozen_copy_is_of_the_dense_model(trained, ids: Tensor, order: int) -> None:
     dense = trained("opt")
     distillation = Distillation()
@@ -187,6 +187,7 @@ def test_a_frozen_copy_is_of_the_dense_model(trained, ids: Tensor, order: int) -
     assert distillation._model is None, "the teacher's memory is freed"
 
 
+@pytest.mark.slow
 def test_memory_savers(model_dir: Path) -> None:
     """The loss with a bfloat16 teacher is close to that with a float32 one. Offloading changes nothing."""
     losses = []

@@ -352,17 +352,20 @@ def test_sparse_finetuning_alone(ids: Tensor, name: str, pattern: str) -> None:
 
 
 def test_layers_that_are_dense_stay_free(ids: Tensor) -> None:
-    """Layers without a share of zeros are not held. A zero in them may come and go."""
+    """Layers with few zeros keep these, and train for the rest."""
     model = build_model("llama")
     sparse = model.model.layers[1].mlp.up_proj.weight
     with torch.no_grad():
         sparse[:, ::2] = 0
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = 0  # a single zero does not make a layer sparse
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 0
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     module = Module(model, OPTIMIZERS["adamw"])
     trainer(SparseFinetuning(), max_steps=2).fit(module, DataLoader(ids, batch_size=4))
     assert bool((sparse[:, ::2] == 0).all())
     assert not bool((sparse[:, 1::2] == 0).any())
-    assert model.model.layers[0].mlp.up_proj.weight[0, 0] != 0
+    moved = model.model.layers[0].mlp.up_proj.weight != before
+    assert not bool(moved[0, 0])
+    assert int(moved.sum()) > 0.9 * moved.numel()
 
 
 def test_frozen_layers_are_left_alone(ids: Tensor) -> None:
@@ -745,3 +748,37 @@ def test_described_layers_are_the_watched_ones(trained) -> None:
         model = build_model(name)
         described = {p.name for p in describe(model).projections()}
         assert set(linear_weights(model)) == described
+
+
+def test_few_zeros_and_a_sparse_head_are_kept(trained, ids: Tensor) -> None:
+    """Layers below 1 % of zeros, and a head of its own. A layer of zeros only trains, and a warning names it."""
+    model = trained("gpt_neox")
+    prune_by_hand(model)
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    few, empty = (
+        next(m for name, m in layers.items() if name.endswith(end))
+        for end in ("1.mlp.dense_h_to_4h", "0.attention.dense")
+    )
+    with torch.no_grad():
+        head.weight[:, ::3] = 0
+        few.weight[few.weight == 0] = 0.01
+        few.weight.view(-1)[:7] = 0
+        empty.weight.zero_()
+    before = {name: module.weight.detach() == 0 for name, module in layers.items()}
+    with pytest.warns(UserWarning, match=r"zeros of .*0\.attention\.dense \(zeros only\) are not kept"):
+        trainer(SparseFinetuning(), max_steps=3).fit(Module(model, OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4))
+    for name, module in layers.items():
+        if module is empty:
+            assert bool((module.weight != 0).any()), "a layer of zeros only trains"
+        else:
+            assert torch.equal(module.weight == 0, before[name]), name
+
+
+def test_a_sparse_tied_head_is_named(trained, ids: Tensor) -> None:
+    model = trained("gpt2")
+    prune_by_hand(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, ::2] = 0
+    with pytest.warns(UserWarning, match=r"wte \(an embedding, and a head tied to it\) are not kept"):
+        trainer(SparseFinetuning(), max_steps=1).fit(Module(model, OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4))

@@ -44,7 +44,9 @@ def _naive(model: PreTrainedModel, index: int, length: int, seed: int, temperatu
     return ids
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gemma2"))]
+)
 def test_same_as_without_a_cache(trained: Trained, name: str) -> None:
     """40 tokens are more than the sliding window (16) of every second layer of gemma2."""
     model = trained(name)

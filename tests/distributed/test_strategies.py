@@ -81,7 +81,10 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         # gpt2 stores transposed weights, so FSDP2 shards their inputs.
         ("gpt2", {**SPARSELLM, "method": "sparsegpt", "continuations": 1, "solver_precision": "float32"}, "fsdp2", 2),
         ("llama", SPARSELLM, "fsdp2", 3),
-        ("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
+        pytest.param(
+            *("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["llama-ddp2", "llama-fsdp2", "gpt2-fsdp2", "llama-fsdp3", "opt-ddp3"],
 )
@@ -140,7 +143,7 @@ def test_reconstruction_and_measured_budgets(
         assert any(not torch.equal(w, dense[name]) for name, w in observed[0]["weights"].items() if "norm" in name)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_traffic_does_not_grow_with_tokens(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str
 ) -> None:
@@ -221,8 +224,8 @@ def test_compiled_and_checkpointed_blocks(
     [
         {"strategy": "ddp"},
         {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
-        {"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True},
-        {"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True},
+        pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(str(key if value is True else value) for key, value in options.items()),
 )
