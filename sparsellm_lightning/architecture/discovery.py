@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from posixpath import commonpath, dirname
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None) -> Dec
         attention = [[projection(module, path) for path in group] for group in row.attention]
         paths = {"gate": row.gate, "up": row.up, "down": row.down}
         feed_forward = {role: projection(module, path) for role, path in paths.items() if path is not None}
-        blocks.append(Block(index, names[module], module, attention, feed_forward))
+        holder = commonpath([dirname("/" + path.replace(".", "/")) for group in row.attention for path in group])[1:]
+        attention_module = module.get_submodule(holder.replace("/", ".")) if holder else None
+        blocks.append(Block(index, names[module], module, attention, feed_forward, attention_module))
     if unmatched:
         raise UserError(
             f"Every ignore pattern must match a projection, but {sorted(unmatched)} match none. The first block's "

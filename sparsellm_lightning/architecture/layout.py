@@ -66,6 +66,8 @@ class Block:
         module: of the block.
         attention: its attention projections, grouped by shared input, in the order of evaluation.
         feed_forward: its feed-forward projections by role: ``gate`` (where gated), ``up``, ``down``.
+        attention_module: the module inside that holds the attention projections and not the feed-forward ones. None if there is
+            no such module.
     """
 
     index: int
@@ -73,6 +75,7 @@ class Block:
     module: nn.Module
     attention: list[list[Projection]]
     feed_forward: dict[str, Projection]
+    attention_module: nn.Module | None = None
 
     @property
     def feed_forward_input(self) -> Projection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ def capture(context: Context, batches: Sequence[CalibrationBatch], fitted: int) 
         context.device,
         fitted,
         bool(recorder.returns_tuple),
+        recorder.attention_returns,
     )
 
 
@@ -85,17 +86,20 @@ def observe_input(context: Context, block: Block, cache: ActivationCache, group:
     Args:
         context: of the run.
         block: runs with its current weights.
-        cache: hidden states in front of the block. Not changed.
+        cache: hidden states in front of the block. Gets ``attention_inputs`` if the group is the last of the attention.
         group: index in :attr:`~sparsellm_lightning.architecture.Block.groups`.
         observer: of each window.
     """
     module = block.groups[group][0].module
+    keeps = group == _last_attention_group(block) and cache.attention_returns is not None
     with ExitStack() as stack:
         batches = _Batches(context, block, cache, cache.fitted, until=group)
         see = batches.on_input(observer)
 
         def see_and_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
             see(module, args)
+            if keeps:
+                cache.attention_inputs.append(moved(args[0].detach(), cache.storage))
             raise _Stop
 
         stack.callback(module.register_forward_pre_hook(see_and_stop).remove)
@@ -137,20 +141,39 @@ class _Batches:
         self.left = observed
         self.shape = torch.Size()  # of the batch that runs, and its valid tokens
         self.mask: Tensor | None = None
-        self.work = block.forward_work(max(cache.windows, default=0), until)
+        window, last = max(cache.windows, default=0), len(block.attention) - 1
+        self.work = block.forward_work(window, until)
+        # A forward that goes beyond attention replays it.
+        self.replayed = cache.attention_inputs if until is None or until > last else []
+        self.replayed_work = block.forward_work(window, last)
 
     def __iter__(self) -> Iterator[Any]:
         adapter, device = self.context.adapter, device_of(self.block.module)
         cache, arguments = self.cache, self.cache.arguments[self.block.index]
-        for hidden, mask, (args, kwargs) in zip(cache.hidden, cache.valid, arguments, strict=True):
+        for index, (hidden, mask, (args, kwargs)) in enumerate(zip(cache.hidden, cache.valid, arguments, strict=True)):
             if self.left <= 0 and not adapter.forward_is_collective:
                 return
             self.shape, self.mask = hidden.shape[:2], mask
-            with phase("forward"), adapter.forward_context():
-                count(self.shape.numel() * self.work)
+            replays = index < len(self.replayed)
+            with phase("forward"), adapter.forward_context(), self._replay(index) if replays else nullcontext():
+                count(self.shape.numel() * (self.work - self.replayed_work * replays))
                 returned = self.block.module(hidden.to(device, non_blocking=True), *args, **kwargs)
             self.left -= len(hidden)
             yield returned
+
+    @contextmanager
+    def _replay(self, index: int) -> Iterator[None]:
+        """The attention's output comes from the input of its last projection. Queries, keys and values are not computed."""
+        last, more = self.block.attention[-1][0], self.cache.attention_returns
+        assert self.block.attention_module is not None
+        assert more is not None
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            output = last.module(self.replayed[index].to(last.parameter.device, non_blocking=True))
+            return output if more < 0 else (output, *[None] * more)
+
+        with patched_forward(self.block.attention_module, attention):
+            yield
 
     def on_input(self, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         """A forward pre-hook that shows a module's input to an observer."""
@@ -165,6 +188,12 @@ class _Batches:
         windows = x.detach().reshape(*self.shape, x.shape[-1])
         for row, window in enumerate(windows[: max(self.left, 0)]):
             observer(window if self.mask is None else window[self.mask[row]])
+
+
+def _last_attention_group(block: Block) -> int | None:
+    """Index of the last attention group, if it is one projection behind the attention. None if there is no such group."""
+    last = len(block.attention) - 1
+    return last if last > 0 and len(block.attention[last]) == 1 and block.attention_module is not None else None
 
 
 class _Stop(Exception):
@@ -192,12 +221,14 @@ class _Recorder:
         returns_tuple: whether blocks return a tuple. None: the first block runs once to show it.
 
     Attributes:
+        attention_returns: see :class:`~sparsellm_lightning.calibration.ActivationCache`.
         hidden: by batch, in front of the first block.
         arguments: by block and batch.
     """
 
     def __init__(self, layout: DecoderLayout, answer: Tensor | None = None, returns_tuple: bool | None = None) -> None:
         self.layout, self.answer, self.returns_tuple = layout, answer, returns_tuple
+        self.attention_returns: int | None = None
         self.hidden: list[Tensor] = []
         self.arguments: list[list[Arguments]] = [[] for _ in layout.blocks]
 
@@ -211,9 +242,26 @@ class _Recorder:
             if index == 0:
                 self.hidden.append(hidden.detach())
             if self.returns_tuple is None:
-                self.returns_tuple = isinstance(original(hidden, *rest, **kwargs), tuple)
+                self.returns_tuple = self._run(self.layout.blocks[index], original, hidden, *rest, **kwargs)
         passed = hidden if self.answer is None else self.answer
         return (passed,) if self.returns_tuple else passed
+
+    def _run(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """Run a block once: whether it returns a tuple. Also notes ``attention_returns``."""
+        seen: list[Any] = []
+        with ExitStack() as stack:
+            if _last_attention_group(block) is not None:
+                assert block.attention_module is not None
+                for module in (block.attention[-1][0].module, block.attention_module):
+                    hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
+                    stack.callback(hook.remove)
+            returned = original(*args, **kwargs)
+        if len(seen) == 2:
+            projected, attended = seen
+            first = attended[0] if isinstance(attended, tuple) else attended
+            if isinstance(first, Tensor) and first.shape == projected.shape and torch.equal(first, projected):
+                self.attention_returns = len(attended) - 1 if isinstance(attended, tuple) else -1
+        return isinstance(returned, tuple)
 
     @contextmanager
     def in_place_of_forwards(self) -> Iterator[None]:

@@ -95,6 +95,7 @@ def prune_blocks(
                     partial(_after_iteration, on_iteration, block.index),
                 )
                 if tuning is not None:
+                    cache.attention_inputs.clear()  # tuning changes queries, keys and values
                     _tune(context, block, *tuning, result)
                     reconstruction = result.reconstruction or {}
                     fitted_error, held_out_error = (reconstruction[key][1] for key in ("fitted", "held_out"))
@@ -107,6 +108,7 @@ def prune_blocks(
             if block is not context.layout.blocks[-1]:
                 cache.hidden = run_block(context, block, cache)
                 check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
+        cache.attention_inputs.clear()
         cache.forget_arguments(block.index)
         return_free_memory()
         yield result
@@ -244,8 +246,9 @@ def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Siz
         width,
         gated="gate" in first,
         auxiliary_tokens=sum(cache.windows[:carrying]) if alternates else 0,
-        # Input and output of the block and of its feed-forward network; the goal; the dense model's activations.
-        copies=4 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
+        # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the
+        # goal; the dense model's activations.
+        copies=5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
         itemsize=max((h.element_size() for h in cache.hidden), default=4),
         auxiliary_itemsize=_auxiliary_dtype(context).itemsize,
     )
