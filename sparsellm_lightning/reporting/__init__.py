@@ -1,12 +1,12 @@
 """What a run reports: errors, sparsity, perplexity and seconds, as JSON, tables and plots."""
 
+from sparsellm_lightning.reporting.files import save_plots_if_possible
 from sparsellm_lightning.reporting.report import (
     BlockResult,
     PruningReport,
     format_table,
     layer_rows,
     report_of_sparse,
-    save_plots_if_possible,
     versions,
 )
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,15 +199,6 @@ def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter, pattern: s
         added_memory_bytes=None,
         config={},
     )
-
-
-def save_plots_if_possible(report: PruningReport, folder: Path) -> None:
-    """Write the plots into a folder if matplotlib is installed."""
-    try:
-        from sparsellm_lightning.reporting.plots import save_plots
-    except ImportError:
-        return
-    save_plots(report, folder)
 
 
 def versions() -> dict[str, str]:
