@@ -84,27 +84,17 @@ def prune_blocks(
             target = None if dense is None else _advance_dense(context, block, dense, alternates)
             result = None if journal is None else journal.restore(block)
             if result is None:
+                after = partial(_after_iteration, on_iteration, block.index)
                 tuning = _plan_tuning(context, block, cache, dense)
-                result = solve_block(
-                    context,
-                    solver,
-                    block,
-                    cache,
-                    alternate if alternates else None,
-                    target,
-                    partial(_after_iteration, on_iteration, block.index),
-                )
+                result = solve_block(context, solver, block, cache, alternate if alternates else None, target, after)
                 if tuning is not None:
                     cache.attention_inputs.clear()  # tuning changes queries, keys and values
-                    _tune(context, block, *tuning, result)
-                    reconstruction = result.reconstruction or {}
-                    fitted_error, held_out_error = (reconstruction[key][1] for key in ("fitted", "held_out"))
-                    error = fitted_error if held_out_error is None else held_out_error
-                    _after_iteration(on_iteration, block.index, len(result.errors), error)
+                    error = _tune(context, block, *tuning, result)
+                    after(len(result.errors), error)
+                check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
                 result.seconds = time.perf_counter() - start
                 if journal is not None:
                     journal.write(block, result)
-            check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
             if block is not context.layout.blocks[-1]:
                 cache.hidden = run_block(context, block, cache)
                 check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
@@ -172,8 +162,8 @@ def _plan_tuning(
     return used, goal
 
 
-def _tune(context: Context, block: Block, cache: ActivationCache, goal: list[Tensor], result: BlockResult) -> None:
-    """Tune a pruned block, and note its errors."""
+def _tune(context: Context, block: Block, cache: ActivationCache, goal: list[Tensor], result: BlockResult) -> float:
+    """Tune a pruned block and note its errors. Returns the error that chose: on held-out tokens, if there are any."""
     with phase("reconstruction"):
         (before, after), steps = Reconstructor(context, block, cache, goal).tune()
     result.reconstruction = {
@@ -181,6 +171,7 @@ def _tune(context: Context, block: Block, cache: ActivationCache, goal: list[Ten
         "fitted": [before[0], after[0]],
         "held_out": [None if math.isnan(errors[1]) else errors[1] for errors in (before, after)],
     }
+    return after[0] if math.isnan(after[1]) else after[1]
 
 
 def _alternation(context: Context, cache: ActivationCache, windows: int | None, placement: Placement) -> Alternate:
