@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-import uuid
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,7 +23,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import check_export_dir, claimed, export_model, perplexity
+from sparsellm_lightning.models import check_export_dir, claimed, export_model, export_or_rescue, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_plots_if_possible
 from sparsellm_lightning.runtime import Profile
@@ -275,7 +272,7 @@ class SparseLLMCallback(SparseFinetuning):
                 report=content,
                 more=partial(save_plots_if_possible, report),
             )
-            _export_or_rescue(export, Path(self.export_dir), self.overwrite)
+            export_or_rescue(export, Path(self.export_dir), self.overwrite)
         trainer.strategy.barrier()
 
     def _check_folders_apart(self, trainer: pl.Trainer, export_dir: Path) -> None:
@@ -340,27 +337,6 @@ class SparseLLMCallback(SparseFinetuning):
     def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
-
-
-def _export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
-    """Export, or if that fails write the model to another folder.
-
-    Raises:
-        UserError: the export failed. Names the folder that holds the model.
-    """
-    try:
-        export(export_dir=export_dir, overwrite=overwrite)
-    except (OSError, UserError) as error:
-        for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
-            rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
-            try:
-                export(export_dir=rescue)
-            except (OSError, UserError):
-                continue
-            raise UserError(
-                f"export_dir {export_dir} could not be written ({error}). The model is in {rescue}."
-            ) from error
-        raise
 
 
 def _is_sparse_already(pl_module: pl.LightningModule) -> bool:

@@ -2,7 +2,7 @@
 
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import model_inputs, perplexity
-from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model
+from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "check_export_dir",
     "claimed",
     "export_model",
+    "export_or_rescue",
     "load_model",
     "load_tokenizer",
     "model_inputs",

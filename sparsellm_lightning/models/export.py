@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,6 +129,27 @@ def export_model(
         (partial / REPORT_NAME).write_text(content + "\n")
         _put_in_place(partial, target)
     return target
+
+
+def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
+    """Export, or if that fails write the model to another folder.
+
+    Raises:
+        UserError: the export failed. Names the folder that holds the model.
+    """
+    try:
+        export(export_dir=export_dir, overwrite=overwrite)
+    except (OSError, UserError) as error:
+        for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
+            rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
+            try:
+                export(export_dir=rescue)
+            except (OSError, UserError):
+                continue
+            raise UserError(
+                f"export_dir {export_dir} could not be written ({error}). The model is in {rescue}."
+            ) from error
+        raise
 
 
 def _exported(folder: Path) -> set[str]:
