@@ -10,7 +10,7 @@ from sparsellm_lightning.callbacks import Distillation, SparseFinetuning, Sparse
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule, generate_windows
 from sparsellm_lightning.errors import MaskError, NumericalError, UserError
-from sparsellm_lightning.models import CausalLM, export_model, load_model, load_tokenizer, perplexity
+from sparsellm_lightning.models import CausalLM, export_model, load_model, load_tokenizer, perplexity, verify_export
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.sparsity import LoraOptions
@@ -35,4 +35,5 @@ __all__ = [
     "perplexity",
     "prune_model",
     "register_architecture",
+    "verify_export",
 ]

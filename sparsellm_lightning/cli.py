@@ -1,20 +1,23 @@
-"""The ``sparsellm`` command: Lightning's subcommands, and ``prune`` and ``evaluate``."""
+"""The ``sparsellm`` command: Lightning's subcommands, and ``prune``, ``evaluate`` and ``verify``."""
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsellm_lightning.architecture import describe, find_model
 from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
-from sparsellm_lightning.models import CausalLM
+from sparsellm_lightning.models import CausalLM, verify_export
 from sparsellm_lightning.reporting import format_table, layer_rows
 
 
@@ -57,6 +60,22 @@ def show_report(trainer: pl.Trainer) -> None:
             print(f"written to {pruner.export_dir}")
 
 
+def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0.01) -> None:
+    """Recompute from an export's files what its report says. Exits with status 1 if they differ.
+
+    Args:
+        folder: that export_dir named.
+        data: the text on which the report's perplexity was measured. Without it, perplexity is not compared.
+        tolerance: largest relative difference of perplexities.
+    """
+    if data is not None and data.tokenizer is None:
+        data.tokenizer = folder
+    differences = verify_export(folder, None if data is None else data.val_dataloader(), tolerance)
+    if differences:
+        raise UserError(f"{folder} is not what its report says:\n" + "\n".join(differences))
+    print(f"{folder} is what its report says" + ("." if data is None else ", its perplexity too."))
+
+
 class SparseLLMCLI(LightningCLI):
     """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
 
@@ -85,8 +104,15 @@ class SaveConfigBesideLogs(SaveConfigCallback):
 
 
 def main(args: Any = None) -> None:
-    """Entry point of ``sparsellm``. A user's mistake ends it with one message and status 1."""
+    """Entry point of ``sparsellm``.
+
+    A user's mistake ends it with one message and status 1, Ctrl-C with status 130 and SIGTERM with status 143.
+    """
+    arguments = sys.argv[1:] if args is None else args
     try:
+        if arguments and arguments[0] == "verify":
+            auto_cli(verify, args=arguments[1:], prog="sparsellm verify")
+            return
         SparseLLMCLI(
             CausalLM,
             TextDataModule,
@@ -94,8 +120,20 @@ def main(args: Any = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigBesideLogs,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": "Prune causal language models. `sparsellm verify DIR` checks an export."},
             args=args,
         )
-    except (UserError, NumericalError, MisconfigurationException) as error:
-        print(f"sparsellm: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (UserError, NumericalError, PeerError, MisconfigurationException) as error:
+        _end(f"error: {error}", 1)
+    except SIGTERMException:
+        _end("ended by SIGTERM", 128 + signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning exits with status 1 after Ctrl-C.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        _end("ended by Ctrl-C", 128 + signal.SIGINT)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"sparsellm: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import describe, find_model
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
@@ -195,6 +196,23 @@ class SparseLLMCallback(SparseFinetuning):
         self._restored = True
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune, or prune further, and hold the zeros."""
+        with ending_on_sigterm():
+            try:
+                self.report = self._pruned_report(trainer, pl_module)
+            except (KeyboardInterrupt, SystemExit):
+                kept = "No finished block was kept. To be able to go on, set resume_dir."
+                if self.resume_dir is not None:
+                    kept = f"Finished blocks are in {self.resume_dir}. Start the same command again to go on."
+                log.warning("Pruning was interrupted. %s", kept)
+                raise
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(callback, WeightAveraging) and average is not None:
+                average.module.load_state_dict(pl_module.state_dict())  # it is a copy of the dense model
+        self._hold(trainer, pl_module)
+
+    def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
         """Prune, or prune further, and measure before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
         before = self._perplexity(trainer, model, adapter)
@@ -222,12 +240,7 @@ class SparseLLMCallback(SparseFinetuning):
             achieved = report.sparsity["achieved"]
             stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
             report.stages = [*stages, stage]
-        self.report = report
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)
-            if isinstance(callback, WeightAveraging) and average is not None:
-                average.module.load_state_dict(pl_module.state_dict())  # it is a copy of the dense model
-        self._hold(trainer, pl_module)
+        return report
 
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsellm_lightning.distributed.liveness import FAILURE, watching_peers
 from sparsellm_lightning.solvers import Ranks, split_sizes
 
 log = logging.getLogger(__name__)
 
-_FAILURE, _HEARD = "sparsellm_lightning/failure", "sparsellm_lightning/heard"
+_HEARD = "heard"  # key of the store: number of ranks that have read the failure
+_CONTEXTS = itertools.count()  # equal on all ranks, which enter the same contexts in the same order
 _SMALL = 2**15  # largest number of elements, over all ranks, that are gathered and added rather than reduced
 _PATIENCE = 10.0  # seconds that a failing rank waits for the others to read its message
 
@@ -77,19 +80,21 @@ class ProcessGroupRanks(Ranks):
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        default = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"sparsellm_lightning/{next(_CONTEXTS)}", default)
         try:
-            yield
+            with watching_peers(store, self.rank, self.size):
+                yield
         except BaseException as error:
-            if store.check([_FAILURE]):
+            if isinstance(error, Exception) and store.check([FAILURE]):
                 # Another rank failed first and closed its connections. That caused the error here.
-                message = store.get(_FAILURE).decode()
+                message = store.get(FAILURE).decode()
                 log.error(message)
                 store.add(_HEARD, 1)
                 raise PeerError(message) from error
             message = f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}"
             log.error(message)
-            store.set(_FAILURE, message)
+            store.set(FAILURE, message)
             # Closing the connections wakes ranks that wait in a collective. They then need time to read the message, because
             # the store may live in this process.
             dist.destroy_process_group()

@@ -4,6 +4,7 @@ from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.models.verify import verify_export
 
 __all__ = [
     "REPORT_NAME",
@@ -16,4 +17,5 @@ __all__ = [
     "load_tokenizer",
     "model_inputs",
     "perplexity",
+    "verify_export",
 ]

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sparsellm_lightning.reporting import BlockResult, versions
 from sparsellm_lightning.solvers import Ranks
 
 _FINGERPRINT = "fingerprint.json"
+_WEIGHTS = "model.weights"  # key of the fingerprint
 
 
 class Journal:
@@ -33,25 +35,54 @@ class Journal:
     A file is written beside its place and renamed, and its name holds the SHA-256 of its content. So a kill leaves a whole
     file or none. A damaged file counts as missing, with a warning.
 
+    A later stage of gradual pruning starts from weights that were trained, and training may not repeat bit by bit. So the
+    journal of a later stage with other weights is begun anew, with a warning.
+
     Args:
         folder: created if it does not exist.
         context: of the run.
         batches: this rank's calibration windows, before any are written by the model.
 
     Raises:
-        UserError: the folder holds the journal of a run with another fingerprint. Names the keys that differ.
+        UserError: the folder holds the journal of a run with another fingerprint (names the keys that differ), or cannot be
+            written.
     """
 
     def __init__(self, folder: str | Path, context: Context, batches: Iterable[CalibrationBatch]) -> None:
         self.folder, self.ranks = Path(folder), context.ranks
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_file(
+            f"trial-rank-{self.ranks.rank}", b""
+        ).unlink()  # a folder that cannot be written is refused here
         wanted = fingerprint(context, batches)
+        stored = self._read_fingerprint()
+        differing = [] if stored is None else _differing(stored, wanted)
+        others = [text for key, text in differing if not (context.keep_zeros and key == _WEIGHTS)]
+        if others:
+            raise UserError(
+                f"resume_dir {folder} holds the journal of another run. These differ: {'; '.join(others)}. Choose another "
+                "folder, delete this one, or restore the settings."
+            )
+        if not self.ranks.all(not differing):
+            warnings.warn(f"Journal: {folder} was written for other trained weights. It is begun anew.", stacklevel=2)
+            for path in self.folder.glob(f"*-rank-{self.ranks.rank}.*.safetensors"):
+                path.unlink()
+        if self.ranks.rank == 0 and (stored is None or differing):
+            self._write_file(_FINGERPRINT, (json.dumps(wanted, indent=2) + "\n").encode())
+        self.ranks.all(True)  # no rank goes on before the first has written
+
+    def _read_fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint in the folder. None if there is none."""
         path = self.folder / _FINGERPRINT
-        if path.exists():
-            _compare(json.loads(path.read_text()), wanted, self.folder)
-        elif self.ranks.rank == 0:
-            _replace(path, (json.dumps(wanted, indent=2) + "\n").encode())
-        self.ranks.all(True)  # no rank writes before all have compared
+        try:
+            stored = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"resume_dir {self.folder} must hold a readable {_FINGERPRINT}, but reading it fails ({error}). Choose another "
+                "folder, or delete this one to begin anew."
+            ) from error
+        return stored if isinstance(stored, dict) else {}
 
     def restore(self, block: Block) -> BlockResult | None:
         """Put a finished block's parameters into the model. None if any rank lacks its file."""
@@ -87,23 +118,47 @@ class Journal:
 
     def _read_mine(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         for path in self.folder.glob(f"{self._stem(name)}.*.safetensors"):
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != path.suffixes[-2].removeprefix("."):
-                warnings.warn(f"Journal: {path} is damaged. {name} is done again.", stacklevel=2)
-                return None
             try:
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != path.suffixes[-2].removeprefix("."):
+                    warnings.warn(f"Journal: {path} is damaged. {name} is done again.", stacklevel=2)
+                    return None
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
                 return load(content), json.loads(header["__metadata__"]["result"])
-            except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
                 warnings.warn(f"Journal: {path} cannot be read ({error}). {name} is done again.", stacklevel=2)
         return None
 
     def _write(self, name: str, tensors: dict[str, Tensor], result: dict[str, Any]) -> None:
         noted = {"result": json.dumps(result)}
         content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, noted)
-        for old in self.folder.glob(f"{self._stem(name)}.*"):
-            old.unlink()
-        _replace(self.folder / f"{self._stem(name)}.{hashlib.sha256(content).hexdigest()}.safetensors", content)
+        digest = hashlib.sha256(content).hexdigest()
+        new = self._write_file(f"{self._stem(name)}.{digest}.safetensors", content)
+        for path in self.folder.glob(f"{self._stem(name)}.*"):
+            if path != new:  # it was damaged
+                path.unlink()
+
+    def _write_file(self, name: str, content: bytes) -> Path:
+        """Write a file beside its place, and rename it.
+
+        Raises:
+            UserError: the system refuses it.
+        """
+        path, partial = self.folder / name, self.folder / f".{name}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            return partial.rename(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise UserError(
+                f"resume_dir must be writable, but {name} cannot be written to {self.folder}: {error.strerror or error}. Free "
+                "space or choose another folder. The finished blocks in it stay usable: start the same command again to go on."
+            ) from error
 
     def _stem(self, name: str) -> str:
         return f"{name}-rank-{self.ranks.rank}"
@@ -112,34 +167,38 @@ class Journal:
 def fingerprint(context: Context, batches: Iterable[CalibrationBatch]) -> dict[str, Any]:
     """What decides a run's result: settings, model, calibration windows, arithmetic, number of ranks, versions.
 
-    The model's weights and the windows enter by a hash over all ranks.
+    Every byte of the model's weights and of the windows enters a hash, over all ranks.
     """
+    model, strategy = context.layout.model, context.adapter.strategy
     weights = hashlib.sha256()
-    for name, parameter in context.layout.model.named_parameters():
-        local = local_tensor(parameter)
-        # A sum in float64, and the bytes of some entries, because hashing 140 GB would take minutes.
-        some = local.flatten()[:: max(1, local.numel() // 1024)].float().cpu()
+    for name, parameter in model.named_parameters():
         weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        weights.update(local.sum(dtype=torch.float64).cpu().numpy().tobytes())
-        weights.update(some.numpy().tobytes())
+        weights.update(local_tensor(parameter).flatten().view(torch.uint8).cpu().numpy())
     windows = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.inputs.items()):
             windows.update(f"{name} {tuple(tensor.shape)}".encode())
             windows.update(tensor.cpu().float().numpy().tobytes())
-    settings = json.loads(json.dumps(asdict(context.config)))
+    settings = asdict(context.config)
     del settings["memory"]  # changes the speed, not the result
-    return {
+    model_config = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")
+    }
+    found = {
         "config": {**settings, "keep_zeros": context.keep_zeros},
-        "model": {"type": context.layout.model.config.model_type, "weights": _over_ranks(weights, context.ranks)},
+        "model": {"config": model_config, "weights": _over_ranks(weights, context.ranks)},
         "windows": _over_ranks(windows, context.ranks),
         "ranks": context.ranks.size,
         "arithmetic": {
             "coarse_dtype": str(context.coarse_dtype),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "precision": None if strategy is None else strategy.precision_plugin.precision,
+            "attention": model.config._attn_implementation,
         },
         "versions": versions(),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def _name(block: Block) -> str:
@@ -150,17 +209,13 @@ def _over_ranks(digest: Any, ranks: Ranks) -> str:
     return hashlib.sha256(b"".join(bytes(part) for part in ranks.gather_counts(*digest.digest()))).hexdigest()
 
 
-def _compare(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    differing = [
-        f"{key}: {_at(stored, key)} there, {_at(wanted, key)} here"
+def _differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str]]:
+    """Keys whose values differ, each with both values as text."""
+    return [
+        (key, f"{key}: {_at(stored, key)} there, {_at(wanted, key)} here")
         for key in sorted({*_keys(stored), *_keys(wanted)})
         if _at(stored, key) != _at(wanted, key)
     ]
-    if differing:
-        raise UserError(
-            f"resume_dir {folder} holds the journal of another run. These differ: {'; '.join(differing)}. Choose another "
-            "folder, delete this one, or restore the settings."
-        )
 
 
 def _keys(nested: dict[str, Any], prefix: str = "") -> Iterable[str]:
@@ -172,12 +227,3 @@ def _at(nested: Any, key: str) -> Any:
     for part in key.split("."):
         nested = nested.get(part) if isinstance(nested, dict) else None
     return nested
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

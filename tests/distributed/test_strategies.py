@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -290,13 +291,16 @@ def launch(folder: Path, timeout: float = 300, **options: Any) -> subprocess.Com
     """Run a job in new processes, which Lightning starts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(options))
-    return subprocess.run(
-        [sys.executable, jobs.__file__, str(folder), str(folder / "job.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = [sys.executable, jobs.__file__, str(folder), str(folder / "job.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True)
+    try:
+        status = process.wait(timeout)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # a rank that is stopped outlives the first one
+        process.wait()
+    return subprocess.CompletedProcess(command, status, stderr=(folder / "errors.txt").read_text())
 
 
 @pytest.mark.slow
@@ -307,6 +311,7 @@ def launch(folder: Path, timeout: float = 300, **options: Any) -> subprocess.Com
         ("ddp", 1, "KeyboardInterrupt"),
         ("fsdp2", 0, "KeyboardInterrupt"),
         ("fsdp2", 1, "killed"),
+        ("ddp", 1, "SIGTERM"),
     ],
 )
 def test_a_failing_rank_ends_the_run(
@@ -327,6 +332,32 @@ def test_a_failing_rank_ends_the_run(
     assert time.monotonic() - start < 60
     if failure != "killed":
         assert f"Pruning failed on rank {failing_rank}: {failure}" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "stopped_rank"), [("ddp", 1), ("ddp", 0), ("fsdp2", 1)])
+def test_ranks_do_not_wait_for_a_stopped_one(
+    tmp_path: Path, folder_of: Callable[[str], str], strategy: str, stopped_rank: int
+) -> None:
+    """Rank 0 is the process that is waited for, and that serves the store. If it is stopped itself, rank 1 must end."""
+    options = {
+        "job": "fail",
+        "model": folder_of("llama"),
+        "strategy": strategy,
+        "processes": 2,
+        "failing_rank": stopped_rank,
+        "failure": "stopped",
+        "pruner": FAILING,
+        "constants": {"sparsellm_lightning.distributed.liveness.SILENCE": 5.0},
+    }
+    if stopped_rank == 1:
+        run = launch(tmp_path, timeout=60, **options)
+        assert run.returncode == 1
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            launch(tmp_path, timeout=40, **options)
+    who = "rank 1 has" if stopped_rank == 1 else "the process that serves the process group's store, mostly rank 0, has"
+    assert f"Pruning failed: {who} given no sign of life for 5 seconds" in (tmp_path / "errors.txt").read_text()
 
 
 gpus = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: CUDA, NCCL and FSDP1")

@@ -260,7 +260,9 @@ def fail(job: Job) -> None:
     ends: dict[str, Callable[[], Any]] = {
         "ValueError": lambda: _raise(ValueError("a bad batch")),
         "KeyboardInterrupt": lambda: _raise(KeyboardInterrupt()),
+        "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
         "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     }
     solve = sequential.solve_feed_forward
 

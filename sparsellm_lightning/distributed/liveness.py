@@ -1,0 +1,102 @@
+"""Ending a process whose peers have stopped or failed, because its main thread may wait for them in a collective for ever."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+FAILURE = "failure"  # key of the store: message of the rank that failed first
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 40.0  # seconds without a sign of life after which a rank counts as stopped
+GRACE = 10.0  # seconds after another rank's failure in which this one may still end by an exception
+
+
+@contextmanager
+def watching_peers(store: dist.Store, rank: int, size: int) -> Iterator[None]:
+    """End this process if the ranks inside this context stop.
+
+    A thread counts up this rank's key in the store and reads the key of the next rank, so that the store's load does not grow
+    with the square of the ranks. The rank whose neighbour has been silent for :data:`SILENCE` seconds notes that as a failure.
+    Every rank that finds a failure and has not ended after :data:`GRACE` seconds exits with status 1: a main thread that waits
+    in a collective cannot be interrupted otherwise. The first rank that leaves the context without an exception ends the watch
+    of all, because no rank waits for another behind its last collective.
+
+    Args:
+        store: shared by all ranks. Its keys must be this context's own.
+        rank, size: of this process, and number of processes.
+    """
+    # A clone has a connection of its own, which does not wait for the main thread's operations. Older torch has no clones.
+    own = store.clone() if hasattr(store, "clone") else store
+    watch = _Watch(own, rank, (rank + 1) % size)
+    threads = [threading.Thread(target=run, daemon=True) for run in (watch.beat, watch.judge)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        watch.succeeded = True
+    finally:
+        watch.left.set()
+        for thread in threads:
+            thread.join(BEAT)
+
+
+class _Watch:
+    def __init__(self, store: dist.Store, rank: int, neighbour: int) -> None:
+        self.store, self.rank, self.neighbour = store, rank, neighbour
+        self.count = 0  # of the neighbour's signs of life
+        self.heard = self.answered = (
+            time.monotonic()
+        )  # when the neighbour's count last rose, and when the store last answered
+        self.failure: tuple[str, float] | None = None  # message and time
+        self.left = threading.Event()
+        self.succeeded = self.over = False
+
+    def beat(self) -> None:
+        """Exchange signs of life through the store, until this or another rank leaves."""
+        while not (self.over or self.left.is_set()):
+            self.left.wait(BEAT)
+            try:
+                self.store.add(str(self.rank), 1)
+                self.over = self.store.add("left", int(self.succeeded)) > 0
+                count = self.store.add(str(self.neighbour), 0)
+                if self.failure is None and self.store.check([FAILURE]):
+                    self.failure = self.store.get(FAILURE).decode(), time.monotonic()
+            except (RuntimeError, OSError):
+                return  # the process that serves the store has ended; the store counts as silent from now on
+            self.answered = time.monotonic()
+            if count > self.count:
+                self.count, self.heard = count, self.answered
+
+    def judge(self) -> None:
+        """Exit when the neighbour or the store has been silent for too long, or another rank has failed."""
+        while not (self.over or self.left.wait(BEAT / 4)):
+            now = time.monotonic()
+            if self.failure is not None and now - self.failure[1] > GRACE:
+                self._exit(self.failure[0])
+            if now - self.answered > SILENCE:
+                self._exit(_stopped("the process that serves the process group's store, mostly rank 0,"))
+            if now - self.heard > SILENCE:
+                message = _stopped(f"rank {self.neighbour}")
+                threading.Thread(target=self.store.set, args=(FAILURE, message), daemon=True).start()
+                time.sleep(BEAT / 4)
+                self._exit(message)
+
+    def _exit(self, message: str) -> None:
+        log.error(message)
+        logging.shutdown()
+        os._exit(1)
+
+
+def _stopped(who: str) -> str:
+    return (
+        f"Pruning failed: {who} has given no sign of life for {SILENCE:.0f} seconds. Finished blocks in resume_dir stay "
+        "usable: start the same command again to go on."
+    )

@@ -1,0 +1,155 @@
+"""Comparing an export with its report: what the files hold, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import DecoderLayout, Projection, describe
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.evaluation import perplexity
+from sparsellm_lightning.models.export import REPORT_NAME
+from sparsellm_lightning.models.loading import load_model
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tolerance: float = 0.01) -> list[str]:
+    """Recompute from an export's files what its report says.
+
+    Compared are: the files that the report names; every tensor's finiteness; a tied head; the tensors and shapes that the
+    configuration asks for; zeros of every projection, exactly; the pattern; and, if there are batches, perplexity.
+
+    Args:
+        folder: an export.
+        batches: of the text on which the report's perplexity was measured. None: perplexity is not measured.
+        tolerance: largest relative difference of perplexities. Other machines and precisions round differently.
+
+    Returns:
+        one sentence for each difference. Empty if the report is true.
+
+    Raises:
+        UserError: there is no such folder, or its report cannot be read.
+    """
+    path = Path(folder)
+    report = _read_report(path)
+    found = [
+        f"{name}: the report names this file, but it is missing"
+        for name in report["files"]
+        if not (path / name).exists()
+    ]
+    stored = _Stored(path)
+    found += stored.damaged
+    found += [f"{name}: holds NaN or infinity" for name in stored if not bool(torch.isfinite(stored[name]).all())]
+    try:
+        model = load_model(str(path)).eval()
+    except UserError as error:
+        return [*found, str(error)]
+    found += _compare_tied(model)
+    found += _compare_sparsity(describe(model), report)
+    if batches is not None and not found:
+        measured = perplexity(model, batches)
+        reported = report["perplexity"].get("finetuned", report["perplexity"]["pruned"])
+        if reported is None:
+            found.append(f"perplexity: the report has none, the files give {measured:.4f}")
+        elif not abs(measured - reported) <= tolerance * reported:
+            found.append(f"perplexity: the report says {reported:.4f}, the files give {measured:.4f} on this text")
+    return found
+
+
+class _Stored:
+    """The tensors in the safetensors files of a folder.
+
+    Attributes:
+        damaged: one sentence for each file that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self.damaged: list[str] = []
+        try:
+            index = folder / _INDEX
+            names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {_SINGLE}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = set()
+            self.damaged.append(f"{_INDEX}: cannot be read ({error})")
+        for name in sorted(names):
+            file = folder / Path(name).name  # an index must not lead out of the folder
+            try:
+                with safe_open(file, "pt") as opened:
+                    self._files |= dict.fromkeys(opened.keys(), file)
+            except (OSError, SafetensorError) as error:
+                self.damaged.append(f"{name}: cannot be read ({error})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text(), parse_constant=_refuse_constant)
+        missing = {"files", "layers", "sparsity", "pattern", "perplexity"} - report.keys()
+        cause = f"it lacks {', '.join(sorted(missing))}" if missing else ""
+    except (OSError, ValueError, AttributeError) as error:
+        cause = str(error)
+    if cause:
+        raise UserError(
+            f"verify needs an export with a whole {REPORT_NAME}, but that of {folder} cannot be used ({cause}). Name the "
+            "folder that export_dir named."
+        )
+    plain: dict[str, Any] = report
+    return plain
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _compare_tied(model: PreTrainedModel) -> Iterator[str]:
+    head = model.get_output_embeddings()
+    # transformers unties a head whose file holds another tensor than the embedding, and says so in a log message only.
+    if model.config.tie_word_embeddings and head is not None and head.weight is not model.get_input_embeddings().weight:
+        yield "the head: the configuration ties it to the embedding, the files hold two different tensors"
+
+
+def _compare_sparsity(layout: DecoderLayout, report: dict[str, Any]) -> Iterator[str]:
+    reported = {layer["name"]: layer["sparsity"] for layer in report["layers"]}
+    projections = {p.name: p for p in layout.projections()}
+    for name in sorted(reported.keys() ^ projections.keys()):
+        where = "the report, not in the model" if name in reported else "the model, not in the report"
+        yield f"{name}: this projection is in {where}"
+    total = 0
+    for name, p in projections.items():
+        zeros = int((p.parameter == 0).sum())
+        total += zeros
+        if name in reported and zeros != round(reported[name] * p.size):
+            yield f"{name}: the report says {reported[name]:.6f} zeros, the files hold {zeros / p.size:.6f}"
+        if zeros and not _has_pattern(p, report["pattern"]):
+            yield f"{name}: the report says pattern {report['pattern']}, the files break it"
+    share, said = total / sum(p.size for p in projections.values()), report["sparsity"]["achieved"]
+    if not math.isclose(share, said, abs_tol=1e-9):
+        yield f"sparsity: the report says {said:.6f} over all projections, the files hold {share:.6f}"
+
+
+def _has_pattern(projection: Projection, pattern: str) -> bool:
+    """Whether every group of an N:M pattern has its zeros. True for patterns without groups."""
+    config = PruningConfig(pattern=pattern, sparsity=None if ":" in pattern else 0.5)
+    if config.group == 1:
+        return True
+    rows = projection.parameter.T if projection.transposed else projection.parameter
+    zeros = (rows == 0).unfold(1, config.group, config.group).sum(-1)
+    return bool((zeros >= round(config.group * config.requested_sparsity)).all())
