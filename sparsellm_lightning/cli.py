@@ -87,6 +87,12 @@ class SparseLLMCLI(LightningCLI):
             **{name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"},
         }
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # such as an unknown strategy
+            raise UserError(f"The Trainer must accept its settings, but it does not: {error}") from error
+
     def after_fit(self) -> None:
         """Show the report, as ``prune`` does."""
         show_report(self.trainer)

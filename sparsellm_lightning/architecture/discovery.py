@@ -29,8 +29,8 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None) -> Dec
         config: settings. None: the default settings, under which every projection is pruned.
 
     Raises:
-        UserError: an unknown architecture, an ``ignore`` pattern that matches nothing, columns that do not divide by the N:M
-            group, or block indices outside the model.
+        UserError: an unknown architecture, a block that is listed twice, an ``ignore`` pattern that matches nothing, columns
+            that do not divide by the N:M group, or block indices outside the model.
     """
     config = config or PruningConfig()
     row, model_type = find_architecture(model.config.model_type), model.config.model_type
@@ -48,7 +48,13 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None) -> Dec
         return Projection(name, module, pruned=not matching)
 
     blocks = []
-    for index, module in enumerate(decoder_blocks(model)):
+    modules = decoder_blocks(model)
+    if len(set(modules)) < len(modules):
+        raise UserError(
+            f"Every decoder block must be a module of its own, but {len(modules)} blocks of {type(model).__name__} are only "
+            f"{len(set(modules))} modules. A shared block cannot be solved for two places: copy it first."
+        )
+    for index, module in enumerate(modules):
         attention = [[projection(module, path) for path in group] for group in row.attention]
         paths = {"gate": row.gate, "up": row.up, "down": row.down}
         feed_forward = {role: projection(module, path) for role, path in paths.items() if path is not None}

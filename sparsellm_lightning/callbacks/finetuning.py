@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -15,6 +15,7 @@ from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import Masks, keep_zeros, linear_layers, zero_shares
 
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 SPARSE = 0.01  # smallest share of zeros of a layer that counts as sparse
 
 
@@ -56,6 +57,12 @@ class SparseFinetuning(pl.Callback):
             raise UserError(
                 f"{type(self).__name__} keeps the masks itself, but the Trainer also has Lightning's ModelPruning, which would "
                 "prune and reparametrise the same weights. Remove one of them."
+            )
+        swa = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if swa and not any(True for _ in pl_module.parameters()):
+            raise UserError(
+                f"StochasticWeightAveraging copies the module before configure_model() builds it, so that it would average no "
+                f"weight of {type(pl_module).__name__}. Use Lightning's WeightAveraging or EMAWeightAveraging."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,7 +112,7 @@ class SparseFinetuning(pl.Callback):
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in later:
             # The averages are checked, measured and exported. The callback puts them in place here, and again in its turn.
-            if isinstance(callback, WeightAveraging):
+            if isinstance(callback, AVERAGING):
                 callback.on_train_end(trainer, pl_module)
         self._check()
         self.release()

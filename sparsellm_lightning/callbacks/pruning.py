@@ -18,13 +18,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import describe, find_model
-from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import check_export_dir, claimed, export_model, export_or_rescue, perplexity
+from sparsellm_lightning.models import (
+    Buffers,
+    check_export_dir,
+    claimed,
+    export_model,
+    export_or_rescue,
+    perplexity,
+    put_back,
+    unsaved_float32_buffers,
+)
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_plots_if_possible
 from sparsellm_lightning.runtime import Profile
@@ -93,6 +102,7 @@ class SparseLLMCallback(SparseFinetuning):
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
         self._claim = ExitStack()  # of export_dir, from setup to teardown
+        self._unsaved: Buffers = []  # of the module before Lightning converts it
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -100,6 +110,7 @@ class SparseLLMCallback(SparseFinetuning):
             return
         self._restored = False
         self._profile = Profile()
+        self._unsaved = unsaved_float32_buffers(pl_module)
         if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
             raise UserError(
                 "SparseLLMCallback prunes when training starts, but nothing would run: max_steps, max_epochs and "
@@ -128,6 +139,7 @@ class SparseLLMCallback(SparseFinetuning):
                 self._claim.enter_context(claimed(self.export_dir))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        put_back(self._unsaved)
         describe(self._model(pl_module), self.config)
         if self.export_dir is not None:
             getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
@@ -327,7 +339,7 @@ class SparseLLMCallback(SparseFinetuning):
                 f"schedule has a stage at step {last}, but the run ends at max_steps {trainer.max_steps}. Train longer, or "
                 "prune earlier."
             )
-        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(callback, AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(
                 "Gradual pruning cannot be combined with weight averaging, because an average of weights before and after a "
                 "stage is not sparse. Leave out schedule, or average in a second run (CausalLM(weights=...))."

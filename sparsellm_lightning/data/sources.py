@@ -253,7 +253,7 @@ def _load_table(name: str, config: str | None = None, **kwargs: Any) -> Table:
     import datasets  # slow to import, and not needed for python-docs or .txt
 
     try:
-        table: Table = datasets.load_dataset(name, config, **kwargs)
+        table: Table = datasets.load_dataset(name, config, **kwargs)  # nosec B615
     # The json builder raises StopIteration for an empty file.
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise _unavailable(kwargs.get("data_files", name), error) from error

@@ -50,12 +50,15 @@ class StrategyAdapter:
         """
         modes = {module: module.training for module in model.modules()}
         stance = getattr(torch.compiler, "set_stance", None)
+        random_state = isolate_rng()
+        random_state.__enter__()
         model.eval()
         try:
             eager = stance("force_eager") if stance else nullcontext()
-            with isolate_rng(), eager, fastest_float32(device_of(model)):
+            with eager, fastest_float32(device_of(model)):
                 yield
         finally:
+            random_state.__exit__(None, None, None)  # as a with statement, it restores nothing after an exception
             for module, training in modes.items():
                 module.training = training
 

@@ -1,15 +1,18 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
+from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
-from sparsellm_lightning.models.evaluation import model_inputs, perplexity
+from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.verify import verify_export
 
 __all__ = [
     "REPORT_NAME",
+    "Buffers",
     "CausalLM",
     "check_export_dir",
+    "check_inputs",
     "claimed",
     "export_model",
     "export_or_rescue",
@@ -17,5 +20,7 @@ __all__ = [
     "load_tokenizer",
     "model_inputs",
     "perplexity",
+    "put_back",
+    "unsaved_float32_buffers",
     "verify_export",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.buffers import put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
-from sparsellm_lightning.models.evaluation import IGNORED, labels_of, new_metric, update
+from sparsellm_lightning.models.evaluation import IGNORED, check_inputs, labels_of, new_metric, update
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
@@ -95,6 +97,13 @@ class CausalLM(pl.LightningModule):
             self.model = load_sharded(load, mesh["data_parallel"], prepare)
         self.model.train()  # loaded models are in evaluation mode, without dropout
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert the module, as Lightning does for its precisions. Rotary frequencies stay in float32."""
+        unsaved = unsaved_float32_buffers(self.model) if hasattr(self, "model") else []
+        converted = super()._apply(fn, recurse)
+        put_back(unsaved)
+        return converted
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
@@ -124,6 +133,7 @@ class CausalLM(pl.LightningModule):
         self._evaluation_step(batch, "test_perplexity")
 
     def _evaluation_step(self, batch: dict[str, Tensor], name: str) -> None:
+        check_inputs(self.model, batch)
         update(self.perplexity, self(batch), labels_of(batch))
         self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 

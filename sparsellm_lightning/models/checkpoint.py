@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import pickle  # nosec B403: only a restricted Unpickler is used
 from pathlib import Path
 from typing import Any
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,42 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
         f"A calibration batch must be token ids or a dict with 'input_ids', got {type(batch).__name__}{keys}. "
         "Have the calibration dataloader give such batches."
     )
+
+
+def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse arguments on which a model's forward would fail, or would look up embeddings that are not there.
+
+    Args:
+        model: that is called.
+        inputs: as :func:`model_inputs` gives them.
+
+    Raises:
+        UserError: token ids that are not (batch, sequence) integers of the vocabulary, empty windows, or windows longer than
+            the model's context.
+    """
+    config = model.config.get_text_config()
+    ids = inputs.get("input_ids")
+    if ids is not None:
+        shape = tuple(ids.shape)
+        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not shape[1]:
+            raise UserError(
+                f"Token ids must be integers of shape (batch, sequence), at least one token long, got {ids.dtype} of shape "
+                f"{shape}. Have the dataloader give such batches."
+            )
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if low < 0 or high >= vocabulary:
+            raise UserError(
+                f"Token ids must lie in the model's vocabulary, 0 to {vocabulary - 1}, got {low} to {high}. Use the tokenizer "
+                "that belongs to the model."
+            )
+    length = next(iter(inputs.values())).shape[1]
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if context is not None and length > context:
+        raise UserError(
+            f"Windows must fit into the model's context of {context} tokens, got windows of {length}. Use shorter windows "
+            "(data.sequence_length)."
+        )
 
 
 def new_metric() -> Perplexity:
@@ -84,7 +120,9 @@ def perplexity(
     rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
     with adapter.calibrating(model):
         for batch in batches:
-            inputs = {key: value[rank::size].to(device) for key, value in model_inputs(batch).items()}
+            whole = model_inputs(batch)
+            check_inputs(model, whole)
+            inputs = {key: value[rank::size].to(device) for key, value in whole.items()}
             labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None
             logits = adapter.logits(model, inputs)
             if logits is not None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
@@ -42,7 +41,7 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
 
     def load(**extra: Any) -> PreTrainedModel:
         options = {**kwargs, **extra, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
         return model
@@ -71,7 +70,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
 
     def load() -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)  # nosec B615
         return tokenizer
 
     return _or_user_error(pretrained, load)
@@ -169,8 +168,8 @@ def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        cause = " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # a damaged file or configuration raises almost any class
+        cause = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:500]
         raise UserError(
             f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "
             "Check the name, the network and HF_HUB_OFFLINE, or name a local folder."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from sparsellm_lightning.data import (
 )
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import check_inputs, model_inputs
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
@@ -90,7 +91,7 @@ def prune_model(
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(
-            calibration_batches,
+            _checked(model, calibration_batches),
             config.num_calibration_samples,
             adapter.ranks,
             context.device,
@@ -139,6 +140,14 @@ def prune_model(
         added_memory_bytes=memory.added(),
         config=asdict(config),
     )
+
+
+def _checked(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+    """The model's arguments in every batch, refused if the model cannot take them."""
+    for batch in batches:
+        inputs = model_inputs(batch)
+        check_inputs(model, inputs)
+        yield inputs
 
 
 def _write_windows(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.models import VOCABULARY, build_model
 
-from sparsellm_lightning import NumericalError, PruningConfig, UserError, prune_model
+from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
 from sparsellm_lightning.solvers import Gram, NofM, Ranks, Unstructured, admm
 
 PRESETS = ["paper", "fast", "balanced"]
@@ -79,3 +79,57 @@ def test_admm_without_damping_does_not_diverge(damping: float, tokens: int, patt
     magnitude = weight * pattern.select(weight.abs())
     error, reference = ((x @ (weight - w).T).square().sum() for w in (pruned, magnitude))
     assert error <= reference
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.arange(1, 17), r"shape \(batch, sequence\).* got torch.int64 of shape \(16,\)"),
+        (windows().float(), "must be integers"),
+        (windows() > 3, "must be integers"),
+        (torch.zeros(4, 0, dtype=torch.long), "at least one token long"),
+        (windows() + VOCABULARY - 1, f"vocabulary, 0 to {VOCABULARY - 1}, got .* tokenizer that belongs"),
+        (windows() - 5, "vocabulary"),
+        (windows(2, 129), "context of 128 tokens, got windows of 129"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_batches_that_the_model_cannot_take(name: str, batch: torch.Tensor, message: str) -> None:
+    model = build_model(name)
+    with pytest.raises(UserError, match=message):
+        prune_model(model, [batch], config())
+    with pytest.raises(UserError, match=message):
+        perplexity(model, [{"input_ids": batch}])
+
+
+def test_a_block_that_is_listed_twice() -> None:
+    model = build_model("llama")
+    model.model.layers[2] = model.model.layers[1]
+    with pytest.raises(UserError, match="3 blocks of LlamaForCausalLM are only 2 modules"):
+        prune_model(model, [windows()], config())
+
+
+def test_a_loader_that_raises() -> None:
+    """Its error comes through, the model is as before, and so is the random state."""
+    model = build_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    def loader() -> Any:
+        yield windows(4)
+        torch.rand(3)
+        raise ConnectionError("the text is gone")
+
+    with pytest.raises(ConnectionError, match="the text is gone"):
+        prune_model(model.train(), loader(), config())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training
+
+
+def test_a_loader_that_ends_early() -> None:
+    with pytest.warns(UserWarning, match="num_calibration_samples is 8, but the dataloader gave 4 windows"):
+        report = prune_model(build_model("llama"), [windows(4)], config())
+    assert report.calibration["windows"] == 4
+    with pytest.raises(UserError, match="at least one calibration window"):
+        prune_model(build_model("llama"), [], config())

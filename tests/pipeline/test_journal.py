@@ -18,10 +18,11 @@ import torch
 from support.batches import random_batches
 from support.models import VOCABULARY, build_model
 from support.runs import calibration_batches, make_context, state_of, tune_with
+from support.training import trainer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm_lightning import PruningConfig, UserError, prune_model
+from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule, UserError, prune_model
 from sparsellm_lightning.distributed import ProcessGroupRanks
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import prune_blocks
@@ -142,6 +143,103 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.weights:"):
         prune(other, batches, tmp_path)
     prune(build_model("llama"), batches, tmp_path, replace(CONFIG, memory=2**30))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("rope_parameters", {"rope_theta": 5e5})]
+)
+def test_another_model_config_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    """The weights are the same, the model is not."""
+    prune(build_model("llama"), random_batches(), tmp_path)
+    other = build_model("llama")
+    old = getattr(other.config, key)
+    setattr(other.config, key, {**old, **value} if isinstance(value, dict) else value)
+    with pytest.raises(UserError, match=rf"model\.config\.{key}"):
+        prune(other, random_batches(), tmp_path)
+
+
+def test_permuted_weights_are_refused(tmp_path: Path) -> None:
+    prune(build_model("llama"), random_batches(), tmp_path)
+    other = build_model("llama")
+    weight = other.model.layers[1].mlp.up_proj.weight.data
+    weight[[3, 77]] = weight[[77, 3]]
+    with pytest.raises(UserError, match=r"model\.weights:"):
+        prune(other, random_batches(), tmp_path)
+
+
+def test_another_precision_of_the_trainer_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    def fit(precision: Any) -> None:
+        pruner = SparseLLMCallback(preset="paper", method="wanda", resume_dir=str(tmp_path), num_calibration_samples=4)
+        data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=4)
+        trainer(pruner, precision=precision).fit(CausalLM(str(model_dir)), data)
+
+    fit("32-true")
+    with pytest.raises(UserError, match=r"arithmetic\.precision: 32-true there, bf16-mixed here"):
+        fit("bf16-mixed")
+    fit("32-true")
+
+
+def test_a_later_stage_begins_anew_behind_other_training(tmp_path: Path) -> None:
+    """The weights in front of a later stage come from training, which may not repeat bit by bit."""
+
+    def stage(model: PreTrainedModel) -> None:
+        prune_model(model, random_batches(), CONFIG, keep_zeros=True, resume_dir=tmp_path)
+
+    stage(build_model("llama"))
+    first = sorted(tmp_path.glob("block-*"))
+    other, expected = (build_model("llama", seed=1) for _ in range(2))
+    with pytest.warns(UserWarning, match="other trained weights. It is begun anew"):
+        stage(other)
+    prune_model(expected, random_batches(), CONFIG, keep_zeros=True)
+    assert_same(other, expected)
+    assert len(list(tmp_path.glob("block-*"))) == len(first) == 3
+    assert sorted(tmp_path.glob("block-*")) != first
+    stage(build_model("llama", seed=1))
+    with pytest.raises(UserError, match=r"config\.sparsity"):
+        prune_model(
+            build_model("llama"), random_batches(), replace(CONFIG, sparsity=0.8), keep_zeros=True, resume_dir=tmp_path
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b'{"config": {"spars', b"\xff\xfe", b"[]", b"3"])
+def test_a_damaged_fingerprint(tmp_path: Path, content: bytes) -> None:
+    prune(build_model("llama"), random_batches(), tmp_path)
+    (tmp_path / "fingerprint.json").write_bytes(content)
+    with pytest.raises(UserError, match="resume_dir"):
+        prune(build_model("llama"), random_batches(), tmp_path)
+
+
+def test_a_journal_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    model = build_model("llama")
+    before = state_of(model)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/journal")):
+        with pytest.raises(UserError, match="resume_dir must be writable"):
+            prune(model, random_batches(), folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks that were written stay usable, and nothing half-written is left."""
+    batches, whole, calls = random_batches(), build_model("llama"), 0
+    _, events = prune(whole, batches, None)
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # a trial, the fingerprint, the first block
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"block-00001-rank-0.*No space left on device.*start the same command again"):
+        prune(build_model("llama"), batches, tmp_path)
+    names = {path.name.split(".")[0] for path in tmp_path.iterdir()}
+    assert names == {"fingerprint", "block-00000-rank-0"}
+    again = build_model("llama")
+    assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] > 0]
+    assert_same(again, whole)
 
 
 def test_other_arithmetic_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
