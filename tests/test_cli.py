@@ -160,3 +160,23 @@ def test_the_classifier_recipe(model_dir: Path) -> None:
     measured = recipe["main"](["--pretrained", str(model_dir), "--steps", "120", "--learning-rate", "2e-3"])
     assert measured["sparsity"] == pytest.approx(0.7, abs=0.002)
     assert measured["accuracy"] > 0.9
+
+
+def test_the_noise_recipe(model_dir: Path, tmp_path: Path) -> None:
+    """From disturbed weights too, the alternation lowers the objective of every block, in its first iteration already."""
+    recipe = runpy.run_path(str(RECIPES / "noise.py"))
+    out = tmp_path / "noise.png"
+    found = recipe["main"](["--pretrained", str(model_dir), "--length", "64", "--windows", "64", "--out", str(out)])
+    assert list(found) == [0.0, 0.01, 0.05, 0.1]
+    for level, blocks in found.items():
+        assert len(blocks) == 3
+        assert all(errors[1] < errors[0] for errors in blocks), (level, blocks)
+    assert found[0.0] != found[0.01] != found[0.05] != found[0.1], "the noise is applied"
+    assert out.stat().st_size > 10_000
+
+
+def test_an_unknown_strategy(model_dir: Path, tmp_path: Path) -> None:
+    run = sparsellm("prune", "--model.pretrained", model_dir, "--trainer.strategy", "nonsense", cwd=tmp_path)
+    assert run.returncode == 1
+    assert "sparsellm: error: The Trainer must accept its settings" in run.stderr
+    assert "nonsense" in run.stderr

@@ -1,7 +1,7 @@
 """Buffers that no checkpoint holds, such as the frequencies of rotary embeddings.
 
-``Trainer(precision="bf16-true")`` rounds them with the parameters. A model that is loaded from its files in bfloat16 computes them
-in float32, so the rounded model is not the one that an export holds.
+``Trainer(precision="bf16-true")`` rounds them with the parameters. A model that is loaded from its files in bfloat16 computes
+them in float32, so the rounded model is not the one that an export holds.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -467,6 +468,53 @@ def test_any_order_of_callbacks(tmp_path: Path, ids: Tensor, order: str, kind: s
                     f"{file.name}, {state}, {name}"
                 )
     assert "lr-Mixing" in (tmp_path / "run" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("first", ["pruner", "average"])
+def test_stochastic_weight_averaging_is_exported(tmp_path: Path, trained, ids: Tensor, first: str) -> None:
+    """The export holds the average of the epochs, not the last of them, and the report its perplexity."""
+    last: dict[str, Tensor] = {}
+
+    class Last(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            last.update({name: weight.detach().clone() for name, weight in linear_weights(pl_module).items()})
+
+    held = pruner(export_dir=str(tmp_path / "out"))
+    average = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)
+    callbacks = [held, average] if first == "pruner" else [average, held]
+    module = Module(trained("llama"), lambda p: torch.optim.SGD(p, lr=1e-2))
+    data = DataLoader(ids, batch_size=4)
+    trainer(*callbacks, Last(), max_epochs=4, limit_train_batches=4).fit(module, data, data)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = linear_weights(exported)
+    for name, weight in linear_weights(module).items():
+        name = name.removeprefix("backbone.")
+        assert torch.equal(weights[name], weight), "the module holds the average when the fit has ended"
+        assert not torch.equal(weights[name], last[f"backbone.{name}"])
+        assert torch.equal(weights[name] == 0, last[f"backbone.{name}"] == 0)
+    assert held.report is not None
+    assert held.report.perplexity["finetuned"] == pytest.approx(perplexity(exported, data), rel=1e-5)
+
+
+def test_stochastic_weight_averaging_of_nothing_is_refused(model_dir: Path, text) -> None:
+    """Lightning's callback copies the module before CausalLM has a model."""
+    average = StochasticWeightAveraging(swa_lrs=1e-2)
+    with pytest.raises(UserError, match="average no weight of CausalLM"):
+        trainer(pruner(), average, max_epochs=4).fit(CausalLM(str(model_dir)), text)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_bf16_true_report_is_of_the_exported_file(tmp_path: Path, trained, model_dir: Path, text, own: bool) -> None:
+    """Lightning would round the rotary frequencies, which a model loaded from the file computes in float32."""
+    module = Module(trained("llama"), OPTIMIZERS["adamw"]) if own else CausalLM(str(model_dir))
+    held = SparseLLMCallback(
+        preset="paper", method="wanda", sparsity=0.5, num_calibration_samples=8, export_dir=str(tmp_path / "out")
+    )
+    trainer(held, precision="bf16-true").fit(module, text.train_dataloader(), text.val_dataloader())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    assert held.report is not None
+    assert held.report.perplexity["pruned"] == perplexity(exported, text.val_dataloader())
 
 
 def test_averages_that_start_late(trained, ids: Tensor) -> None:

@@ -360,6 +360,28 @@ def test_ranks_do_not_wait_for_a_stopped_one(
     assert f"Pruning failed: {who} given no sign of life for 5 seconds" in (tmp_path / "errors.txt").read_text()
 
 
+@pytest.mark.parametrize("preset", ["paper", "balanced"])
+def test_ranks_of_an_accelerator(tmp_path: Path, ranks: Callable[[int], RankPool], preset: str) -> None:
+    """Collectives get no tensor of the CPU. Every rank ends with the same weights; without tuning, with those of one rank."""
+    pytest.importorskip("torch._C._acc", reason="this torch has no backends in Python")
+    settings = {
+        "preset": preset,
+        "sparsity": 0.6,
+        "num_calibration_samples": 8,
+        "reconstruction_steps": 4,
+        "continuations": 1,
+    }
+    if preset == "paper":
+        settings |= {"reconstruction_steps": 0, "continuations": 0, "target": "model"}
+    options = {"model": "llama", "pruner": settings}
+    first, second = ranks(2).run("prune_on_accelerator", tmp_path / "two", **options)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    if preset == "paper":
+        (alone,) = ranks(1).run("prune_on_accelerator", tmp_path / "one", **options)
+        for name, weight in first.items():
+            torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
 gpus = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: CUDA, NCCL and FSDP1")
 
 

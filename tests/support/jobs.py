@@ -193,6 +193,34 @@ def prune_from_train_loader(job: Job) -> None:
     )
 
 
+def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
+    """Prune a random tiny model that lies on the device of ``support.accelerator``. Returns this rank's weights.
+
+    The adapter is that of DDP. Lightning's DDP itself cannot run there, because torch's reducer reads the memory of tensors.
+    """
+    from sparsellm_lightning import PruningConfig, prune_model
+    from sparsellm_lightning.distributed import StrategyAdapter
+    from support.accelerator import DEVICE, accelerator, collectives_on_the_device, moved
+    from support.batches import random_batches
+    from support.models import build_model
+
+    with accelerator(), collectives_on_the_device():
+        model = moved(build_model(job.options["model"]))
+        adapter = StrategyAdapter()
+        if job.processes > 1:
+            adapter.ranks = ProcessGroupRanks(device=DEVICE)
+        config = PruningConfig(**job.options["pruner"])
+        prune_model(model, random_batches(), config, adapter=adapter, resume_dir=job.folder / "journal")
+        prune_model(
+            moved(build_model(job.options["model"])),
+            random_batches(),
+            config,
+            adapter=adapter,
+            resume_dir=job.folder / "journal",
+        )
+        return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+
+
 class Generates(pl.Callback):
     """Draws calibration windows twice: one window, then seven. A draw must not depend on its length."""
 
