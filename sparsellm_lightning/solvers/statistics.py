@@ -144,6 +144,7 @@ def relative_error(dense: Tensor, pruned: Tensor, gram: Tensor, ranks: Ranks) ->
     """
     difference = dense - pruned
     count(4 * dense.numel() * len(gram))
-    sums = torch.stack([((difference @ gram) * difference).sum(), ((dense @ gram) * dense).sum()]).double()
+    sums = torch.stack([((difference @ gram) * difference).sum(), ((dense @ gram) * dense).sum()])
+    sums = sums.to(exact_dtype(gram.device))
     ranks.sum_(sums)
     return float(sums[0] / sums[1]) if sums[1] > 0 else 0.0
