@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle  # nosec B403: only a restricted Unpickler is used
+import pickle  # nosec B403
 from pathlib import Path
 from typing import Any
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import has_adapters, merged_state
+
+log = logging.getLogger(__name__)
 
 REPORT_NAME = "pruning_report.json"
 
@@ -139,12 +142,15 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
     """
     try:
         export(export_dir=export_dir, overwrite=overwrite)
-    except (OSError, UserError) as error:
+    except (
+        Exception
+    ) as error:  # whatever it is, the model must not be lost: safetensors has an error of its own for a full disk
         for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
             rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
             try:
                 export(export_dir=rescue)
-            except (OSError, UserError):
+            except Exception:
+                log.debug("The export to %s failed too.", rescue, exc_info=True)
                 continue
             raise UserError(
                 f"export_dir {export_dir} could not be written ({error}). The model is in {rescue}."
