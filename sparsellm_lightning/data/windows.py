@@ -64,7 +64,8 @@ def take_windows(
         ranks: window i goes to rank ``i mod size``, so shares differ by at most one and no window is used twice.
         device: where the windows are put.
         sharded: whether the batches hold this rank's windows only (a distributed sampler).
-        batch_tokens: batches of more tokens are split, down to single windows. None: no limit.
+        batch_tokens: windows are put into batches of at most so many tokens, or of one window, whatever the batches were that
+            they came in. None: the batches stay as they are.
 
     Raises:
         UserError: no windows on any rank.
@@ -76,9 +77,8 @@ def take_windows(
         inputs = model_inputs(batch)
         whole = CalibrationBatch(inputs, None)
         mine = [row for row in range(min(whole.windows, wanted - seen)) if (seen + row) % size == rank]
-        step = whole.windows if batch_tokens is None else max(1, batch_tokens // whole.length)
-        for part in (mine[start : start + step] for start in range(0, len(mine), step)):
-            chosen = {key: value.to(device) for key, value in whole.rows(part).inputs.items()}
+        if mine:
+            chosen = {key: value.to(device) for key, value in whole.rows(mine).inputs.items()}
             taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
         seen += whole.windows
         if seen >= wanted:
@@ -89,7 +89,25 @@ def take_windows(
             "Pruning needs at least one calibration window, but the calibration (or training) dataloader gave none. "
             "Check its dataset and length."
         )
-    return taken, total
+    return taken if batch_tokens is None else _regrouped(taken, batch_tokens), total
+
+
+def _regrouped(batches: list[CalibrationBatch], tokens: int) -> list[CalibrationBatch]:
+    """The windows in batches of at most ``tokens`` tokens, or of one window. Consecutive windows of equal shapes share one."""
+    groups: list[list[CalibrationBatch]] = []
+    shapes: list[object] = []
+    for window in (batch.rows([row]) for batch in batches for row in range(batch.windows)):
+        shape = {key: value.shape for key, value in window.inputs.items()}
+        if groups and shape == shapes[-1] and (len(groups[-1]) + 1) * window.length <= tokens:
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+            shapes.append(shape)
+    made = []
+    for group in groups:
+        inputs = {key: torch.cat([window.inputs[key] for window in group]) for key in group[0].inputs}
+        made.append(CalibrationBatch(inputs, _valid(inputs.get("attention_mask"))))
+    return made
 
 
 def held_out_windows(windows: int, fraction: float) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ GRACE = 10.0  # seconds after another rank's failure in which this one may still
 
 
 @contextmanager
-def watching_peers(store: dist.Store, rank: int, size: int) -> Iterator[None]:
+def watching_peers(store: Store, rank: int, size: int) -> Iterator[None]:
     """End this process if the ranks inside this context stop.
 
     A thread counts up this rank's key in the store and reads the key of the next rank, so that the store's load does not grow
@@ -49,7 +49,7 @@ def watching_peers(store: dist.Store, rank: int, size: int) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, store: dist.Store, rank: int, neighbour: int) -> None:
+    def __init__(self, store: Store, rank: int, neighbour: int) -> None:
         self.store, self.rank, self.neighbour = store, rank, neighbour
         self.count = 0  # of the neighbour's signs of life
         self.heard = self.answered = (

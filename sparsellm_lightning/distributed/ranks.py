@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from sparsellm_lightning.distributed.liveness import FAILURE, watching_peers
 from sparsellm_lightning.solvers import Ranks, split_sizes
@@ -81,7 +82,7 @@ class ProcessGroupRanks(Ranks):
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         default = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"sparsellm_lightning/{next(_CONTEXTS)}", default)
+        store = PrefixStore(f"sparsellm_lightning/{next(_CONTEXTS)}", default)
         try:
             with watching_peers(store, self.rank, self.size):
                 yield

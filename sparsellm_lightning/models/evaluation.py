@@ -58,7 +58,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
                 f"Token ids must be integers of shape (batch, sequence), at least one token long, got {ids.dtype} of shape "
                 f"{shape}. Have the dataloader give such batches."
             )
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", config.vocab_size)
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if low < 0 or high >= vocabulary:
             raise UserError(

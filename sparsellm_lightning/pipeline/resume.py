@@ -173,7 +173,7 @@ def fingerprint(context: Context, batches: Iterable[CalibrationBatch]) -> dict[s
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        weights.update(local_tensor(parameter).flatten().view(torch.uint8).cpu().numpy())
+        weights.update(local_tensor(parameter).flatten().view(torch.uint8).cpu().numpy().data)
     windows = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.inputs.items()):

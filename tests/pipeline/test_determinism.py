@@ -1,0 +1,67 @@
+"""One seed gives bit-equal weights, for any number of threads and for any batches of the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.models import VOCABULARY, build_model
+from transformers import PreTrainedModel
+
+from sparsellm_lightning import PruningConfig, prune_model
+
+PLAIN: list[dict[str, Any]] = [
+    {"method": "magnitude"},
+    {"method": "wanda", "pattern": "2:4", "sparsity": None},
+    {"method": "sparsegpt"},
+    {"method": "admm"},
+    {"method": "sparsellm", "target": "model", "local_solver": "admm"},
+    {"method": "sparsellm", "allocation": "owl"},
+]
+TUNED: list[dict[str, Any]] = [
+    {"preset": "fast"},
+    {"preset": "balanced", "reconstruction_steps": 12},
+    {"preset": "best", "reconstruction_steps": 4},
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pruned(name: str, settings: dict[str, Any], batch: int, threads: int = 1) -> PreTrainedModel:
+    ids = torch.randint(1, VOCABULARY, (12, 48), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, 30:] = mask[9, :7] = 0
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(batch), mask.split(batch), strict=True)]
+    torch.set_num_threads(threads)
+    torch.manual_seed(batch * threads)  # the global random state has no part in the result
+    model = build_model(name)
+    prune_model(model, batches, PruningConfig(**{"sparsity": 0.6, "num_calibration_samples": 12, **settings}))
+    return model
+
+
+def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("settings", PLAIN, ids=lambda settings: settings["method"])
+def test_solvers(name: str, settings: dict[str, Any]) -> None:
+    expected = pruned(name, {"preset": "paper", **settings}, batch=4)
+    for batch, threads in ((4, 2), (1, 1), (5, 2), (12, 1)):
+        assert_same(pruned(name, {"preset": "paper", **settings}, batch, threads), expected)
+
+
+@pytest.mark.parametrize("settings", TUNED, ids=lambda settings: settings["preset"])
+def test_reconstruction(settings: dict[str, Any]) -> None:
+    """With the same number of threads: gradients are summed by thread."""
+    expected = pruned("gpt2", settings, batch=4)
+    for batch in (4, 1, 12):
+        assert_same(pruned("gpt2", settings, batch), expected)
