@@ -27,7 +27,6 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     Buffers,
     check_export_dir,
-    claimed,
     export_model,
     export_or_rescue,
     perplexity,
@@ -36,7 +35,7 @@ from sparsellm_lightning.models import (
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse, save_plots_if_possible
-from sparsellm_lightning.runtime import Profile
+from sparsellm_lightning.runtime import Profile, claimed
 from sparsellm_lightning.sparsity import has_adapters
 
 log = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ class SparseLLMCallback(SparseFinetuning):
             self._check_folders_apart(trainer, Path(self.export_dir))
             if trainer.is_global_zero:
                 check_export_dir(self.export_dir, self.overwrite)
-                self._claim.enter_context(claimed(self.export_dir))
+                self._claim.enter_context(claimed(self.export_dir, "export_dir"))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)

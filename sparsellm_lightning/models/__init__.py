@@ -3,7 +3,7 @@
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
-from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, claimed, export_model, export_or_rescue
+from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.verify import verify_export
 
@@ -13,7 +13,6 @@ __all__ = [
     "CausalLM",
     "check_export_dir",
     "check_inputs",
-    "claimed",
     "export_model",
     "export_or_rescue",
     "load_model",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,28 +62,6 @@ def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
         raise UserError(
             f"export_dir must be writable, but {export_dir} is not: {error.strerror or error}. Choose another folder."
         ) from error
-
-
-@contextmanager
-def claimed(export_dir: str | Path) -> Iterator[None]:
-    """Keep other runs from writing to the folder inside this context.
-
-    Raises:
-        UserError: another run has claimed the folder.
-    """
-    target = Path(export_dir)
-    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"export_dir {export_dir} is being written by another run. Wait for it, or choose another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def export_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
-from sparsellm_lightning.runtime import MemoryMeter, Profile, gemm_peak, phase
+from sparsellm_lightning.runtime import MemoryMeter, Profile, claimed, gemm_peak, phase
 
 
 def prune_model(
@@ -87,7 +88,9 @@ def prune_model(
         on_iteration(block, iteration, error)
 
     results: list[BlockResult] = []
-    with adapter.ranks.failing_together(), adapter.calibrating(model), profile.collecting(), shown.bar:
+    claims = resume_dir is not None and adapter.ranks.rank == 0
+    claim = claimed(resume_dir, "resume_dir") if claims else nullcontext()
+    with adapter.ranks.failing_together(), claim, adapter.calibrating(model), profile.collecting(), shown.bar:
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(

@@ -1,5 +1,6 @@
-"""What the machine decides and shows: memory, the arithmetic of products, and where the time goes."""
+"""What the machine decides and shows: memory, the arithmetic of products, where the time goes, who writes to a folder."""
 
+from sparsellm_lightning.runtime.claims import claimed
 from sparsellm_lightning.runtime.memory import (
     MemoryMeter,
     Placement,
@@ -18,6 +19,7 @@ __all__ = [
     "Placement",
     "Profile",
     "Sizes",
+    "claimed",
     "coarse_dtype",
     "explaining_memory",
     "fastest_float32",

@@ -12,8 +12,9 @@ from support.models import build_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import UserError, export_model
-from sparsellm_lightning.models import REPORT_NAME, check_export_dir, claimed
+from sparsellm_lightning.models import REPORT_NAME, check_export_dir
 from sparsellm_lightning.models import export as export_module
+from sparsellm_lightning.runtime import claimed
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +142,11 @@ def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    with claimed(tmp_path / "out"):
-        with pytest.raises(UserError, match="is being written by another run"), claimed(tmp_path / "out"):
+    with claimed(tmp_path / "out", "export_dir"):
+        with pytest.raises(UserError, match="is being written by another run"), claimed(tmp_path / "out", "export_dir"):
             pass
-        with claimed(tmp_path / "other"):
+        with claimed(tmp_path / "other", "export_dir"):
             pass
-    with claimed(tmp_path / "out"):
+    with claimed(tmp_path / "out", "export_dir"):
         pass
     assert not names(tmp_path), "no lock is left"

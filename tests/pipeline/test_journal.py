@@ -27,6 +27,7 @@ from sparsellm_lightning.distributed import ProcessGroupRanks
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import prune_blocks
 from sparsellm_lightning.reporting import BlockResult, PruningReport
+from sparsellm_lightning.runtime import claimed
 from sparsellm_lightning.solvers import Ranks
 
 CONFIG = PruningConfig(preset="paper", sparsity=0.7, num_iterations=2, num_calibration_samples=8)
@@ -300,6 +301,12 @@ def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         prune(build_model("llama"), batches, tmp_path, config)
     assert len(list(tmp_path.glob("written-windows-*"))) == 1
     assert list(tmp_path.glob("written-windows-*")) != [file], "the new windows are noted"
+
+
+def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
+    with claimed(tmp_path / "journal", "resume_dir"), pytest.raises(UserError, match="being written by another run"):
+        prune(build_model("llama"), random_batches(), tmp_path / "journal")
+    prune(build_model("llama"), random_batches(), tmp_path / "journal")
 
 
 class OnMeta(Ranks):

@@ -1,0 +1,42 @@
+"""One run at a time writes to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparsellm_lightning.errors import UserError
+
+
+@contextmanager
+def claimed(folder: str | Path, setting: str) -> Iterator[None]:
+    """Keep other runs from writing to a folder inside this context. A run that is killed releases its claim.
+
+    Args:
+        folder: need not exist.
+        setting: that names it, for the message.
+
+    Raises:
+        UserError: another run has claimed the folder, or nothing can be written beside it.
+    """
+    target = Path(folder)
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{setting} {folder} is being written by another run. Wait for it, or choose another folder."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{setting} must be writable, but {folder} is not: {error.strerror or error}. Choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,195 @@
+"""Do the tests of the solvers notice a wrong sign, factor, transpose or comparison?
+
+    python tests/benchmarks/mutants.py [--modules admm sparsegpt] [--jobs 2] [--out mutants.json]
+
+Every mutant changes one place of one module. It survives if all tests of that module pass. Each mutant runs in a fork of one
+process that has imported the libraries, on its own copy of the package. Survivors are listed with file, line and change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "sparsellm_lightning"
+LOCAL = ("test_local.py", "test_properties.py")
+TESTS: dict[str, tuple[str, ...]] = {
+    "activations": ("test_activations.py",),
+    "admm": LOCAL,
+    "auxiliaries": ("test_sparsellm.py",),
+    "factorization": ("test_statistics.py", *LOCAL),
+    "feed_forward": ("test_sparsellm.py",),
+    "local": LOCAL,
+    "magnitude": LOCAL,
+    "patterns": ("test_patterns.py", "test_containing.py", "test_ranks.py"),
+    "ranks": ("test_ranks.py", "test_patterns.py"),
+    "sparsegpt": LOCAL,
+    "sparsellm": ("test_sparsellm.py",),
+    "statistics": ("test_statistics.py",),
+    "wanda": LOCAL,
+}
+TIMEOUT = 120  # seconds after which a mutant counts as noticed: it loops
+
+_BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+_COMPARISONS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+_METHODS = {
+    "add_": "sub_",
+    "sub_": "add_",
+    "mul_": "div_",
+    "div_": "mul_",
+    "square": "abs",
+    "sqrt": "abs",
+    "argmin": "argmax",
+    "minimum": "maximum",
+    "maximum": "minimum",
+}
+
+
+@dataclass
+class Mutant:
+    """One change."""
+
+    module: str
+    line: int
+    before: str
+    after: str
+    survived: bool = False
+
+
+def mutants(module: str) -> Iterator[tuple[Mutant, str]]:
+    """Every mutant of a module of the solvers, with its source."""
+    path = ROOT / PACKAGE / "solvers" / f"{module}.py"
+    tree = ast.parse(path.read_text())
+    for index, place in enumerate(_places(tree)):
+        changed = copy.deepcopy(tree)
+        node = _places(changed)[index]
+        _change(node)
+        mutant = Mutant(module, place.lineno, ast.unparse(place), ast.unparse(node))
+        yield mutant, ast.unparse(ast.fix_missing_locations(changed))
+
+
+def _places(tree: ast.Module) -> list[ast.expr]:
+    """Nodes that can be changed, apart from counts of operations, which decide nothing."""
+    counts = [
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "count"
+        for inner in ast.walk(node)
+    ]
+    ignored = {id(node) for node in counts}
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.expr) and id(node) not in ignored and _changes(node)
+    ]
+
+
+def _changes(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return type(node.op) in _BINARY
+    if isinstance(node, ast.Compare):
+        return type(node.ops[0]) in _COMPARISONS
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub)
+    if isinstance(node, ast.Attribute):
+        return node.attr == "T" or node.attr in _METHODS
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def _change(node: ast.expr) -> None:
+    if isinstance(node, ast.BinOp):
+        node.op = _BINARY[type(node.op)]()
+    elif isinstance(node, ast.Compare):
+        node.ops[0] = _COMPARISONS[type(node.ops[0])]()
+    elif isinstance(node, ast.UnaryOp):
+        node.op = ast.UAdd()
+    elif isinstance(node, ast.Attribute):
+        node.attr = _METHODS.get(node.attr, "data")  # a matrix without its transpose
+    elif isinstance(node, ast.Constant):
+        node.value = node.value * 2 if node.value else 1  # type: ignore[operator]
+
+
+def start(mutant: Mutant, source: str) -> tuple[int, Path]:
+    """Run a mutant's tests in a fork: its process, and its copy of the package."""
+    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+    shutil.copytree(ROOT / PACKAGE, folder / PACKAGE)
+    (folder / PACKAGE / "solvers" / f"{mutant.module}.py").write_text(source)
+    process = os.fork()
+    if process:
+        return process, folder
+    signal.alarm(TIMEOUT)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.path[:0] = [str(folder), str(ROOT / "tests")]
+    os.chdir(ROOT)
+    import pytest
+
+    tests = [f"tests/solvers/{name}" for name in TESTS[mutant.module]]
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    os._exit(int(status != 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--modules", nargs="*", choices=list(TESTS), default=list(TESTS), help="of the solvers; all by default"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of mutants at once")
+    parser.add_argument("--out", type=Path, help="JSON file of all mutants")
+    options = parser.parse_args()
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    import hypothesis
+    import lightning.pytorch
+    import torch
+    import transformers.models.llama.modeling_llama
+
+    imported = (hypothesis, lightning.pytorch, transformers.models.llama.modeling_llama)
+    assert all(imported)
+    torch.set_num_threads(1)
+    pending = [pair for module in options.modules for pair in mutants(module)]
+    print(f"{len(pending)} mutants", file=sys.stderr)
+    running: dict[int, tuple[Mutant, Path]] = {}
+    done: list[Mutant] = []
+    began = time.monotonic()
+    while pending or running:
+        while pending and len(running) < options.jobs:
+            mutant, source = pending.pop(0)
+            process, folder = start(mutant, source)
+            running[process] = mutant, folder
+        process, status = os.wait()
+        mutant, folder = running.pop(process)
+        shutil.rmtree(folder)
+        mutant.survived = status == 0
+        done.append(mutant)
+        if mutant.survived:
+            print(f"survived: {mutant.module}.py:{mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
+    counts, survivors = (Counter(m.module for m in chosen) for chosen in (done, [m for m in done if m.survived]))
+    for module, total in counts.items():
+        print(f"{module}: {survivors[module]} of {total} survived")
+    print(f"{sum(survivors.values())} of {len(done)} survived, {time.monotonic() - began:.0f} seconds")
+    if options.out:
+        options.out.write_text(json.dumps([asdict(mutant) for mutant in done], indent=1))
+
+
+if __name__ == "__main__":
+    main()
