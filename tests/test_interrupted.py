@@ -130,3 +130,44 @@ def test_interrupted_while_exporting(
     else:
         assert json.loads((work / "out" / REPORT_NAME).read_text())["sparsity"]["requested"] == 0.6
         assert verify_export(work / "out") == []
+
+
+@pytest.mark.slow
+def test_killed_while_writing_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    """The checkpoint before is whole, and a run resumed from it ends as one that was not killed."""
+    steps = {
+        "model.pretrained": model_dir,
+        "data.source": "python-docs",
+        "data.sequence_length": 64,
+        "data.batch_size": 4,
+        "data.max_train_windows": 32,
+        "data.max_eval_windows": 4,
+        "pruner.preset": "paper",
+        "pruner.method": "wanda",
+        "pruner.num_calibration_samples": 8,
+        "pruner.finetune": "true",
+        "pruner.export_dir": "out",
+        "trainer.max_steps": 4,
+        "trainer.logger": "false",
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.callbacks": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "trainer.callbacks.dirpath": "checkpoints",
+        "trainer.callbacks.filename": "{step}",
+        "trainer.callbacks.every_n_train_steps": 1,
+        "trainer.callbacks.save_top_k": -1,
+    }
+    command = ["fit", *(text for name, value in steps.items() for text in (f"--{name}", str(value)))]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert sparsellm(*command, cwd=tmp_path / "whole").returncode == 0
+    run = interrupt(command, tmp_path / "killed", "checkpoint", 3, signal.SIGKILL)
+    assert run.status == -signal.SIGKILL, run.errors
+    checkpoints = sorted((tmp_path / "killed" / "checkpoints").glob("*.ckpt"))
+    assert [path.name for path in checkpoints] == ["step=1.ckpt", "step=2.ckpt"]
+    for path in checkpoints:
+        assert torch.load(path, weights_only=True)["state_dict"]
+    resumed = sparsellm(*command, "--ckpt_path", checkpoints[-1], cwd=tmp_path / "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    found, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "out") for name in ("killed", "whole"))
+    assert_same(found, expected)

@@ -88,8 +88,8 @@ def prune_model(
         on_iteration(block, iteration, error)
 
     results: list[BlockResult] = []
-    claims = resume_dir is not None and adapter.ranks.rank == 0
-    claim = claimed(resume_dir, "resume_dir") if claims else nullcontext()
+    writes = resume_dir is not None and adapter.ranks.rank == 0
+    claim = claimed(resume_dir or "", "resume_dir") if writes else nullcontext()
     with adapter.ranks.failing_together(), claim, adapter.calibrating(model), profile.collecting(), shown.bar:
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)

@@ -15,6 +15,8 @@ from sparsellm_lightning.solvers.ranks import Ranks
 from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics
 from sparsellm_lightning.solvers.storage import Shelf
 
+_LEAST_RIDGE = 1e-6  # share of the mean diagonal of W Wᵀ
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -94,7 +96,8 @@ class Auxiliaries:
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         k = down @ down.T
         count(2 * down.numel() * len(down))
-        k.diagonal().add_(self.gamma_over_beta)
+        # Not less than float32 can resolve beside the entries of W Wᵀ, which is singular where outputs outnumber hidden units.
+        k.diagonal().add_((_LEAST_RIDGE * k.diagonal().mean()).clamp(min=max(self.gamma_over_beta, 1e-12)))
         # Rounding is harmless here: it is averaged over the tokens before it reaches a weight.
         k = spd_inverse(k).to(self.dtype)
         rounded_down = down.to(self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ LOCAL_SOLVERS: dict[str, LocalSolver] = {
     "sparsegpt": lambda weight, inputs, pattern: sparsegpt(weight, inputs.factor, pattern),
 }
 _CORRECTING = (LOCAL_SOLVERS["admm"], LOCAL_SOLVERS["sparsegpt"])  # change kept weights
+_SAMPLE = 64  # smallest number of rows that are compared with magnitude pruning first, if a matrix has so many
+_CLEARLY = 0.9  # largest share of magnitude pruning's error on these rows at which no other row is looked at
 
 
 def solve_stacked(
@@ -64,7 +67,7 @@ def _at_most_magnitude(
     """The solution, but magnitude pruning for each matrix whose error ``‖(Ŵ − W) H^{1/2}‖`` that makes smaller.
 
     SparseGPT is greedy and ADMM not convex: on small matrices with strongly correlated inputs, some per cent and some per
-    thousand of their solutions are worse.
+    thousand of their solutions are worse. A sample of rows, which is all of a small matrix, decides whether to look at more.
 
     Args:
         solved: of all matrices, stacked by rows.
@@ -73,16 +76,32 @@ def _at_most_magnitude(
         pattern: of the stack.
         sizes: number of rows of each matrix.
     """
-    plain = magnitude(target, pattern)
-    damping = inputs.damping * inputs.gram.diagonal().mean()
-    errors = target.new_empty(2, len(sizes), dtype=exact_dtype(target.device))
-    for row, candidate in enumerate((solved, plain)):
-        difference = target - candidate
-        count(2 * difference.numel() * len(inputs.gram))
-        by_row = torch.addmm(difference, difference, inputs.gram, beta=float(damping)).mul_(difference).sum(1)
-        errors[row] = torch.stack([part.sum() for part in by_row.split(sizes)])
-    pattern.ranks.sum_(errors)
+    starts = accumulate(sizes, initial=0)
+    sampled = [range(start, start + size, max(size // _SAMPLE, 1)) for start, size in zip(starts, sizes, strict=False)]
+    rows = torch.tensor([row for part in sampled for row in part], dtype=torch.long, device=target.device)
+    counts = [len(part) for part in sampled]
+    errors = _errors(solved[rows], target[rows], inputs, pattern.of_rows(rows, counts), counts)[0]
+    if bool((errors[0] <= _CLEARLY * errors[1]).all()):
+        return solved
+    errors, plain = _errors(solved, target, inputs, pattern, sizes)
     worse = errors[0] > errors[1]
     if not bool(worse.any()):
         return solved
     return torch.where(worse.repeat_interleave(torch.tensor(sizes, device=worse.device))[:, None], plain, solved)
+
+
+def _errors(
+    solved: Tensor, target: Tensor, inputs: InputStatistics, pattern: Pattern, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """``‖(Ŵ − W) H^{1/2}‖²`` of each matrix for the solution and for magnitude pruning, (2, matrices); magnitude's weights."""
+    plain = magnitude(target, pattern)
+    damping = float(inputs.damping * inputs.gram.diagonal().mean())
+    errors = target.new_empty(2, len(sizes), dtype=exact_dtype(target.device))
+    for row, candidate in enumerate((solved, plain)):
+        difference = target - candidate
+        count(2 * difference.numel() * len(inputs.gram))
+        image = torch.addmm(difference, difference, inputs.gram, beta=damping)
+        by_row = (image.to(errors.dtype) * difference).sum(1)  # float32 would overflow for large weights of large inputs
+        errors[row] = torch.stack([part.sum() for part in by_row.split(sizes)])
+    pattern.ranks.sum_(errors)
+    return errors, plain

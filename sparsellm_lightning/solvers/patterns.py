@@ -9,7 +9,7 @@ N:M patterns are written **kept:group**: ``2:4`` keeps 2 of every 4 consecutive 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,15 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
+        """The same pattern for some rows.
+
+        Args:
+            rows: indices into this rank's rows.
+            counts: of a stack, how many of them are of each matrix.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
@@ -68,6 +77,9 @@ class Unstructured(Pattern):
             kept = torch.arange(scores.shape[1], device=scores.device) >= self._row_counts(scores)[:, None]
             return torch.zeros_like(kept).scatter_(1, order, kept)
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
+
+    def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
+        return replace(self, rows=None)
 
     def _row_counts(self, scores: Tensor) -> Tensor:
         """Number of entries to prune in each of these rows. Rows differ by one at most, so that the sum over all is exact."""
@@ -130,6 +142,9 @@ class Stacked(Pattern):
         together = zip(self.patterns, parts, strict=True)
         return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in together])
 
+    def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
+        return Stacked([pattern.of_rows(rows, counts) for pattern in self.patterns], counts)
+
 
 @dataclass(frozen=True)
 class Containing(Pattern):
@@ -155,6 +170,9 @@ class Containing(Pattern):
         pruned = self.pruned[:, first_column : first_column + scores.shape[1]]
         ranked = scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(pruned, 0)
         return self.pattern.select(ranked, per_row=per_row) & ~pruned
+
+    def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
+        return Containing(self.pattern.of_rows(rows, counts), self.pruned[rows])
 
 
 def _smallest(matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ranks: Ranks) -> list[Tensor]:

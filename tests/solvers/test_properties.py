@@ -12,15 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.feed_forward import make_block, make_tokens, prune_with, true_error
 from torch import Tensor
 
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
+    FeedForward,
     InputStatistics,
     NofM,
     Pattern,
     Unstructured,
     magnitude,
+    solve_feed_forward,
     solve_stacked,
 )
 
@@ -137,3 +140,80 @@ def test_local_solvers(name: str, problem: Problem) -> None:
 @given(problem=problems())
 def test_local_solvers_on_many_problems(name: str, problem: Problem) -> None:
     check(name, problem)
+
+
+@dataclass
+class Coupled:
+    block: FeedForward
+    x: Tensor
+    y: Tensor
+    pattern: Pattern
+    solver: str
+    fitted: int  # chunks
+
+
+@st.composite
+def coupled(draw: st.DrawFn) -> Coupled:
+    """Feed-forward blocks of any form, with few or dead, duplicated, large and small inputs."""
+    width = 4 * draw(st.integers(1, 6))
+    dim = 4 * draw(st.integers(1, 4))
+    activation = draw(st.sampled_from(["silu", "gelu", "relu"]))
+    block = make_block(activation, draw(st.booleans()), draw(st.booleans()), dim, width, draw(st.integers(0, 2**31)))
+    x, y = make_tokens(
+        block, draw(st.integers(1, 60)), draw(st.sampled_from([0.0, 0.1, 3.0])), draw(st.integers(0, 2**31))
+    )
+    column = draw(st.integers(0, dim - 1))
+    change = draw(st.sampled_from(["none", "dead", "duplicated", "outlier", "large", "small", "zero target"]))
+    if change == "dead":
+        x[:, column] = 0
+    elif change == "duplicated":
+        x[:, column] = x[:, 0]
+    elif change == "outlier":
+        x[:, column] *= 1000
+    elif change in ("large", "small"):
+        x *= 1e3 if change == "large" else 1e-6
+    elif change == "zero target":
+        y = torch.zeros_like(y)
+    pattern = draw(st.sampled_from([Unstructured(0.0), Unstructured(0.5), Unstructured(0.9), NofM(2, 4), NofM(1, 4)]))
+    return Coupled(block, x, y, pattern, draw(st.sampled_from(list(LOCAL_SOLVERS))), draw(st.integers(1, len(x))))
+
+
+def check_coupled(problem: Coupled) -> None:
+    """Finite, in the pattern, arguments unchanged; on the tokens that choose, not worse than the local solver."""
+    block, x, y = problem.block, problem.x, problem.y
+    before = {name: getattr(block, name).clone() for name in ("gate", "up", "down") if getattr(block, name) is not None}
+    x_before, y_before = x.clone(), y.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = solve_feed_forward(
+            block, x, y, prune_with(problem.pattern, problem.solver), chunks=[1] * len(x), fitted_chunks=problem.fitted
+        )
+    assert torch.equal(x, x_before)
+    assert torch.equal(y, y_before)
+    for name, weight in before.items():
+        assert torch.equal(getattr(block, name), weight)
+        pruned = getattr(solution.feed_forward, name)
+        assert bool(torch.isfinite(pruned).all())
+        kept = int((pruned != 0).sum())
+        if isinstance(problem.pattern, NofM):
+            assert int((pruned != 0).view(-1, 4).sum(1).max()) <= problem.pattern.kept
+        else:
+            assert kept <= weight.numel() - round(problem.pattern.sparsity * weight.numel())
+    held_out = problem.fitted < len(x)
+    errors = solution.held_out_errors if held_out else solution.errors
+    chosen = slice(problem.fitted, None) if held_out else slice(None)
+    error = true_error(solution.feed_forward, x[chosen], y[chosen]) if bool(y[chosen].any()) else 0.0
+    assert error <= errors[0] * (1 + 1e-3) + 1e-5
+
+
+@FEW
+@given(problem=coupled())
+def test_the_alternation(problem: Coupled) -> None:
+    check_coupled(problem)
+
+
+@pytest.mark.slow
+@MANY
+@given(problem=coupled())
+def test_the_alternation_on_many_problems(problem: Coupled) -> None:
+    check_coupled(problem)

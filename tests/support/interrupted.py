@@ -30,7 +30,11 @@ class Interrupted:
 
 
 def interrupt(arguments: list[str], cwd: Path, phase: str, entry: int, number: signal.Signals) -> Interrupted:
-    """Run ``sparsellm ARGUMENTS`` and send a signal to its process when a phase is entered for the ``entry``-th time."""
+    """Run ``sparsellm ARGUMENTS`` and send a signal to its process when a phase is entered for the ``entry``-th time.
+
+    Besides the phases of the report, ``export`` is the moment between the weights and the report, and ``checkpoint`` the middle
+    of writing one.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED_ONCE, "sparsellm_lightning.cli"])
     errors = cwd / "errors.txt"
@@ -47,6 +51,7 @@ def interrupt(arguments: list[str], cwd: Path, phase: str, entry: int, number: s
 
 def _run(arguments: list[str], cwd: Path, phase: str, entry: int, number: int, errors: Path) -> None:
     import torch
+    from fsspec.implementations.local import LocalFileOpener
     from transformers import PreTrainedModel
 
     from sparsellm_lightning.cli import main
@@ -59,7 +64,7 @@ def _run(arguments: list[str], cwd: Path, phase: str, entry: int, number: int, e
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
-    phase_of, save, entries = Profile.phase, PreTrainedModel.save_pretrained, 0
+    phase_of, save, write, entries = Profile.phase, PreTrainedModel.save_pretrained, LocalFileOpener.write, 0
 
     def interrupt_at(name: str) -> None:
         nonlocal entries
@@ -77,7 +82,13 @@ def _run(arguments: list[str], cwd: Path, phase: str, entry: int, number: int, e
         save(model, *args, **kwargs)
         interrupt_at("export")  # behind the weights, in front of the report
 
+    def checkpoint_interrupted(file: LocalFileOpener, data: bytes) -> int:
+        write(file, data[: len(data) // 2])
+        interrupt_at("checkpoint")
+        return write(file, data[len(data) // 2 :])
+
     with (
+        mock.patch.object(LocalFileOpener, "write", checkpoint_interrupted),
         mock.patch.object(Profile, "phase", phase_interrupted),
         mock.patch.object(PreTrainedModel, "save_pretrained", export_interrupted),
         mock.patch.object(sys, "argv", ["sparsellm"]),
