@@ -1,185 +1,33 @@
-"""The package on a device that is not the CPU, see ``support.accelerator``: nothing mixes devices, results are the CPU's."""
+"""``accelerator/on_accelerator.py`` in a process of its own, because a backend stays registered with torch until the process ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-pytest.importorskip("torch._C._acc", reason="this torch has no backends in Python")
-
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from support.accelerator import DEVICE, Accelerator, OnAccelerator, accelerator, moved
-from support.batches import random_batches
-from support.models import build_model
-from support.training import Module, ZeroWatch, trainer
-from torch import nn
-from torch.utils.data import DataLoader
-
-from sparsellm_lightning import (
-    CausalLM,
-    Distillation,
-    LoraOptions,
-    PruningConfig,
-    SparseFinetuning,
-    SparseLLMCallback,
-    TextDataModule,
-    generate_windows,
-    perplexity,
-    prune_model,
-    verify_export,
-)
+HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def device() -> Iterator[torch.device]:
-    with accelerator() as there:
-        yield there
-
-
-def config(**settings: Any) -> PruningConfig:
-    # In bfloat16 a CPU with matrix units computes otherwise than this device, which has none.
-    return PruningConfig(num_calibration_samples=8, solver_precision="float32", **settings)
-
-
-def assert_close(one: nn.Module, other: nn.Module) -> None:
-    """Equal to rounding: this device multiplies with MKL where the CPU may use oneDNN."""
-    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(weight.detach().cpu(), expected.detach().cpu(), rtol=1e-3, atol=1e-3, msg=name)
-
-
-def test_the_device_refuses_what_a_gpu_refuses(device: torch.device) -> None:
-    there, here = torch.ones(2, 3, device=device), torch.ones(2, 3)
-    assert isinstance(there, OnAccelerator)
-    assert there.device == DEVICE
-    for mixed in (
-        lambda: there + here,
-        lambda: torch.mm(there, here.T),
-        lambda: torch.cat([there, here]),
-        lambda: here[torch.tensor([0, 1], device=device)],
-        lambda: there.masked_fill_(here > 0, 0),
-        lambda: there.numpy(),
-        lambda: torch.mm(there, there.T, out=torch.empty(2, 2)),
-    ):
-        with pytest.raises((RuntimeError, TypeError)):
-            mixed()
-    assert torch.equal((there + here.to(device)).cpu(), torch.full((2, 3), 2.0))
-    assert there[torch.tensor([1])].device == DEVICE
-    here.copy_(there * 2.0)
-    assert here.tolist() == [[2.0] * 3] * 2
-
-
-LITTLE = 1_300_000  # bytes: room for the work on a block of the tiny LLaMA, not for its activations
-OTHERS = ("gpt2", "opt-350m", "gemma2")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "magnitude": {"preset": "paper", "method": "magnitude"},
-    "wanda": {"preset": "paper", "method": "wanda", "pattern": "2:4"},
-    "sparsegpt": {"preset": "paper", "method": "sparsegpt"},
-    "admm": {"preset": "paper", "method": "admm"},
-    "paper": {"preset": "paper"},
-    "paper 2:4": {"preset": "paper", "pattern": "2:4"},
-    "fast": {"preset": "fast"},
-    "balanced": {"preset": "balanced", "reconstruction_steps": 8},
-    "best": {"preset": "best", "reconstruction_steps": 4},
-    "owl": {"preset": "fast", "allocation": "owl"},
-    "atp": {"preset": "fast", "allocation": "atp"},
-    "on the host": {"preset": "paper", "target": "model", "memory": LITTLE},
-    "on the host, tuned": {"preset": "balanced", "reconstruction_steps": 4, "memory": LITTLE},
-}
-
-
-CASES = [
-    *(
-        pytest.param("llama", name, marks=() if name in ("paper", "balanced", "on the host") else pytest.mark.slow)
-        for name in SETTINGS
-    ),
-    *(pytest.param(name, preset, marks=pytest.mark.slow) for name in OTHERS for preset in ("paper", "balanced")),
-]
-
-
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_prune(device: torch.device, name: str, settings: str) -> None:
-    chosen = config(**{"sparsity": None if "2:4" in SETTINGS[settings].values() else 0.6, **SETTINGS[settings]})
-    expected, model = build_model(name), moved(build_model(name))
-    prune_model(expected, random_batches(), replace(chosen, memory="auto"))
-    prune_model(model, random_batches(), chosen)
-    assert all(parameter.device == DEVICE for parameter in model.parameters())
-    assert perplexity(model, random_batches()) == pytest.approx(perplexity(expected, random_batches()), rel=0.02)
-    if settings in ("magnitude", "wanda", "sparsegpt", "paper"):
-        assert_close(model, expected)
-
-
-def test_resume(device: torch.device, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(block: int, iteration: int, error: float) -> None:
-        if block == 1:
-            raise Killed
-
-    settings = config(preset="paper", continuations=1, sparsity=0.6)
-    whole, model = (moved(build_model("llama")) for _ in range(2))
-    prune_model(whole, random_batches(), settings)
-    with pytest.raises(Killed):
-        prune_model(model, random_batches(), settings, resume_dir=tmp_path, on_iteration=kill)
-    again = moved(build_model("llama"))
-    prune_model(again, random_batches(), settings, resume_dir=tmp_path)
-    for weight, expected in zip(again.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(weight.cpu(), expected.cpu())
-
-
-def test_generate_windows(device: torch.device) -> None:
-    windows = generate_windows(moved(build_model("llama")), 6, 16, batch_size=4, seed=0)
-    assert tuple(windows.shape) == (6, 16)
-
-
-def on_device(*callbacks: Any, **options: Any) -> Any:
-    return trainer(*callbacks, accelerator=Accelerator(), strategy=SingleDeviceStrategy(DEVICE), devices=1, **options)
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_fit_and_export(
-    device: torch.device, tmp_path: Path, model_dir: Path, text: TextDataModule, optimizer: Any
-) -> None:
-    """Prune, train with the zeros held and a dense teacher, measure, export."""
-    module = CausalLM(str(model_dir), optimizer=lambda parameters: optimizer(parameters, lr=1e-3))
-    pruner = SparseLLMCallback(
-        preset="balanced",
-        sparsity=0.6,
-        reconstruction_steps=2,
-        num_calibration_samples=8,
-        finetune=True,
-        export_dir=str(tmp_path / "out"),
-        resume_dir=str(tmp_path / "journal"),
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_an_accelerator(chosen: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch._C._acc", reason="this torch has no backends in Python")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        chosen,
+        "--basetemp",
+        tmp_path / "pytest",
+    ]
+    run = subprocess.run(
+        [*map(str, command), "accelerator/on_accelerator.py"], cwd=HERE, capture_output=True, text=True, timeout=900
     )
-    watch = ZeroWatch()
-    on_device(pruner, Distillation(str(model_dir)), watch, max_steps=4).fit(module, text)
-    assert watch.looks > 4
-    assert verify_export(tmp_path / "out", text.val_dataloader()) == []
-
-
-def test_lora(device: torch.device, model_dir: Path, text: TextDataModule, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    module = CausalLM(str(model_dir), lora=LoraOptions(rank=2))
-    pruner = SparseLLMCallback(
-        preset="paper", method="wanda", sparsity=0.5, finetune=True, export_dir=str(tmp_path / "out")
-    )
-    on_device(pruner, max_steps=2).fit(module, text)
-    assert verify_export(tmp_path / "out") == []
-
-
-def test_finetuning_of_a_sparse_model(device: torch.device, tmp_path: Path) -> None:
-    model = build_model("llama")
-    prune_model(model, random_batches(), config(preset="paper", method="wanda", sparsity=0.6))
-    before = {name: p.detach() == 0 for name, p in model.named_parameters() if "proj" in name}
-    data = DataLoader(torch.cat([batch["input_ids"] for batch in random_batches()]), batch_size=2)
-    fit = on_device(SparseFinetuning(), max_steps=3)
-    fit.fit(Module(model, lambda p: torch.optim.AdamW(p, lr=1e-2)), data)
-    fit.save_checkpoint(tmp_path / "last.ckpt")
-    for name, parameter in model.named_parameters():
-        if name in before:
-            assert torch.equal(parameter.detach().cpu() == 0, before[name])
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

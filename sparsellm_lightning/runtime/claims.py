@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -26,7 +27,10 @@ def claimed(folder: str | Path, setting: str) -> Iterator[None]:
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        with TemporaryFile(
+            dir=target.parent
+        ):  # filelock takes a folder without write permission for one that is locked
+            lock.acquire()
     except Timeout as error:
         raise UserError(
             f"{setting} {folder} is being written by another run. Wait for it, or choose another folder."

@@ -101,7 +101,9 @@ def _errors(
         difference = target - candidate
         count(2 * difference.numel() * len(inputs.gram))
         image = torch.addmm(difference, difference, inputs.gram, beta=damping)
-        by_row = (image.to(errors.dtype) * difference).sum(1)  # float32 would overflow for large weights of large inputs
+        by_row = (image.to(errors.dtype) * difference).sum(
+            1
+        )  # float32 would overflow for large weights of large inputs
         errors[row] = torch.stack([part.sum() for part in by_row.split(sizes)])
     pattern.ranks.sum_(errors)
     return errors, plain

@@ -19,10 +19,13 @@ from typing import Any
 import pytest
 import torch
 from support import jobs
+from support.batches import random_batches
+from support.models import build_model
 from support.pool import JobFailed, RankPool
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsellm_lightning import PruningConfig, prune_model
 from sparsellm_lightning.architecture import describe
 
 Exported = tuple[PreTrainedModel, dict[str, Any]]
@@ -154,7 +157,8 @@ def test_traffic_does_not_grow_with_tokens(
         pruner = {**SPARSELLM, "num_calibration_samples": windows, "measure": False}
         folder = tmp_path / str(windows)
         sent.append(ranks(2).run("prune", folder, strategy=strategy, model=folder_of("llama"), pruner=pruner)[1])
-    assert sent[1]["elements"] == sent[0]["elements"] > 0
+    # Matrices that are not clearly better than magnitude pruning on a sample of rows are compared on all rows.
+    assert sent[1]["elements"] == pytest.approx(sent[0]["elements"], rel=0.05)
     d, f, blocks, iterations = 64, 128, 3, 4
     # Per block and iteration: the Gram (f²) and cross matrices (3 df) of both ranks, the rows gathered (3 df); besides
     # those, three Gram matrices of inputs (d²), attention's weights gathered (3 d²) and the dense feed-forward (3 df).
@@ -376,12 +380,16 @@ def test_ranks_of_an_accelerator(tmp_path: Path, ranks: Callable[[int], RankPool
     if preset == "paper":
         settings |= {"reconstruction_steps": 0, "continuations": 0, "target": "model"}
     options = {"model": "llama", "pruner": settings}
-    first, second = ranks(2).run("prune_on_accelerator", tmp_path / "two", **options)
+    try:
+        first, second = ranks(2).run("prune_on_accelerator", tmp_path / "two", **options)
+    finally:
+        ranks(2).close()  # the device stays registered with torch in these processes
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
     if preset == "paper":
-        (alone,) = ranks(1).run("prune_on_accelerator", tmp_path / "one", **options)
-        for name, weight in first.items():
-            torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=1e-3, msg=name)
+        model = build_model("llama")
+        prune_model(model, random_batches(), PruningConfig(**settings))
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(first[name], weight.detach(), rtol=1e-3, atol=1e-3, msg=name)
 
 
 gpus = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: CUDA, NCCL and FSDP1")

@@ -17,8 +17,8 @@ PLAIN: list[dict[str, Any]] = [
     {"method": "wanda", "pattern": "2:4", "sparsity": None},
     {"method": "sparsegpt"},
     {"method": "admm"},
-    {"method": "sparsellm", "target": "model", "local_solver": "admm"},
-    {"method": "sparsellm", "allocation": "owl"},
+    {"method": "sparsellm", "target": "model", "local_solver": "admm", "num_iterations": 2},
+    {"method": "sparsellm", "allocation": "owl", "num_iterations": 2},
 ]
 TUNED: list[dict[str, Any]] = [
     {"preset": "fast"},
@@ -55,7 +55,7 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
 @pytest.mark.parametrize("settings", PLAIN, ids=lambda settings: settings["method"])
 def test_solvers(name: str, settings: dict[str, Any]) -> None:
     expected = pruned(name, {"preset": "paper", **settings}, batch=4)
-    for batch, threads in ((4, 2), (1, 1), (5, 2), (12, 1)):
+    for batch, threads in ((5, 2), (1, 1)):
         assert_same(pruned(name, {"preset": "paper", **settings}, batch, threads), expected)
 
 
