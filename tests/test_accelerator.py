@@ -1,4 +1,4 @@
-"""``accelerator/on_accelerator.py`` in a process of its own, because a backend stays registered with torch until the process ends."""
+"""``accelerator/on_accelerator.py`` in a process of its own: a backend stays registered with torch until its process ends."""
 
 from __future__ import annotations
 
