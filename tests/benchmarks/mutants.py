@@ -96,10 +96,17 @@ def _places(tree: ast.Module) -> list[ast.expr]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "count"
         for inner in ast.walk(node)
     ]
+    # Numbers count where an operation uses them. Defaults, sizes, indices and limits are not part of a formula.
+    operands = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp)
+        for inner in (node.left, node.right)
+        if isinstance(inner, ast.Constant)
+    }
     ignored = {id(node) for node in counts}
-    return [
-        node for node in ast.walk(tree) if isinstance(node, ast.expr) and id(node) not in ignored and _changes(node)
-    ]
+    ignored |= {id(node) for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in operands}
+    return [n for n in ast.walk(tree) if isinstance(n, ast.expr) and id(n) not in ignored and _changes(n)]
 
 
 def _changes(node: ast.expr) -> bool:
