@@ -563,3 +563,35 @@ def test_the_local_solution_is_returned_if_the_last_iterate_is_worse() -> None:
     solution = solve_feed_forward(block, x, y, prune, chunks=[300] * 3, leading_chunks=1)
     assert torch.equal(solution.feed_forward.up, block.up * 0.9)
     assert min(solution.errors) < solution.errors[0] < solution.errors[3]
+
+
+def watching(
+    block: FeedForward, pattern: Pattern
+) -> tuple[Callable[[Targets, InputStatistics], Targets], list[FeedForward]]:
+    """A ``Prune``, and the list to which it adds every iterate."""
+    prune, iterates = prune_with(pattern), []
+
+    def watched(targets: Targets, inputs: InputStatistics) -> Targets:
+        pruned = prune(targets, inputs)
+        iterates.append(replace(iterates.pop() if "down" in pruned else block, **pruned))
+        return pruned
+
+    return watched, iterates
+
+
+def test_the_held_out_tokens_choose() -> None:
+    """Their errors are the true ones, and the iterate with the smallest is kept, whatever the errors on fitted tokens are."""
+    chosen = set()
+    for seed in range(12):
+        block = make_block(seed=seed)
+        x, y = make_tokens(block, n=60, noise=0.5, seed=seed)
+        y = 3 * y  # so that the target's energy is not that of the dense output
+        prune, iterates = watching(block, Unstructured(0.6))
+        solution = solve_feed_forward(block, x, y, prune, iterations=5, chunks=[10] * 6, fitted_chunks=4)
+        held_out = [true_error(iterate, x[40:], y[40:]) for iterate in iterates]
+        assert solution.held_out_errors == pytest.approx(held_out, rel=1e-4)
+        assert solution.errors == pytest.approx([true_error(iterate, x[:40], y[:40]) for iterate in iterates], rel=1e-3)
+        best = min(range(5), key=held_out.__getitem__)
+        assert torch.equal(solution.feed_forward.down, iterates[best].down)
+        chosen.add(best)
+    assert len(chosen) > 1, "not always the same iteration"
