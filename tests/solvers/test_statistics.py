@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support.ranks import on_ranks
@@ -16,6 +18,7 @@ from sparsellm_lightning.solvers import (
     check_finite,
     factorize,
     relative_error,
+    spd_inverse,
 )
 
 
@@ -145,9 +148,27 @@ def test_damping_is_raised_with_a_warning(gram: Tensor, damping: float, final: f
     with pytest.warns(UserWarning, match=r"layers\.0\.up: Cholesky.*damping") as record:
         factor = factorize(gram, damping, "layers.0.up")
     assert len(record) == warned
+    # Each message names the damping that failed and the one that is tried next.
+    named = [re.search(r"with damping (\S+); trying (\S+)\.", str(warning.message)).groups() for warning in record]
+    assert [failed for failed, _ in named] == [f"{damping:g}", *(tried for _, tried in named[:-1])]
+    assert float(named[-1][1]) == pytest.approx(final)
     assert torch.equal(gram, before)
     inverse = (factor.upper.T @ factor.upper).double()
     torch.testing.assert_close(inverse, inverse_of(gram, final), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", [10, 90, 190])
+def test_a_large_matrix_with_one_bad_place(where: int) -> None:
+    """The factorisation is recursive: the place lies in one half or the other, in a leaf or in a Schur complement."""
+    gram = torch.eye(200)
+    gram[where, where - 5] = gram[where - 5, where] = 1.05
+    with pytest.warns(UserWarning, match="Cholesky factorisation failed") as record:
+        factor = factorize(gram, 0.0)
+    assert len(record) == 3, "1e-3 and 1e-2 are not enough"
+    inverse = (factor.upper.T @ factor.upper).double()
+    torch.testing.assert_close(inverse, inverse_of(gram, 0.1), rtol=1e-3, atol=1e-3)
+    with pytest.raises(NumericalError, match="must be positive definite"):
+        spd_inverse(gram)
 
 
 @pytest.mark.filterwarnings("ignore:.*Cholesky")
@@ -155,7 +176,9 @@ def test_damping_is_raised_with_a_warning(gram: Tensor, damping: float, final: f
 def test_a_matrix_that_no_damping_makes_definite_is_refused(entry: float) -> None:
     gram = torch.eye(3)
     gram[0, 1] = gram[1, 0] = entry
-    with pytest.raises(NumericalError, match=r"layers\.0\.up: not positive definite"):
+    with pytest.raises(
+        NumericalError, match=r"layers\.0\.up: not positive definite even with damping raised to 10000 of"
+    ):
         factorize(gram, 0.01, "layers.0.up")
     gram.diagonal().fill_(float("nan"))
     with pytest.raises(NumericalError, match="Gram matrix: not positive definite"):
