@@ -38,7 +38,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "ranks": ("test_ranks.py", "test_patterns.py"),
     "sparsegpt": LOCAL,
     "sparsellm": ("test_sparsellm.py",),
-    "statistics": ("test_statistics.py",),
+    "statistics": ("test_statistics.py", "test_local.py"),
     "wanda": LOCAL,
 }
 TIMEOUT = 120  # seconds after which a mutant counts as noticed: it loops
