@@ -23,8 +23,7 @@ class SparseFinetuning(pl.Callback):
     """Keep the zeros of a sparse model, however it was pruned, while it is trained.
 
     - After every backward pass, gradients of pruned weights are set to zero. This is before clipping, so they do not count in
-    the
-      norm. An optimizer's moments at pruned weights stay zero.
+      the norm. An optimizer's moments at pruned weights stay zero.
     - Directly after every optimizer step, pruned weights are set to zero, before any other callback sees them. Only optimizers
       that mix entries move them at all.
     - At the end of every epoch and of training, the zeros are compared with the masks, entry by entry.
@@ -36,8 +35,7 @@ class SparseFinetuning(pl.Callback):
 
     Raises:
         UserError: at setup, if the Trainer has Lightning's ``ModelPruning`` or an unsupported strategy; at the start of
-        training, if
-            the model has no zeros, or other zeros than the checkpoint stored.
+            training, if the model has no zeros, or other zeros than the checkpoint stored.
         MaskError: at the end of an epoch or of training, if something else changed the zeros.
     """
 

@@ -69,8 +69,7 @@ class SparseLLMCallback(SparseFinetuning):
 
     Raises:
         UserError: a setting out of its range, at construction; a Trainer under which nothing would run, an export folder that
-        is
-            not empty or an unknown architecture, before any long work.
+            is not empty or an unknown architecture, before any long work.
     """
 
     def __init__(

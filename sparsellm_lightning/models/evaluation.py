@@ -66,7 +66,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
                 "that belongs to the model."
             )
     length = next(iter(inputs.values())).shape[1]
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise UserError(
             f"Windows must fit into the model's context of {context} tokens, got windows of {length}. Use shorter windows "

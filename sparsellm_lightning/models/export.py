@@ -119,9 +119,7 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
     """
     try:
         export(export_dir=export_dir, overwrite=overwrite)
-    except (
-        Exception
-    ) as error:  # whatever it is, the model must not be lost: safetensors has an error of its own for a full disk
+    except Exception as error:  # of any class: safetensors has its own for a full disk, and the model must not be lost
         for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
             rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
             try:

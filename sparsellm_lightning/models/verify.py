@@ -58,7 +58,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     found += _compare_sparsity(describe(model), report)
     if batches is not None and not found:
         measured = perplexity(model, batches)
-        reported = report["perplexity"].get("finetuned", report["perplexity"]["pruned"])
+        reported = report["perplexity"].get("finetuned", report["perplexity"].get("pruned"))
         if reported is None:
             found.append(f"perplexity: the report has none, the files give {measured:.4f}")
         elif not abs(measured - reported) <= tolerance * reported:

@@ -56,8 +56,7 @@ class PruningReport:
             text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
             block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
-                In a
-            Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
+            In a Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
