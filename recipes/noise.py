@@ -28,7 +28,7 @@ def disturb(model: PreTrainedModel, level: float, seed: int = 0) -> None:
     """Add noise of ``level`` standard deviations of its weights to every projection."""
     generator = torch.Generator().manual_seed(seed)
     for projection in describe(model).projections():
-        weight = projection.parameter
+        weight = projection.matrix
         weight.add_(level * weight.std() * torch.randn(weight.shape, generator=generator))
 
 

@@ -1,12 +1,14 @@
-"""The ``sparsellm`` command: Lightning's subcommands, and ``prune``, ``evaluate`` and ``verify``."""
+"""The ``sparsellm`` command: Lightning's subcommands, and ``prune``, ``evaluate``, ``verify`` and ``inspect``."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -14,11 +16,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsellm_lightning.architecture import describe, find_model
 from sparsellm_lightning.callbacks import SparseLLMCallback
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
-from sparsellm_lightning.models import CausalLM, verify_export
-from sparsellm_lightning.reporting import format_table, layer_rows
+from sparsellm_lightning.models import CausalLM, inspect_model, verify_export
+from sparsellm_lightning.pipeline import estimate_work
+from sparsellm_lightning.reporting import format_table, layer_rows, structure
+from sparsellm_lightning.runtime import gemm_peak
 
 
 class PruningTrainer(pl.Trainer):
@@ -35,7 +40,8 @@ class PruningTrainer(pl.Trainer):
     def evaluate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
         results = self.test(model, datamodule=datamodule, verbose=False)
-        _, sparsity = layer_rows(describe(find_model(model)), adapter_for(self))
+        adapter = adapter_for(self)
+        _, sparsity = layer_rows(describe(find_model(model), run=adapter.run_model), adapter)
         if self.is_global_zero:
             name = str(getattr(model, "pretrained", type(model).__name__))
             rows = [
@@ -74,6 +80,43 @@ def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0
     if differences:
         raise UserError(f"{folder} is not what its report says:\n" + "\n".join(differences))
     print(f"{folder} is what its report says" + ("." if data is None else ", its perplexity too."))
+
+
+@dataclass
+class ModelName:
+    """A model to look at.
+
+    Args:
+        pretrained: as for CausalLM. A folder or hub id with a configuration alone is enough.
+    """
+
+    pretrained: str
+
+
+def inspect(
+    model: ModelName,
+    pruner: PruningConfig | None = None,
+    sequence_length: int = 2048,
+) -> None:
+    """Print what would be pruned in a model, and about what that takes on this machine.
+
+    Args:
+        model: to look at.
+        pruner: the settings of the estimate.
+        sequence_length: tokens of a calibration window.
+    """
+    config = pruner or PruningConfig()
+    layout = inspect_model(model.pretrained, config)
+    print(structure(layout))
+    tokens = config.num_calibration_samples * sequence_length
+    expected = estimate_work(layout, config, tokens, sequence_length)
+    work = sum(expected.operations.values())
+    seconds = work / (0.5 * gemm_peak(torch.device("cpu"), torch.float32))
+    print(
+        f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.0f} minutes at half the "
+        f"float32 speed of this CPU; allocation and continuations not counted). Memory besides the model: "
+        f"{expected.sizes.describe()}."
+    )
 
 
 class SparseLLMCLI(LightningCLI):
@@ -116,8 +159,9 @@ def main(args: Any = None) -> None:
     """
     arguments = sys.argv[1:] if args is None else args
     try:
-        if arguments and arguments[0] == "verify":
-            auto_cli(verify, args=arguments[1:], prog="sparsellm verify")
+        command = {"verify": verify, "inspect": inspect}.get(arguments[0] if arguments else "")
+        if command is not None:
+            auto_cli(command, args=arguments[1:], prog=f"sparsellm {arguments[0]}")
             return
         SparseLLMCLI(
             CausalLM,
@@ -126,7 +170,10 @@ def main(args: Any = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigBesideLogs,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": "Prune causal language models. `sparsellm verify DIR` checks an export."},
+            parser_kwargs={
+                "description": "Prune causal language models. `sparsellm verify DIR` checks an export, "
+                "`sparsellm inspect --model.pretrained X` shows what would be pruned."
+            },
             args=args,
         )
     except (UserError, NumericalError, PeerError, MisconfigurationException) as error:

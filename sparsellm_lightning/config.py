@@ -218,18 +218,25 @@ class PruningConfig:
         )
         return self.calibration_val_fraction if alternates or self.reconstruction_steps else 0.0
 
-    def build_pattern(self, rows: int | None = None, ranks: Ranks = SINGLE, sparsity: float | None = None) -> Pattern:
+    def build_pattern(
+        self,
+        rows: int | None = None,
+        ranks: Ranks = SINGLE,
+        sparsity: float | None = None,
+        first_row: int | None = None,
+    ) -> Pattern:
         """The pattern of a matrix.
 
         Args:
             rows: of the matrix, over all ranks. None: the ranks count them.
             ranks: over which the rows are spread.
             sparsity: replaces the setting's. Ignored by N:M patterns.
+            first_row: position of this rank's first row. None: rows are spread evenly over the ranks.
         """
         nofm = _parse_nofm(self.pattern)
         if nofm:
             return NofM(*nofm, ranks)
-        return Unstructured(self.requested_sparsity if sparsity is None else sparsity, ranks, rows)
+        return Unstructured(self.requested_sparsity if sparsity is None else sparsity, ranks, rows, first_row)
 
     def alternates_in(self, num_blocks: int) -> set[int]:
         """Indices of the blocks whose feed-forward network the alternation solves.

@@ -19,8 +19,17 @@ from sparsellm_lightning.allocation.rules import (
     round_counts,
     score_sum,
 )
-from sparsellm_lightning.architecture import Block, Projection
-from sparsellm_lightning.calibration import ActivationCache, Context, LayerSolver, capture, run_block, tail_logits
+from sparsellm_lightning.architecture import Block, Experts, Network, Projection
+from sparsellm_lightning.calibration import (
+    ActivationCache,
+    Context,
+    LayerSolver,
+    RoutedTokens,
+    capture,
+    feed_forward_of,
+    run_block,
+    tail_logits,
+)
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch, first_tokens
 from sparsellm_lightning.errors import UserError
@@ -36,7 +45,8 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
     """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero, to the weight.
 
-    ``atp`` and ``owl`` have one part a block. For ``kl`` every projection is a part. Part i is pruned alone, by the local
+    ``atp`` and ``owl`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
+    all projections of one role. Part i is pruned alone, by the local
     solver (SparseGPT in place of ADMM) with statistics of the dense model, and its damage at sparsity s is taken to be
 
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
@@ -80,9 +90,16 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
 
 
 def _parts(block: Block, apart: bool) -> list[list[Projection]]:
-    """The projections of a block that are pruned: each a part of its own, or all together as one part."""
-    pruned = [p for p in block.projections() if p.pruned]
-    return [[p] for p in pruned] if apart else [pruned] if pruned else []
+    """The projections of a block that are pruned: each a part of its own (experts by role), or all together as one part."""
+    parts: list[list[Projection]] = []
+    for unit in block.units:
+        if isinstance(unit, Experts):
+            parts += [[network.roles[role] for network in unit.networks] for role in unit.networks[0].roles]
+        else:
+            parts += [[p] for p in unit.projections]
+    parts = [[p for p in part if p.pruned] for part in parts]
+    parts = [part for part in parts if part]
+    return parts if apart or not parts else [[p for part in parts for p in part]]
 
 
 def _spread(config: PruningConfig) -> float:
@@ -98,26 +115,59 @@ def _sample(context: Context, cache: ActivationCache) -> ActivationCache:
     return cache.part(range(min(batches, len(cache.hidden))))
 
 
-def _statistics(context: Context, block: Block, sample: ActivationCache) -> dict[str, InputStatistics]:
-    """Statistics of every projection's input in the dense block, by name. Moves the sample behind the block."""
-    groups = [group for group in block.groups if any(p.pruned for p in group)]
-    grams = [Gram(group[0].shape[1], context.device) for group in groups]
-    observers = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
-    sample.hidden = run_block(context, block, sample, inputs=observers)
-    statistics: dict[str, InputStatistics] = {}
-    for group, gram in zip(groups, grams, strict=True):
-        mean = gram.mean(context.ranks)
-        check_finite(mean, group[0].name)
-        shared = InputStatistics(mean, context.config.damping, group[0].name)
-        statistics |= dict.fromkeys((p.name for p in group), shared)
-    return statistics
+class _Statistics:
+    """Statistics of the inputs of a dense block's projections. Moves the sample behind the block.
+
+    Args:
+        context: of the run. All ranks make one together.
+        block: dense.
+        sample: activations in front of the block.
+    """
+
+    def __init__(self, context: Context, block: Block, sample: ActivationCache) -> None:
+        self.context = context
+        self.experts: dict[str, tuple[RoutedTokens, int, Network]] = {}
+        groups: list[list[Projection]] = []
+        for unit in block.units:
+            if isinstance(unit, Experts):
+                routed = RoutedTokens(context, block, sample, unit)
+                for index, network in enumerate(unit.networks):
+                    self.experts |= {p.name: (routed, index, network) for p in network.projections}
+            else:
+                groups += [unit.first, [unit.roles["down"]]] if isinstance(unit, Network) else [unit.projections]
+        groups = [group for group in groups if any(p.pruned for p in group)]
+        grams = [Gram(group[0].shape[1], context.device) for group in groups]
+        observers = [(group[0].module, gram.add) for group, gram in zip(groups, grams, strict=True)]
+        sample.hidden = run_block(context, block, sample, inputs=observers)
+        self.shared: dict[str, InputStatistics] = {}
+        for group, gram in zip(groups, grams, strict=True):
+            self.shared |= dict.fromkeys((p.name for p in group), self._of(gram, group[0].name))
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        """Those of a projection's input. Of an expert's, they are computed anew."""
+        if name in self.shared:
+            return self.shared[name]
+        routed, index, network = self.experts[name]
+        tokens = routed.of(index, borrowing_below=network.roles["down"].shape[1]).fitted()
+        feed_forward = feed_forward_of(self.context, network)
+        down = name == network.roles["down"].name
+        gram = Gram(feed_forward.up.shape[int(not down)], self.context.device)
+        for x, weights in zip(tokens.x.split(tokens.chunks), tokens.weights.split(tokens.chunks), strict=True):
+            x = x.to(self.context.device, torch.float32)
+            gram.add((feed_forward.hidden(x) if down else x) * weights.sqrt()[:, None])
+        return self._of(gram, name)
+
+    def _of(self, gram: Gram, name: str) -> InputStatistics:
+        mean = gram.mean(self.context.ranks)
+        check_finite(mean, name)
+        return InputStatistics(mean, self.context.config.damping, name)
 
 
 def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]:
     """OWL's share of outliers of each part, over all ranks: scores far above the mean of the part."""
     sample = _sample(context, cache)
     for block in context.layout.blocks:
-        statistics = _statistics(context, block, sample)
+        statistics = _Statistics(context, block, sample)
         for part in _parts(block, apart=False):
             weights = [(context.adapter.read_rows(p), statistics[p.name].gram) for p in part]
             sums = torch.tensor(
@@ -141,10 +191,10 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
         solver = LayerSolver(context, solver="sparsegpt")
     for block in blocks:
-        statistics = _statistics(context, block, sample)
+        statistics = _Statistics(context, block, sample)
         weight = _discount(block.index, len(blocks), config)
-        for (p,) in _parts(block, apart=True):
-            damages = _curve(context, solver, probe, block, p, statistics[p.name], at)
+        for part in _parts(block, apart=True):
+            damages = _curve(context, solver, probe, block, part, statistics, at)
             yield at, [weight * damage for damage in damages]
         probe.advance(block)
 
@@ -161,18 +211,26 @@ def _curve(
     solver: LayerSolver,
     probe: _OutputProbe,
     block: Block,
-    p: Projection,
-    inputs: InputStatistics,
+    part: Sequence[Projection],
+    statistics: _Statistics,
     at: Sequence[float],
 ) -> list[float]:
-    """Damage of pruning one projection alone to each sparsity. The model's output is measured at the middle one."""
-    dense = context.adapter.read_rows(p)
-    pruned = [solver.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
-    errors = [solver.error(dense, rows, inputs) for rows in pruned]
-    context.adapter.write_rows(p, pruned[len(at) // 2])
+    """Damage of pruning one part alone to each sparsity. The model's output is measured at the middle one."""
+    errors, before = [0.0] * len(at), []
+    middle = len(at) // 2
+    written = []
+    for p in part:
+        inputs, dense = statistics[p.name], context.adapter.read_rows(p)
+        pruned = [solver.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
+        errors = [error + solver.error(dense, rows, inputs) for error, rows in zip(errors, pruned, strict=True)]
+        before.append(dense)
+        written.append(pruned[middle])
+    for p, rows in zip(part, written, strict=True):
+        context.adapter.write_rows(p, rows)
     divergence = probe.divergence(block)
-    context.adapter.write_rows(p, dense)
-    reference = errors[len(at) // 2] or 1.0
+    for p, rows in zip(part, before, strict=True):
+        context.adapter.write_rows(p, rows)
+    reference = errors[middle] or 1.0
     return [divergence * error / reference for error in errors]
 
 
@@ -223,7 +281,7 @@ class _OutputProbe:
         """(tokens, vocabulary) float32, in chunks of tokens."""
         for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
             with self._autocast():
-                logits = tail_logits(self.context, hidden.to(self.context.device), self.cache.returns_tuple)
+                logits = tail_logits(self.context, hidden.to(self.context.device))
             for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
                 yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
 

@@ -1,25 +1,48 @@
-"""Where a model keeps its decoder blocks and their projections."""
+"""What a model's decoder blocks and their projections are: found by looking, with a table of exceptions."""
 
-from sparsellm_lightning.architecture.discovery import (
+from sparsellm_lightning.architecture.blocks import (
     decoder_blocks,
-    describe,
     device_of,
+    evaluating,
     find_model,
+    hidden_states,
     unwrapped_names,
 )
-from sparsellm_lightning.architecture.layout import Block, DecoderLayout, Projection
+from sparsellm_lightning.architecture.discovery import describe
+from sparsellm_lightning.architecture.experts import Routing, routing_of
+from sparsellm_lightning.architecture.layout import (
+    Block,
+    DecoderLayout,
+    Experts,
+    Linears,
+    Network,
+    Projection,
+    Unit,
+    linear_projection,
+)
+from sparsellm_lightning.architecture.probe import ROUTES
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture, register_architecture
 
 __all__ = [
     "ARCHITECTURES",
+    "ROUTES",
     "Architecture",
     "Block",
     "DecoderLayout",
+    "Experts",
+    "Linears",
+    "Network",
     "Projection",
+    "Routing",
+    "Unit",
     "decoder_blocks",
     "describe",
     "device_of",
+    "evaluating",
     "find_model",
+    "hidden_states",
+    "linear_projection",
     "register_architecture",
+    "routing_of",
     "unwrapped_names",
 ]

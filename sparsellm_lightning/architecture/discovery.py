@@ -1,138 +1,154 @@
-"""Finding a model in a module, and a model's blocks and projections."""
+"""The structure of any causal language model, found by a probe and bound to the settings."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from posixpath import commonpath, dirname
-from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture.layout import Block, DecoderLayout, Projection
-from sparsellm_lightning.architecture.table import find_architecture
+from sparsellm_lightning.architecture.blocks import unwrapped_names
+from sparsellm_lightning.architecture.layout import (
+    Block,
+    DecoderLayout,
+    Linears,
+    Network,
+    Projection,
+    Unit,
+)
+from sparsellm_lightning.architecture.probe import RunModel, probe_blocks, run_base
+from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.solvers import find_activation
 
-# Name parts that torch.compile, activation checkpointing, FSDP1 and LoRA insert.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)(\.|$)")
+_FOUND: WeakKeyDictionary[PreTrainedModel, tuple[Architecture | None, list[Block], dict[nn.Module, str]]] = (
+    WeakKeyDictionary()
+)
+"""By model: the table's row, the blocks that the probe found, and the names of their modules."""
 
 
-def describe(model: PreTrainedModel, config: PruningConfig | None = None) -> DecoderLayout:
+def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: RunModel = run_base) -> DecoderLayout:
     """Find a model's blocks and projections, and check that the settings can be applied to them.
 
+    The first call for a model probes it: one forward of 16 tokens, and a few of each block. Later calls only look up the
+    modules, which may have been wrapped since.
+
     Args:
-        model: a ``transformers`` model whose type is in the table.
+        model: any causal language model of ``transformers``.
         config: settings. None: the default settings, under which every projection is pruned.
+        run: calls the model so that its blocks run. A sharded model needs its strategy's.
 
     Raises:
-        UserError: an unknown architecture, a block that is listed twice, an ``ignore`` pattern that matches nothing, columns
-            that do not divide by the N:M group, or block indices outside the model.
+        UserError: a model that cannot be pruned block by block, an ``ignore`` pattern that matches nothing, columns that do not
+            divide by the N:M group, or block indices outside the model.
     """
     config = config or PruningConfig()
-    row, model_type = find_architecture(model.config.model_type), model.config.model_type
-    names = unwrapped_names(model)
-    unmatched = set(config.ignore)
-
-    def projection(block: nn.Module, path: str) -> Projection:
-        module = _get(block, path, model_type)
-        module = getattr(module, "base_layer", module)  # under a LoRA adapter
-        name = names[module]
-        matching = {
-            pattern for pattern in config.ignore if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-        }
-        unmatched.difference_update(matching)
-        return Projection(name, module, pruned=not matching)
-
-    blocks = []
-    modules = decoder_blocks(model)
-    if len(set(modules)) < len(modules):
-        raise UserError(
-            f"Every decoder block must be a module of its own, but {len(modules)} blocks of {type(model).__name__} are only "
-            f"{len(set(modules))} modules. A shared block cannot be solved for two places: copy it first."
-        )
-    for index, module in enumerate(modules):
-        attention = [[projection(module, path) for path in group] for group in row.attention]
-        paths = {"gate": row.gate, "up": row.up, "down": row.down}
-        feed_forward = {role: projection(module, path) for role, path in paths.items() if path is not None}
-        holder = commonpath([dirname("/" + path.replace(".", "/")) for group in row.attention for path in group])[1:]
-        attention_module = module.get_submodule(holder.replace("/", ".")) if holder else None
-        blocks.append(Block(index, names[module], module, attention, feed_forward, attention_module))
-    if unmatched:
-        raise UserError(
-            f"Every ignore pattern must match a projection, but {sorted(unmatched)} match none. The first block's "
-            f"projections are {', '.join(p.name for p in blocks[0].projections())}; embeddings, norms and the head are never "
-            "pruned. Correct the patterns."
-        )
-    activation = find_activation(getattr(model.config, row.activation))
-    layout = DecoderLayout(model, blocks, activation, row.additive(model.config))
+    row = ARCHITECTURES.get(model.config.model_type)
+    if model not in _FOUND or _FOUND[model][0] is not row:
+        _check_weights(model)
+        blocks = probe_blocks(model, run)
+        names = unwrapped_names(model)
+        used = {m for block in blocks for m in _modules(block)}
+        _FOUND[model] = row, blocks, {module: names[module] for module in used}
+    layout = DecoderLayout(model, list(_bound(model, config)))
+    _check_untied(layout)
     _check_groups(layout, config)
-    config.alternates_in(len(blocks))
+    config.alternates_in(len(layout.blocks))
     return layout
 
 
-def unwrapped_names(module: nn.Module) -> dict[nn.Module, str]:
-    """Every module inside by its dotted name, without the parts that wrappers insert."""
-    return {child: _WRAPPERS.sub("", name).rstrip(".") for name, child in module.named_modules()}
+def _modules(block: Block) -> Iterator[nn.Module]:
+    yield block.module
+    if block.replay is not None:
+        yield block.replay.module
+    for unit in block.units:
+        yield unit.observed
+        if isinstance(unit, Network):
+            yield unit.output
+        for p in unit.projections:
+            yield p.module
 
 
-def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's decoder blocks, in order.
+def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
+    """The blocks that were found, with the modules that the model has now, and the ignored projections left dense."""
+    _, blocks, known = _FOUND[model]
+    outer: dict[str, nn.Module] = {}
+    inner: dict[str, nn.Module] = {}
+    for module, name in unwrapped_names(model).items():  # a wrapper comes before what it holds
+        outer.setdefault(name, module)
+        inner[name] = module
+    unmatched = set(config.ignore)
 
-    Raises:
-        UserError: an unknown architecture.
-    """
-    model_type = model.config.model_type
-    return list(_get(model.base_model, find_architecture(model_type).blocks, model_type))
+    def projection(p: Projection) -> Projection:
+        holder = known[p.module]
+        aliases = (p.name, holder, f"{holder}.{p.parameter_name}")
+        matching = {pattern for pattern in config.ignore if any(_matches(name, pattern) for name in aliases)}
+        unmatched.difference_update(matching)
+        return replace(p, module=inner[holder], pruned=not matching)
 
+    def network(found: Network) -> Network:
+        roles = {role: projection(p) for role, p in found.roles.items()}
+        return replace(found, roles=roles, observed=inner[known[found.observed]], output=outer[known[found.output]])
 
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter."""
-    return next(module.parameters()).device
+    def unit(found: Unit) -> Unit:
+        if isinstance(found, Linears):
+            return Linears([projection(p) for p in found.projections])
+        if isinstance(found, Network):
+            return network(found)
+        networks = [network(expert) for expert in found.networks]
+        return replace(found, networks=networks, observed=inner[known[found.observed]])
 
-
-def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:
-    """The ``transformers`` model that a LightningModule holds, found by type.
-
-    Args:
-        module: the LightningModule (or a model itself).
-        attribute: dotted attribute that holds the model. Needed if the module holds several models.
-
-    Raises:
-        UserError: no model, or several and no ``attribute``.
-    """
-    if attribute is not None:
-        try:
-            found = module.get_submodule(attribute)
-        except AttributeError:
-            found = None
-        if not isinstance(found, PreTrainedModel):
-            raise UserError(
-                f"model_attribute must name a transformers PreTrainedModel, but {type(module).__name__}.{attribute} is "
-                f"{'missing' if found is None else type(found).__name__}. Candidates: {_candidates(module) or 'none'}."
-            )
-        return found
-    candidates = _candidates(module)
-    if len(candidates) != 1:
-        found_names = ", ".join(candidates) if candidates else "none"
-        fix = "Name it with model_attribute." if candidates else "Assign one to an attribute, or in configure_model()."
-        raise UserError(
-            f"{type(module).__name__} must hold exactly one transformers PreTrainedModel to prune, found {found_names}. {fix}"
+    bound = []
+    for block in blocks:
+        units = [unit(found) for found in block.units]
+        by_name = {p.name: p for one in units for p in one.projections}
+        replay = block.replay and replace(
+            block.replay, module=outer[known[block.replay.module]], last=by_name[block.replay.last.name]
         )
-    return next(iter(candidates.values()))
+        bound.append(replace(block, module=outer[known[block.module]], units=units, replay=replay))
+    if unmatched:
+        first = ", ".join(p.name for p in bound[0].projections())
+        raise UserError(
+            f"Every ignore pattern must match a projection, but {sorted(unmatched)} match none. The first block's projections "
+            f"are {first}; embeddings, norms, routers and the head are never pruned. Correct the patterns."
+        )
+    yield from bound
 
 
-def _candidates(module: nn.Module) -> dict[str, PreTrainedModel]:
-    """Outermost models by name. A causal LM's own base model is not another candidate."""
-    found: dict[str, PreTrainedModel] = {}
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
-        if isinstance(child, PreTrainedModel) and not inside:
-            found[name] = child
-    return found
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that are not there, or not numbers that can be pruned."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"Pruning needs weights that are not quantised, but {type(model).__name__} is. Load it without quantization_config."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"Pruning needs weights in memory, but {name} is on the meta device (without data, or offloaded to disk). Load "
+                "the model without device_map."
+            )
+
+
+def _check_untied(layout: DecoderLayout) -> None:
+    """Refuse to prune a parameter that another module uses too."""
+    holders: dict[int, set[str]] = {}
+    for name, parameter in layout.model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), set()).add(name)
+    for block in layout.blocks:
+        for p in block.projections():
+            shared = holders.get(id(p.parameter), set())
+            if p.pruned and len(shared) > 1:
+                raise UserError(
+                    f"A projection's weight must be used once, but {' and '.join(sorted(shared))} are one parameter. Solving "
+                    "it for one place would change the other: copy it, or leave it dense with ignore."
+                )
 
 
 def _check_groups(layout: DecoderLayout, config: PruningConfig) -> None:
@@ -143,13 +159,3 @@ def _check_groups(layout: DecoderLayout, config: PruningConfig) -> None:
             f"Pattern {config.pattern} needs input features that divide by {config.group}, not so in "
             f"{', '.join(wrong[:4])}{more}. Choose another pattern, or leave these dense with ignore."
         )
-
-
-def _get(module: nn.Module, path: str, model_type: str) -> Any:
-    try:
-        return module.get_submodule(path)
-    except AttributeError as error:
-        raise UserError(
-            f"The table's row for {model_type!r} names {path!r}, which {type(module).__name__} does not have ({error}). "
-            "Correct the row with register_architecture."
-        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,34 +15,41 @@ from sparsellm_lightning.solvers import Activation
 
 @dataclass(frozen=True)
 class Projection:
-    """One weight to prune.
+    """A weight matrix to prune: a parameter of a module, or a part of one.
 
     Args:
-        name: dotted name in the model, without ``.weight``.
-        module: ``nn.Linear``, or ``Conv1D``, whose weight is stored transposed.
-        pruned: False where ``ignore`` leaves it dense.
+        name: unique in the model. The dotted name of the module; behind it, in brackets, the part of a fused parameter, such as
+            ``model.layers.0.mlp.gate_up_proj[gate]``.
+        module: that holds the parameter.
+        pruned: False where it stays dense.
+        shape: (out features, in features) of the matrix, over all ranks.
+        parameter_name: attribute of the module.
+        transposed: whether the parameter stores (in, out), as ``Conv1D`` does.
+        expert: index of the matrix in a parameter of three dimensions. None: the parameter has two.
+        rows: start, stop and step of the matrix's rows among the (out, in) rows of the parameter. None: all.
+        parts: row counts of the matrices that the model keeps in this one, such as queries, keys and values. Each has its own
+            mask. Empty: one matrix.
     """
 
     name: str
     module: nn.Module
     pruned: bool
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the module stores (in, out) rather than (out, in)."""
-        return isinstance(self.module, Conv1D)
+    shape: tuple[int, int]
+    parameter_name: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+    rows: tuple[int, int, int] | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module stores it."""
-        return self.module.weight  # type: ignore[return-value]
+        """The parameter as the module stores it."""
+        return getattr(self.module, self.parameter_name)  # type: ignore[no-any-return]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out features, in features) of the whole weight."""
-        # From the module, because the parameter of a sharded module may be a flat piece.
-        module: Any = self.module
-        return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
+    def is_whole(self) -> bool:
+        """Whether the matrix is the whole parameter."""
+        return self.expert is None and self.rows is None
 
     @property
     def size(self) -> int:
@@ -50,10 +57,124 @@ class Projection:
         rows, columns = self.shape
         return rows * columns
 
+    def of(self, stored: Tensor) -> Tensor:
+        """The (out, in) matrix inside the whole parameter, sharing its memory."""
+        matrix = stored if self.expert is None else stored[self.expert]
+        matrix = matrix.T if self.transposed else matrix
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
     @property
-    def bias(self) -> Tensor | None:
-        """The bias as the module stores it, or None."""
-        return getattr(self.module, "bias", None)
+    def matrix(self) -> Tensor:
+        """The (out, in) matrix, sharing memory with a parameter that is whole on this rank."""
+        return self.of(self.parameter.detach())
+
+    def bias_of(self, stored: Tensor) -> Tensor:
+        """The (out,) bias inside the whole bias parameter."""
+        bias = stored if self.expert is None else stored[self.expert]
+        return bias if self.rows is None else bias[slice(*self.rows)]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias parameter as the module stores it, or None."""
+        name = "bias" if self.parameter_name == "weight" else f"{self.parameter_name}_bias"
+        return getattr(self.module, name, None)
+
+
+def linear_projection(name: str, module: nn.Module, pruned: bool = True, parts: tuple[int, ...] = ()) -> Projection:
+    """The projection of a whole ``nn.Linear`` or ``Conv1D``."""
+    # From the module's attributes, because the parameter of a sharded module may be a flat piece.
+    layer: Any = module
+    transposed = isinstance(module, Conv1D)
+    shape = (layer.nf, layer.nx) if transposed else (layer.out_features, layer.in_features)
+    return Projection(name, module, pruned, shape, transposed=transposed, parts=parts)
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Projections that share one input, solved together, layer by layer.
+
+    Args:
+        projections: in the order of evaluation.
+    """
+
+    projections: list[Projection]
+
+    @property
+    def observed(self) -> nn.Module:
+        """The module whose first argument is the input."""
+        return self.projections[0].module
+
+
+@dataclass(frozen=True)
+class Network:
+    """A feed-forward network whose function is known: ``φ(gate) ⊙ up`` or ``φ(up)``, then down.
+
+    Args:
+        roles: its projections: ``gate`` (where gated), ``up``, ``down``.
+        activation: φ.
+        observed: the module whose first argument is the network's input.
+        output: the module whose output is the network's.
+        scale: a change of the network's output changes the block's output ``scale`` times as much. None if the block's output
+            depends on it in another way, for instance through a norm.
+        up_offset: constant that the model adds to ``up`` (GPT-OSS: 1).
+    """
+
+    roles: dict[str, Projection]
+    activation: Activation
+    observed: nn.Module
+    output: nn.Module
+    scale: float | None
+    up_offset: float = 0.0
+
+    @property
+    def projections(self) -> list[Projection]:
+        """In the order of evaluation."""
+        return list(self.roles.values())
+
+    @property
+    def first(self) -> list[Projection]:
+        """The projections that see the network's input."""
+        return [p for role, p in self.roles.items() if role != "down"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Feed-forward networks of which a router chooses some for every token.
+
+    Args:
+        networks: one an expert.
+        observed: the module that is called with (hidden states, indices of the chosen experts, weights of the chosen experts),
+            and adds up the weighted outputs.
+        share: fraction of the experts that a token is routed to.
+    """
+
+    networks: list[Network]
+    observed: nn.Module
+    share: float
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Of all experts, in order."""
+        return [p for network in self.networks for p in network.projections]
+
+
+Unit = Linears | Network | Experts
+"""What is solved at a time."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A module inside a block whose output is that of its last projection, so that later forwards need not run the rest of it.
+
+    Args:
+        module: attention, mostly.
+        last: its last projection.
+        returns: number of values that the module returns behind that output. -1: it returns no tuple.
+    """
+
+    module: nn.Module
+    last: Projection
+    returns: int
 
 
 @dataclass(frozen=True)
@@ -64,47 +185,46 @@ class Block:
         index: position in the model.
         name: dotted name in the model.
         module: of the block.
-        attention: its attention projections, grouped by shared input, in the order of evaluation.
-        feed_forward: its feed-forward projections by role: ``gate`` (where gated), ``up``, ``down``.
-        attention_module: the module inside that holds the attention projections and not the feed-forward ones. None if there is
-            no such module.
+        units: what is solved at a time, in the order of evaluation.
+        replay: see :class:`Replay`. None: every forward runs the whole block.
+        returns: values that the module returns behind the hidden states. None: it returns no tuple.
+        dense: linear layers that cannot be pruned, with the reason.
     """
 
     index: int
     name: str
     module: nn.Module
-    attention: list[list[Projection]]
-    feed_forward: dict[str, Projection]
-    attention_module: nn.Module | None = None
+    units: list[Unit]
+    replay: Replay | None = None
+    returns: tuple[Any, ...] | None = None
+    dense: dict[str, str] = field(default_factory=dict)
 
     @property
-    def feed_forward_input(self) -> Projection:
-        """A projection that sees the input of the feed-forward network."""
-        return self.feed_forward.get("gate") or self.feed_forward["up"]
-
-    @property
-    def groups(self) -> list[list[Projection]]:
-        """All projections, grouped by shared input, in the order of evaluation."""
-        before = [p for role, p in self.feed_forward.items() if role != "down"]
-        return [*self.attention, before, [self.feed_forward["down"]]]
+    def networks(self) -> list[Network]:
+        """The feed-forward networks, experts excluded."""
+        return [unit for unit in self.units if isinstance(unit, Network)]
 
     def projections(self) -> Iterator[Projection]:
-        """All projections, in the order of evaluation."""
-        for group in self.groups:
-            yield from group
+        """All projections, in the order in which they are solved."""
+        for unit in self.units:
+            yield from unit.projections
 
-    def forward_work(self, window: int, until: int | None = None) -> int:
+    def forward_work(self, window: int, until: nn.Module | None = None) -> int:
         """Floating-point operations a token of the matrix products in a forward: projections, and causal attention.
 
         Args:
             window: number of tokens that attend to each other.
-            until: index in :attr:`groups` of the first group that is not evaluated. None: all are.
+            until: observed module of the first unit that is not evaluated. None: all are.
         """
-        groups = self.groups[:until]
-        # Queries times keys, and weights times values: half of each, because attention is causal.
-        attends = until is None or until >= max(len(self.attention) - 1, 1)
-        attention = 2 * window * self.attention[-1][0].shape[1] if attends else 0
-        return attention + sum(2 * p.size for group in groups for p in group)
+        work = 0.0
+        for unit in self.units:
+            if self.replay is not None and self.replay.last in unit.projections:
+                # Queries times keys, and weights times values: half of each, because attention is causal.
+                work += 2 * window * self.replay.last.shape[1]
+            if unit.observed is until:
+                break
+            work += 2 * sum(p.size for p in unit.projections) * (unit.share if isinstance(unit, Experts) else 1)
+        return round(work)
 
 
 @dataclass(frozen=True)
@@ -114,16 +234,28 @@ class DecoderLayout:
     Args:
         model: the ``transformers`` model.
         blocks: in order.
-        activation: of every feed-forward network.
-        additive: see :class:`~sparsellm_lightning.architecture.Architecture`.
     """
 
     model: PreTrainedModel
     blocks: list[Block]
-    activation: Activation
-    additive: bool
 
     def projections(self) -> Iterator[Projection]:
         """The projections of all blocks, in order."""
         for block in self.blocks:
             yield from block.projections()
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """Outputs and inputs of the down projection with most inputs; without feed-forward networks, of any projection."""
+        shapes = [network.roles["down"].shape for network in self.networks]
+        return max(shapes or [p.shape for p in self.projections()], key=lambda shape: shape[1])
+
+    @property
+    def networks(self) -> list[Network]:
+        """The feed-forward networks of all blocks, experts included."""
+        return [
+            network
+            for block in self.blocks
+            for unit in block.units
+            for network in ([unit] if isinstance(unit, Network) else unit.networks if isinstance(unit, Experts) else [])
+        ]

@@ -3,18 +3,30 @@
 from sparsellm_lightning.calibration.activations import ActivationCache
 from sparsellm_lightning.calibration.checks import check_finite_activations, check_finite_weights
 from sparsellm_lightning.calibration.context import Context
-from sparsellm_lightning.calibration.forward import Observer, capture, observe_input, run_block, tail_logits
-from sparsellm_lightning.calibration.layers import LayerSolver
+from sparsellm_lightning.calibration.forward import (
+    Observer,
+    capture,
+    observe_input,
+    observe_routing,
+    run_block,
+    tail_logits,
+)
+from sparsellm_lightning.calibration.layers import LayerSolver, feed_forward_of
+from sparsellm_lightning.calibration.routing import ExpertTokens, RoutedTokens
 
 __all__ = [
     "ActivationCache",
     "Context",
+    "ExpertTokens",
     "LayerSolver",
     "Observer",
+    "RoutedTokens",
     "capture",
     "check_finite_activations",
     "check_finite_weights",
+    "feed_forward_of",
     "observe_input",
+    "observe_routing",
     "run_block",
     "tail_logits",
 ]

@@ -25,15 +25,13 @@ class ActivationCache:
         valid: by batch, (batch, sequence) bool, False where padded. None: no padding.
         storage: device where hidden states are kept between forwards.
         fitted: number of windows that are fitted: the first ones. The others are held out.
-        returns_tuple: whether the model's blocks return a tuple that begins with the hidden states.
-        attention_returns: number of values that attention modules return behind the output of their last projection, -1 if they
-            return no tuple. None if their first value is something else, so that attention cannot be replayed.
 
     Attributes:
         windows: number of valid tokens of each window.
         tokens: number of valid tokens.
-        attention_inputs: by batch, the input of the current block's last attention projection. A later forward computes the
-            attention's output from it, as only that projection's weight has changed since. Empty: attention runs as a whole.
+        replay_inputs: by batch, the input of the last projection of the current block's
+            :class:`~sparsellm_lightning.architecture.Replay`. A later forward computes that module's output from it, as only
+            that projection's weight has changed since. Empty: the module runs as a whole.
     """
 
     hidden: list[Tensor]
@@ -41,11 +39,9 @@ class ActivationCache:
     valid: list[Tensor | None]
     storage: torch.device
     fitted: int
-    returns_tuple: bool = False
-    attention_returns: int | None = None
     windows: list[int] = field(init=False)
     tokens: int = field(init=False)
-    attention_inputs: list[Tensor] = field(init=False, default_factory=list)
+    replay_inputs: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.windows = [
@@ -73,8 +69,6 @@ class ActivationCache:
             [self.valid[index] for index in batches],
             self.storage,
             sum(fitted[index] for index in batches),
-            self.returns_tuple,
-            self.attention_returns,
         )
 
     def forget_arguments(self, block: int) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture import Block, DecoderLayout, device_of
+from sparsellm_lightning.architecture import (
+    Block,
+    DecoderLayout,
+    Experts,
+    Linears,
+    Network,
+    Routing,
+    device_of,
+    hidden_states,
+    routing_of,
+)
 from sparsellm_lightning.calibration.activations import ActivationCache, Arguments
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.data import CalibrationBatch
@@ -34,20 +44,28 @@ def capture(context: Context, batches: Sequence[CalibrationBatch], fitted: int) 
         stack.enter_context(recorder.in_place_of_forwards())
         for index, batch in enumerate(batches):
             if index == 1:
-                # The first forward lets the strategy initialise, and shows whether blocks return a tuple. Afterwards stand-ins
-                # replace the blocks, so that no block is gathered in vain.
+                # The first forward lets the strategy initialise. Afterwards stand-ins replace the blocks, so that no block is
+                # gathered in vain.
                 stack.enter_context(recorder.in_place_of_blocks())
             with phase("forward"), context.adapter.forward_context():
                 context.adapter.run_model(context.layout.model, batch.inputs)
     return ActivationCache(
         recorder.hidden,
         recorder.arguments,
-        [batch.valid for batch in batches],
+        [_at_positions(batch.valid, hidden.shape[1]) for batch, hidden in zip(batches, recorder.hidden, strict=True)],
         context.device,
         fitted,
-        bool(recorder.returns_tuple),
-        recorder.attention_returns,
     )
+
+
+def _at_positions(valid: Tensor | None, positions: int) -> Tensor | None:
+    """The mask of the positions that hidden states have: as many for each token, or some in front of the tokens."""
+    if valid is None or valid.shape[1] == positions:
+        return valid
+    times, rest = divmod(positions, valid.shape[1])
+    if not rest:
+        return valid.repeat(1, times)
+    return torch.nn.functional.pad(valid, (positions - valid.shape[1], 0), value=True)
 
 
 def run_block(
@@ -56,7 +74,7 @@ def run_block(
     cache: ActivationCache,
     *,
     inputs: Sequence[tuple[nn.Module, Observer]] = (),
-    output: tuple[nn.Module, Observer] | None = None,
+    outputs: Sequence[tuple[nn.Module, Observer]] = (),
 ) -> list[Tensor]:
     """The block's output for every batch of the cache.
 
@@ -65,60 +83,88 @@ def run_block(
         block: runs with its current weights.
         cache: hidden states in front of the block. Not changed.
         inputs: modules inside the block, and observers of their inputs.
-        output: a module inside the block, and an observer of its output.
+        outputs: modules inside the block, and observers of their outputs.
     """
-    outputs: list[Tensor] = []
+    states: list[Tensor] = []
     with ExitStack() as stack:
         batches = _Batches(context, block, cache, len(cache.windows), until=None)
         for module, observer in inputs:
             stack.callback(module.register_forward_pre_hook(batches.on_input(observer)).remove)
-        if output is not None:
-            stack.callback(output[0].register_forward_hook(batches.on_output(output[1])).remove)
+        for module, observer in outputs:
+            stack.callback(module.register_forward_hook(batches.on_output(observer)).remove)
         stack.enter_context(context.adapter.holding(block.module))
         for returned in batches:
-            outputs.append(moved(returned[0] if isinstance(returned, tuple) else returned, cache.storage))
-    return outputs
+            states.append(moved(hidden_states(returned), cache.storage))
+    return states
 
 
-def observe_input(context: Context, block: Block, cache: ActivationCache, group: int, observer: Observer) -> None:
-    """Show an observer the input of a group of projections, for the fitted windows. Later parts of the block do not run.
+def observe_input(
+    context: Context, block: Block, cache: ActivationCache, unit: Linears | Network, observer: Observer
+) -> None:
+    """Show an observer the input of a unit, for the fitted windows. Later parts of the block do not run.
 
     Args:
         context: of the run.
         block: runs with its current weights.
-        cache: hidden states in front of the block. Gets ``attention_inputs`` if the group is the last of the attention.
-        group: index in :attr:`~sparsellm_lightning.architecture.Block.groups`.
+        cache: hidden states in front of the block. Gets ``replay_inputs`` if the unit is the last projection of the replay.
+        unit: of the block.
         observer: of each window.
     """
-    module = block.groups[group][0].module
-    keeps = group == _last_attention_group(block) and cache.attention_returns is not None
+    keeps = block.replay is not None and unit.projections == [block.replay.last]
     with ExitStack() as stack:
-        batches = _Batches(context, block, cache, cache.fitted, until=group)
+        batches = _Batches(context, block, cache, cache.fitted, until=unit.observed)
         see = batches.on_input(observer)
 
         def see_and_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
             see(module, args)
             if keeps:
-                cache.attention_inputs.append(moved(args[0].detach(), cache.storage))
+                cache.replay_inputs.append(moved(args[0].detach(), cache.storage))
             raise _Stop
 
-        stack.callback(module.register_forward_pre_hook(see_and_stop).remove)
+        stack.callback(unit.observed.register_forward_pre_hook(see_and_stop).remove)
         stack.enter_context(patched_forward(block.module, _stoppable(block.module.forward)))
         stack.enter_context(context.adapter.holding(block.module))
         for _ in batches:
             pass
 
 
-def tail_logits(context: Context, hidden: Tensor, returns_tuple: bool) -> Tensor:
+def observe_routing(
+    context: Context, block: Block, cache: ActivationCache, experts: Experts, observer: Callable[[Routing], None]
+) -> None:
+    """Show an observer what the router decides in every window, the held-out ones too.
+
+    Args:
+        context: of the run.
+        block: runs with its current weights.
+        cache: hidden states in front of the block.
+        experts: of the block.
+        observer: of the valid tokens of each window.
+    """
+    with ExitStack() as stack:
+        batches = _Batches(context, block, cache, len(cache.windows), until=experts.observed)
+
+        def see_and_stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routing = routing_of(module, args, kwargs)
+            assert routing is not None
+            batches.show_routing(observer, routing)
+            raise _Stop
+
+        stack.callback(experts.observed.register_forward_pre_hook(see_and_stop, with_kwargs=True).remove)
+        stack.enter_context(patched_forward(block.module, _stoppable(block.module.forward)))
+        stack.enter_context(context.adapter.holding(block.module))
+        for _ in batches:
+            pass
+
+
+def tail_logits(context: Context, hidden: Tensor) -> Tensor:
     """The model's logits, (windows, length, vocabulary), for hidden states behind its last block.
 
     Args:
         context: of the run. All ranks call this together.
         hidden: (windows, length, d).
-        returns_tuple: see :class:`~sparsellm_lightning.calibration.ActivationCache`.
     """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=context.device)
-    stand_in = _Recorder(context.layout, answer=hidden, returns_tuple=returns_tuple)
+    stand_in = _Recorder(context.layout, answer=hidden)
     with stand_in.in_place_of_blocks():
         logits = context.adapter.logits(context.layout.model, {"input_ids": ids})
     assert logits is not None
@@ -131,21 +177,22 @@ class _Batches:
     Args:
         context, block, cache: as for :func:`run_block`.
         observed: number of windows that observers see: the first ones. Later batches run only if a forward is a collective.
-        until: index of the first group that is not evaluated. None: all are.
+        until: module that is not evaluated, nor what follows it. None: all are.
     """
 
     def __init__(
-        self, context: Context, block: Block, cache: ActivationCache, observed: int, until: int | None
+        self, context: Context, block: Block, cache: ActivationCache, observed: int, until: nn.Module | None
     ) -> None:
         self.context, self.block, self.cache = context, block, cache
         self.left = observed
         self.shape = torch.Size()  # of the batch that runs, and its valid tokens
         self.mask: Tensor | None = None
-        window, last = max(cache.windows, default=0), len(block.attention) - 1
+        window, replay = max(cache.windows, default=0), block.replay
         self.work = block.forward_work(window, until)
-        # A forward that goes beyond attention replays it.
-        self.replayed = cache.attention_inputs if until is None or until > last else []
-        self.replayed_work = block.forward_work(window, last)
+        # A forward that goes beyond the replayed module.
+        replays = replay is not None and until not in set(replay.module.modules())
+        self.replayed = cache.replay_inputs if replays else []
+        self.replayed_work = 0 if replay is None else block.forward_work(window, replay.last.module)
 
     def __iter__(self) -> Iterator[Any]:
         adapter, device = self.context.adapter, device_of(self.block.module)
@@ -163,16 +210,16 @@ class _Batches:
 
     @contextmanager
     def _replay(self, index: int) -> Iterator[None]:
-        """The attention's output comes from the input of its last projection. Queries, keys and values are not computed."""
-        last, more = self.block.attention[-1][0], self.cache.attention_returns
-        assert self.block.attention_module is not None
-        assert more is not None
+        """The module's output comes from the input of its last projection. What is before it is not computed."""
+        replay = self.block.replay
+        assert replay is not None
 
-        def attention(*args: Any, **kwargs: Any) -> Any:
-            output = last.module(self.replayed[index].to(last.parameter.device, non_blocking=True))
-            return output if more < 0 else (output, *[None] * more)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = replay.last.module(self.replayed[index].to(replay.last.parameter.device, non_blocking=True))
+            output = output.view(*self.shape, -1)
+            return output if replay.returns < 0 else (output, *[None] * replay.returns)
 
-        with patched_forward(self.block.attention_module, attention):
+        with patched_forward(replay.module, forward):
             yield
 
     def on_input(self, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -183,17 +230,27 @@ class _Batches:
         """A forward hook that shows a module's output to an observer."""
         return lambda _, args, output: self._show(observer, output)
 
+    def show_routing(self, observer: Callable[[Routing], None], routing: Routing) -> None:
+        """Show the routing of the valid tokens of each window."""
+        windows: list[Routing] = []
+        if routing.chosen is None:
+            experts, _, features = routing.hidden.shape
+            by_token = routing.hidden.transpose(0, 1).flatten(1)
+            self._show(lambda x: windows.append(Routing(x.view(-1, experts, features).transpose(0, 1))), by_token)
+        else:
+            parts: list[list[Tensor]] = [[], [], []]
+            for part, tensor in zip(parts, (routing.hidden, routing.chosen, routing.weights), strict=True):
+                assert tensor is not None
+                self._show(part.append, tensor)
+            windows = [Routing(*window) for window in zip(*parts, strict=True)]
+        for window in windows:
+            observer(window)
+
     def _show(self, observer: Observer, x: Tensor) -> None:
         """Show the valid tokens of each window. One window at a time, so that sums do not depend on batches and ranks."""
         windows = x.detach().reshape(*self.shape, x.shape[-1])
         for row, window in enumerate(windows[: max(self.left, 0)]):
             observer(window if self.mask is None else window[self.mask[row]])
-
-
-def _last_attention_group(block: Block) -> int | None:
-    """Index of the last attention group, if it is one projection behind the attention. None if there is no such group."""
-    last = len(block.attention) - 1
-    return last if last > 0 and len(block.attention[last]) == 1 and block.attention_module is not None else None
 
 
 class _Stop(Exception):
@@ -218,50 +275,28 @@ class _Recorder:
     Args:
         layout: the model's blocks.
         answer: returned by every block, and nothing is recorded. None: hidden states pass through.
-        returns_tuple: whether blocks return a tuple. None: the first block runs once to show it.
 
     Attributes:
-        attention_returns: see :class:`~sparsellm_lightning.calibration.ActivationCache`.
         hidden: by batch, in front of the first block.
         arguments: by block and batch.
     """
 
-    def __init__(self, layout: DecoderLayout, answer: Tensor | None = None, returns_tuple: bool | None = None) -> None:
-        self.layout, self.answer, self.returns_tuple = layout, answer, returns_tuple
-        self.attention_returns: int | None = None
+    def __init__(self, layout: DecoderLayout, answer: Tensor | None = None) -> None:
+        self.layout, self.answer = layout, answer
         self.hidden: list[Tensor] = []
         self.arguments: list[list[Arguments]] = [[] for _ in layout.blocks]
 
-    def call(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, block: Block, *args: Any, **kwargs: Any) -> Any:
         """A block's forward."""
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if self.answer is None:
-            recorded = self.arguments[index]
+            recorded = self.arguments[block.index]
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
             recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
-            if index == 0:
+            if block.index == 0:
                 self.hidden.append(hidden.detach())
-            if self.returns_tuple is None:
-                self.returns_tuple = self._run(self.layout.blocks[index], original, hidden, *rest, **kwargs)
         passed = hidden if self.answer is None else self.answer
-        return (passed,) if self.returns_tuple else passed
-
-    def _run(self, block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-        """Run a block once: whether it returns a tuple. Also notes ``attention_returns``."""
-        seen: list[Any] = []
-        with ExitStack() as stack:
-            if _last_attention_group(block) is not None:
-                assert block.attention_module is not None
-                for module in (block.attention[-1][0].module, block.attention_module):
-                    hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
-                    stack.callback(hook.remove)
-            returned = original(*args, **kwargs)
-        if len(seen) == 2:
-            projected, attended = seen
-            first = attended[0] if isinstance(attended, tuple) else attended
-            if isinstance(first, Tensor) and first.shape == projected.shape and torch.equal(first, projected):
-                self.attention_returns = len(attended) - 1 if isinstance(attended, tuple) else -1
-        return isinstance(returned, tuple)
+        return passed if block.returns is None else (passed, *block.returns)
 
     @contextmanager
     def in_place_of_forwards(self) -> Iterator[None]:
@@ -272,8 +307,7 @@ class _Recorder:
             yield
 
     def _forward_of(self, block: Block) -> Callable[..., Any]:
-        original = block.module.forward
-        return lambda *args, **kwargs: self.call(block.index, original, *args, **kwargs)
+        return lambda *args, **kwargs: self.call(block, *args, **kwargs)
 
     @contextmanager
     def in_place_of_blocks(self) -> Iterator[None]:
@@ -302,8 +336,7 @@ class _StandIn(nn.Module):
         vars(self)["recorder"], vars(self)["block"] = recorder, block  # not as children
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        block = self.__dict__["block"]
-        return self.__dict__["recorder"].call(block.index, block.module.forward, *args, **kwargs)
+        return self.__dict__["recorder"].call(self.__dict__["block"], *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"].module, name)

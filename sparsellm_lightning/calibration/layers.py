@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Projection
+from sparsellm_lightning.architecture import Network, Projection
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.runtime import phase
-from sparsellm_lightning.solvers import LOCAL_SOLVERS, InputStatistics, relative_error, solve_stacked
+from sparsellm_lightning.solvers import (
+    LOCAL_SOLVERS,
+    FeedForward,
+    InputStatistics,
+    Pattern,
+    relative_error,
+    solve_stacked,
+)
+
+
+def feed_forward_of(context: Context, network: Network) -> FeedForward:
+    """The network's weights and biases as they are in the model, whole on every rank, float32."""
+    weights = {role: context.adapter.whole(p) for role, p in network.roles.items()}
+    biases = {f"{role}_bias": context.adapter.whole_bias(p) for role, p in network.roles.items()}
+    if network.up_offset:
+        bias = biases["up_bias"]
+        biases["up_bias"] = network.up_offset + (weights["up"].new_zeros(len(weights["up"])) if bias is None else bias)
+    return FeedForward(network.activation, **weights, **biases)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -55,16 +73,33 @@ class LayerSolver:
         chosen = {name: target for name, target in targets.items() if projections[name].pruned}
         if not chosen or self.context.config.requested_sparsity == 0:
             return {name: dense[name] for name in targets}
-        config, ranks = self.context.config, self.context.ranks
-        patterns = {
-            name: config.build_pattern(projections[name].shape[0], ranks, self._sparsity(projections[name], sparsity))
+        parts: dict[tuple[str, int], Tensor] = {}
+        patterns: dict[tuple[str, int], Pattern] = {}
+        pruned_before: dict[tuple[str, int], Tensor] = {}
+        for name, target in chosen.items():
+            for part, (rows, first_row, size) in enumerate(self._parts(projections[name])):
+                share = self._sparsity(projections[name], sparsity)
+                parts[name, part] = target[rows]
+                patterns[name, part] = self.context.config.build_pattern(size, self.context.ranks, share, first_row)
+                pruned_before[name, part] = dense[name][rows] == 0
+        with phase("local_solve"):
+            before = pruned_before if self.context.keep_zeros else None
+            solved = solve_stacked(parts, inputs, patterns, LOCAL_SOLVERS[self.name], before)
+        stored = {
+            name: torch.cat([rows for (of, _), rows in solved.items() if of == name])
+            .to(projections[name].parameter.dtype)
+            .float()
             for name in chosen
         }
-        pruned_before = {name: dense[name] == 0 for name in chosen} if self.context.keep_zeros else None
-        with phase("local_solve"):
-            solved = solve_stacked(chosen, inputs, patterns, LOCAL_SOLVERS[self.name], pruned_before)
-        stored = {name: rows.to(projections[name].parameter.dtype).float() for name, rows in solved.items()}
         return {name: dense[name] for name in targets} | stored
+
+    def _parts(self, projection: Projection) -> Iterator[tuple[slice, int, int]]:
+        """Of each matrix in a projection: its rows among this rank's, the position of the first of them, and its size."""
+        mine, start = self.context.ranks.local_rows(projection.shape[0]), 0
+        for size in projection.parts or (projection.shape[0],):
+            low, high = max(mine.start, start), min(mine.stop, start + size)
+            yield slice(max(low - mine.start, 0), max(high - mine.start, 0)), max(low - start, 0), size
+            start += size
 
     def error(self, dense: Tensor, pruned: Tensor, inputs: InputStatistics) -> float:
         """``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` over all ranks, from this rank's rows of W and Ŵ."""

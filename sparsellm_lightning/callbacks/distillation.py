@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import decoder_blocks, find_model
+from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
 from sparsellm_lightning.callbacks.finetuning import SPARSE
 from sparsellm_lightning.distributed import adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
@@ -260,7 +260,7 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
         calls[-1].logits = getattr(output, "logits", None)
 
     def block(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls[-1].features.append(output[0] if isinstance(output, tuple) else output)
+        calls[-1].features.append(hidden_states(output))
 
     with ExitStack() as handles:
         for handle in (

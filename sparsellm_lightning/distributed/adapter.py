@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, Projection, device_of
+from sparsellm_lightning.architecture import DecoderLayout, Projection, device_of, evaluating
 from sparsellm_lightning.runtime import fastest_float32
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
@@ -45,22 +45,15 @@ class StrategyAdapter:
     def calibrating(self, model: nn.Module) -> Iterator[None]:
         """Context of calibration: evaluation mode, eager compiled modules, the fastest exact float32 products.
 
-        Training modes and the random state are restored at the end. Compiled modules run eagerly, because hooks inside a
-        compiled block never fire.
+        Training modes and the random state are restored at the end.
         """
-        modes = {module: module.training for module in model.modules()}
-        stance = getattr(torch.compiler, "set_stance", None)
         random_state = isolate_rng()
         random_state.__enter__()
-        model.eval()
         try:
-            eager = stance("force_eager") if stance else nullcontext()
-            with eager, fastest_float32(device_of(model)):
+            with evaluating(model), fastest_float32(device_of(model)):
                 yield
         finally:
             random_state.__exit__(None, None, None)  # as a with statement, it restores nothing after an exception
-            for module, training in modes.items():
-                module.training = training
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context of the calibration forward, such as autocast."""
@@ -106,7 +99,7 @@ class StrategyAdapter:
     def read_rows(self, projection: Projection) -> Tensor:
         """A copy of this rank's rows of a weight, (rows, in features) float32."""
         rows = self.ranks.local_rows(projection.shape[0])
-        return as_rows(projection, projection.parameter.detach())[rows].to(torch.float32, copy=True).contiguous()
+        return projection.matrix[rows].to(torch.float32, copy=True).contiguous()
 
     def write_rows(self, projection: Projection, rows: Tensor) -> None:
         """Write this rank's rows into the parameter, in place, cast to its dtype. All ranks call this together."""
@@ -115,16 +108,15 @@ class StrategyAdapter:
 
     def whole(self, projection: Projection) -> Tensor:
         """The whole weight as float32, on every rank. To be held for one block at a time."""
-        return as_rows(projection, projection.parameter.detach()).to(torch.float32, copy=True).contiguous()
+        return projection.matrix.to(torch.float32, copy=True).contiguous()
 
     def write_whole(self, projection: Projection, weight: Tensor) -> None:
         """Write a weight, whole on every rank, into the parameter, in place, cast to its dtype."""
-        with torch.no_grad():
-            projection.parameter.copy_(as_rows(projection, weight))
+        projection.matrix.copy_(weight)
 
     def whole_bias(self, projection: Projection) -> Tensor | None:
         """The whole bias as float32, or None."""
-        return None if projection.bias is None else projection.bias.detach().float()
+        return None if projection.bias is None else projection.bias_of(projection.bias.detach()).float()
 
     def count_zeros(self, projection: Projection) -> Tensor:
         """Zeros in this rank's part of the weight. Summed over ranks, every entry is counted once."""
@@ -136,11 +128,6 @@ class StrategyAdapter:
 
     def finish(self, model: nn.Module) -> None:
         """Restore the state that the strategy expects for training and checkpoints."""
-
-
-def as_rows(projection: Projection, weight: Tensor) -> Tensor:
-    """The (out, in) view of a stored weight, and the stored view of an (out, in) weight."""
-    return weight.T if projection.transposed else weight
 
 
 @contextmanager

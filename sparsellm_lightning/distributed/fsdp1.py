@@ -53,7 +53,7 @@ class FSDP1Adapter(ShardedAdapter):
         if projection.bias is None:
             return None
         with self._summoned(projection, write=False):
-            bias: Tensor = projection.bias.detach().to(torch.float32, copy=True)
+            bias: Tensor = projection.bias_of(projection.bias.detach()).to(torch.float32, copy=True)
         return bias
 
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -13,7 +14,6 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection
-from sparsellm_lightning.distributed.adapter import as_rows
 from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
 from sparsellm_lightning.distributed.sharded import ShardedAdapter
 from sparsellm_lightning.errors import UserError
@@ -77,22 +77,42 @@ class FSDP2Adapter(ShardedAdapter):
             local.copy_(rows)
 
     def whole(self, projection: Projection) -> Tensor:
-        return as_rows(projection, self._gathered(projection.parameter)).float().contiguous()
+        if projection.expert is not None and isinstance(projection.parameter, DTensor):
+            mine = self._mine(projection)
+            device = projection.parameter.to_local().device
+            whole = torch.zeros(projection.shape, device=device) if mine is None else mine.float().contiguous()
+            self.ranks.sum_(whole)  # the other ranks have zeros
+            return whole
+        return projection.of(self._gathered(projection.parameter)).float().contiguous()
 
     def write_whole(self, projection: Projection, weight: Tensor) -> None:
         parameter = projection.parameter.detach()
         if not isinstance(parameter, DTensor):
             super().write_whole(projection, weight)
             return
-        stored = as_rows(projection, weight)
+        if projection.expert is not None:
+            mine = self._mine(projection)
+            if mine is not None:
+                mine.copy_(weight)
+            return
+        if projection.is_whole:
+            stored = weight.T if projection.transposed else weight
+        else:
+            stored = self._gathered(parameter)
+            projection.of(stored).copy_(weight)
         parameter.to_local().copy_(stored[self.ranks.local_rows(stored.shape[0])])
 
     def whole_bias(self, projection: Projection) -> Tensor | None:
-        return None if projection.bias is None else self._gathered(projection.bias).float()
+        return None if projection.bias is None else projection.bias_of(self._gathered(projection.bias)).float()
 
     def count_zeros(self, projection: Projection) -> Tensor:
         parameter = projection.parameter.detach()
-        return (parameter.to_local() == 0).sum() if isinstance(parameter, DTensor) else super().count_zeros(projection)
+        if isinstance(parameter, DTensor) and projection.is_whole:
+            return (parameter.to_local() == 0).sum()
+        if isinstance(parameter, DTensor) and projection.expert is not None:
+            mine = self._mine(projection)
+            return parameter.to_local().new_zeros((), dtype=torch.long) if mine is None else (mine == 0).sum()
+        return super().count_zeros(projection)
 
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
         whole: dict[str, Tensor] = {}
@@ -112,6 +132,15 @@ class FSDP2Adapter(ShardedAdapter):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def _mine(self, projection: Projection) -> Tensor | None:
+        """An expert's matrix, sharing memory with the parameter, on the rank that holds the expert. None on other ranks."""
+        parameter = projection.parameter.detach()
+        held = self.ranks.local_rows(parameter.shape[0])
+        assert projection.expert is not None
+        if not held.start <= projection.expert < held.stop:
+            return None
+        return replace(projection, expert=projection.expert - held.start).of(parameter.to_local())  # type: ignore[attr-defined]
+
     def _gathered(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return self.ranks.gather_rows(tensor.to_local(), tensor.shape[0]) if isinstance(tensor, DTensor) else tensor
@@ -125,9 +154,10 @@ class FSDP2Adapter(ShardedAdapter):
 
 
 def _local_shard(projection: Projection) -> Tensor | None:
-    """This rank's rows as stored. None if the parameter is not sharded by rows."""
+    """This rank's rows as stored. None if the parameter is not sharded by the rows of this matrix."""
     parameter = projection.parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) and not projection.transposed else None
+    by_rows = isinstance(parameter, DTensor) and not projection.transposed and projection.is_whole
+    return parameter.to_local() if by_rows else None  # type: ignore[attr-defined]
 
 
 def _reshards_after_forward(module: FSDPModule) -> bool:

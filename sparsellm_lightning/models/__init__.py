@@ -5,6 +5,7 @@ from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.verify import verify_export
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_inputs",
     "export_model",
     "export_or_rescue",
+    "inspect_model",
     "load_model",
     "load_tokenizer",
     "model_inputs",

@@ -37,7 +37,7 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
     """
     dtype = _check_dtype(dtype)
     _refuse_remote_code(kwargs)
-    source, gguf_file = _locate(pretrained)
+    source, gguf_file = locate(pretrained)
 
     def load(**extra: Any) -> PreTrainedModel:
         options = {**kwargs, **extra, "output_loading_info": True}
@@ -47,14 +47,14 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
         return model
 
     if gguf_file is None:
-        return _or_user_error(pretrained, lambda: load(dtype=dtype))
+        return or_user_error(pretrained, lambda: load(dtype=dtype))
     extra: dict[str, Any] = {"gguf_file": gguf_file, "dtype": torch.float32 if dtype == "auto" else dtype}
     gguf_config = getattr(transformers, "GgufConfig", None)
     if gguf_config is not None and "quantization_config" not in kwargs:
         # Without this, transformers marks the model as quantized and save_pretrained refuses it.
         extra["quantization_config"] = gguf_config(dequantize=True)
     with _without_progress_bars():
-        return _or_user_error(pretrained, lambda: load(**extra))
+        return or_user_error(pretrained, lambda: load(**extra))
 
 
 def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
@@ -66,14 +66,14 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no such model, or it has no tokenizer.
     """
-    source, gguf_file = _locate(pretrained)
+    source, gguf_file = locate(pretrained)
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
 
     def load() -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)  # nosec B615
         return tokenizer
 
-    return _or_user_error(pretrained, load)
+    return or_user_error(pretrained, load)
 
 
 def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -102,7 +102,7 @@ def _refuse_remote_code(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _locate(pretrained: str) -> tuple[str, str | None]:
+def locate(pretrained: str) -> tuple[str, str | None]:
     """The arguments of ``from_pretrained``: folder or hub id, and the name of the GGUF file inside the folder."""
     if not pretrained:
         raise UserError("pretrained must name a model, got an empty string. Write a hub id, a folder or a .gguf file.")
@@ -162,7 +162,7 @@ def _inside(path: Path, roots: list[Path]) -> str:
     return str(Path(root.name) / path.relative_to(root))
 
 
-def _or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
+def or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
     """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line."""
     try:
         return load()

@@ -134,7 +134,7 @@ def _compare_sparsity(layout: DecoderLayout, report: dict[str, Any]) -> Iterator
         yield f"{name}: this projection is in {where}"
     total = 0
     for name, p in projections.items():
-        zeros = int((p.parameter == 0).sum())
+        zeros = int((p.matrix == 0).sum())
         total += zeros
         if name in reported and zeros != round(reported[name] * p.size):
             yield f"{name}: the report says {reported[name]:.6f} zeros, the files hold {zeros / p.size:.6f}"
@@ -150,6 +150,5 @@ def _has_pattern(projection: Projection, pattern: str) -> bool:
     config = PruningConfig(pattern=pattern, sparsity=None if ":" in pattern else 0.5)
     if config.group == 1:
         return True
-    rows = projection.parameter.T if projection.transposed else projection.parameter
-    zeros = (rows == 0).unfold(1, config.group, config.group).sum(-1)
+    zeros = (projection.matrix == 0).unfold(1, config.group, config.group).sum(-1)
     return bool((zeros >= round(config.group * config.requested_sparsity)).all())

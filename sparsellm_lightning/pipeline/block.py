@@ -1,4 +1,4 @@
-"""Solving one block: its projections in the order of evaluation, each calibrated after those before it are pruned."""
+"""Solving one block: its units in the order of evaluation, each calibrated after those before it are pruned."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block
-from sparsellm_lightning.calibration import ActivationCache, Context, LayerSolver, observe_input, run_block
-from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.architecture import Block, Experts, Linears, Network
+from sparsellm_lightning.calibration import (
+    ActivationCache,
+    Context,
+    LayerSolver,
+    RoutedTokens,
+    feed_forward_of,
+    observe_input,
+    run_block,
+)
 from sparsellm_lightning.reporting import BlockResult
 from sparsellm_lightning.runtime import phase
 from sparsellm_lightning.solvers import (
@@ -27,8 +34,8 @@ from sparsellm_lightning.solvers import (
 Alternate = Callable[..., Solution]
 """``solve_feed_forward`` with the arguments that are equal in every block."""
 
-FeedForwardTarget = Callable[[Tensor, list[Tensor]], Tensor]
-"""``(dense feed-forward output (tokens, d), block outputs by batch) -> target of the alternation (tokens, d)``."""
+FeedForwardTarget = Callable[[Tensor, Network, list[Tensor]], Tensor]
+"""``(dense feed-forward output (tokens, d), its network, block outputs by batch) -> target of the alternation (tokens, d)``."""
 
 
 def solve_block(
@@ -47,68 +54,57 @@ def solve_block(
         solver: of projections that share an input.
         block: dense.
         cache: activations in front of the block. Not changed.
-        alternate: the alternation, for the feed-forward network. None: ``solver``.
-        target: of the alternation. None: the dense feed-forward output.
+        alternate: the alternation, for feed-forward networks. None: ``solver``.
+        target: of the alternation. None: the dense feed-forward output. Experts always have their dense output as target.
         on_iteration: called with (iteration, error) of the alternation.
 
     Raises:
-        UserError: the architecture's row does not describe the block.
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     result = BlockResult(block.index)
-    for index, group in enumerate(block.attention):
-        if any(p.pruned for p in group):
-            _solve_group(context, solver, block, index, calibrate(context, block, cache, index), result)
-    if any(p.pruned for p in block.feed_forward.values()):
-        dense = {role: context.adapter.whole(p) for role, p in block.feed_forward.items()}
-        feed_forward = _as_feed_forward(context, block, dense)
-        prune = _pruner(context, solver, block, dense)
-        if alternate is None:
-            solution = _solve_locally(context, block, cache, feed_forward, prune)
+    for unit in block.units:
+        if not any(p.pruned for p in unit.projections):
+            continue
+        if isinstance(unit, Linears):
+            _solve_linears(context, solver, unit, calibrate(context, block, cache, unit), result)
+        elif isinstance(unit, Network):
+            _solve_network(context, solver, block, unit, cache, alternate, target, on_iteration, result)
         else:
-            x, y, outputs = _feed_forward_data(context, block, cache)
-            _check_feed_forward(block, feed_forward, x, y)
-            if target is not None:
-                y = target(y, outputs)
-            del outputs
-            with phase("alternation"):
-                solution = alternate(feed_forward, x, y, prune, name=f"{block.name}: ", on_iteration=on_iteration)
-            result.errors, result.held_out_errors = solution.errors, solution.held_out_errors
-        _write_feed_forward(context, solver, block, dense, solution, result)
+            _solve_experts(context, solver, block, unit, cache, alternate, on_iteration, result)
     return result
 
 
-def calibrate(context: Context, block: Block, cache: ActivationCache, group: int) -> InputStatistics:
-    """Statistics of the input that a group of projections shares, over all ranks' fitted tokens.
+def calibrate(context: Context, block: Block, cache: ActivationCache, unit: Linears | Network) -> InputStatistics:
+    """Statistics of a unit's input, over all ranks' fitted tokens.
 
     Args:
         context: of the run.
         block: with its current weights.
         cache: activations in front of the block.
-        group: index in :attr:`~sparsellm_lightning.architecture.Block.groups`.
+        unit: of the block.
 
     Raises:
         NumericalError: the input holds NaN or infinity.
     """
-    first = block.groups[group][0]
+    first = unit.projections[0]
     gram = Gram(first.shape[1], context.device)
 
     def see(x: Tensor) -> None:
         with phase("statistics"):
             gram.add(x)
 
-    observe_input(context, block, cache, group, see)
+    observe_input(context, block, cache, unit, see)
     with phase("statistics"):
         mean = gram.mean(context.ranks)
     check_finite(mean, first.name)
     return InputStatistics(mean, context.config.damping, first.name)
 
 
-def _solve_group(
-    context: Context, solver: LayerSolver, block: Block, index: int, inputs: InputStatistics, result: BlockResult
+def _solve_linears(
+    context: Context, solver: LayerSolver, unit: Linears, inputs: InputStatistics, result: BlockResult
 ) -> None:
-    """Prune a group of projections in place, and note their errors."""
-    projections = {p.name: p for p in block.groups[index]}
+    """Prune projections that share an input, in place, and note their errors."""
+    projections = {p.name: p for p in unit.projections}
     rows = {name: context.adapter.read_rows(p) for name, p in projections.items()}
     pruned = solver.prune(projections, rows, rows, inputs)
     for name, p in projections.items():
@@ -117,52 +113,123 @@ def _solve_group(
             result.layer_errors[name] = solver.error(rows[name], pruned[name], inputs)
 
 
-def _solve_locally(
-    context: Context, block: Block, cache: ActivationCache, feed_forward: FeedForward, prune: Prune
-) -> Solution:
-    """The feed-forward network by the local solver."""
-    if block.index == 0:
-        sample = cache.part(range(min(1, len(cache.hidden))))
-        _check_feed_forward(block, feed_forward, *_feed_forward_data(context, block, sample)[:2])
-    x = TokenBuffer(cache.fitted_tokens, block.feed_forward_input.shape[1], cache.storage)
-    observe_input(context, block, cache, len(block.attention), x.add)
-    with phase("statistics"):
-        return solve_locally(
-            feed_forward,
-            x.filled(),
-            prune,
-            damping=context.config.damping,
-            ranks=context.ranks,
-            chunks=cache.chunks()[: cache.chunks_of(cache.fitted)],
-            name=f"{block.name}: ",
-        )
-
-
-def _pruner(context: Context, solver: LayerSolver, block: Block, dense: dict[str, Tensor]) -> Prune:
-    """The function by which the solvers of a feed-forward network prune its projections.
-
-    Args:
-        dense: whole dense weights by role.
-    """
-    mine = _my_rows(context, block, dense)
-    return lambda rows, inputs: solver.prune(block.feed_forward, rows, mine, inputs)
-
-
-def _my_rows(context: Context, block: Block, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {role: whole[role][context.ranks.local_rows(p.shape[0])] for role, p in block.feed_forward.items()}
-
-
-def _write_feed_forward(
+def _solve_network(
     context: Context,
     solver: LayerSolver,
     block: Block,
-    dense: dict[str, Tensor],
+    network: Network,
+    cache: ActivationCache,
+    alternate: Alternate | None,
+    target: FeedForwardTarget | None,
+    on_iteration: Callable[[int, float], None] | None,
+    result: BlockResult,
+) -> None:
+    """Prune a feed-forward network that sees every token."""
+    feed_forward = feed_forward_of(context, network)
+    prune = _pruner(context, solver, network, feed_forward)
+    name = f"{block.name}: "
+    if alternate is None:
+        buffer = TokenBuffer(cache.fitted_tokens, feed_forward.up.shape[1], cache.storage)
+        observe_input(context, block, cache, network, buffer.add)
+        chunks = cache.chunks()[: cache.chunks_of(cache.fitted)]
+        solution = _solve_locally(context, feed_forward, buffer.filled(), prune, chunks=chunks, name=name)
+    else:
+        x, y, outputs = _feed_forward_data(context, block, network, cache)
+        if target is not None:
+            y = target(y, network, outputs)
+        del outputs
+        with phase("alternation"):
+            solution = alternate(feed_forward, x, y, prune, name=name, on_iteration=on_iteration)
+        result.errors, result.held_out_errors = solution.errors, solution.held_out_errors
+    _write_network(context, solver, network, feed_forward, solution, result)
+
+
+def _solve_experts(
+    context: Context,
+    solver: LayerSolver,
+    block: Block,
+    experts: Experts,
+    cache: ActivationCache,
+    alternate: Alternate | None,
+    on_iteration: Callable[[int, float], None] | None,
+    result: BlockResult,
+) -> None:
+    """Prune every expert on the tokens that are routed to it. One expert's statistics are in memory at a time."""
+    routed = RoutedTokens(context, block, cache, experts)
+    errors: list[list[float]] = []
+    held_out_errors: list[list[float]] = []
+    for index, network in enumerate(experts.networks):
+        if not any(p.pruned for p in network.projections):
+            continue
+        tokens = routed.of(index, borrowing_below=network.roles["down"].shape[1])
+        result.borrowing_experts += tokens.borrows
+        feed_forward = feed_forward_of(context, network)
+        prune = _pruner(context, solver, network, feed_forward)
+        name = f"{block.name}: expert {index}: "
+        if alternate is None:
+            fitted = tokens.fitted()
+            solution = _solve_locally(
+                context, feed_forward, fitted.x, prune, chunks=fitted.chunks, weights=fitted.weights, name=name
+            )
+        else:
+            y = torch.cat(
+                [feed_forward(part.to(context.device, torch.float32)) for part in tokens.x.split(tokens.chunks)]
+            )
+            with phase("alternation"):
+                solution = alternate(
+                    feed_forward,
+                    tokens.x,
+                    y,
+                    prune,
+                    chunks=tokens.chunks,
+                    leading_chunks=None,
+                    fitted_chunks=tokens.fitted_chunks,
+                    weights=tokens.weights,
+                    name=name,
+                )
+            errors.append(solution.errors)
+            held_out_errors.append(solution.held_out_errors)
+        _write_network(context, solver, network, feed_forward, solution, result)
+    if errors and not result.errors:
+        result.errors, result.held_out_errors = _mean(errors), _mean(held_out_errors)
+        for iteration, error in enumerate(result.errors):
+            if on_iteration is not None:
+                on_iteration(iteration, error)
+
+
+def _mean(by_expert: list[list[float]]) -> list[float]:
+    """Mean over experts of each iteration's error. An expert that stopped early keeps its last one."""
+    iterations = max(map(len, by_expert))
+    filled = [errors + errors[-1:] * (iterations - len(errors)) for errors in by_expert if errors]
+    return [sum(column) / len(column) for column in zip(*filled, strict=True)]
+
+
+def _solve_locally(context: Context, feed_forward: FeedForward, x: Tensor, prune: Prune, **options: Any) -> Solution:
+    with phase("statistics"):
+        return solve_locally(feed_forward, x, prune, damping=context.config.damping, ranks=context.ranks, **options)
+
+
+def _pruner(context: Context, solver: LayerSolver, network: Network, dense: FeedForward) -> Prune:
+    """The function by which the solvers of a feed-forward network prune its projections."""
+    mine = _my_rows(context, network, dense)
+    return lambda rows, inputs: solver.prune(network.roles, rows, mine, inputs)
+
+
+def _my_rows(context: Context, network: Network, whole: FeedForward) -> dict[str, Tensor]:
+    return {role: getattr(whole, role)[context.ranks.local_rows(p.shape[0])] for role, p in network.roles.items()}
+
+
+def _write_network(
+    context: Context,
+    solver: LayerSolver,
+    network: Network,
+    dense: FeedForward,
     solution: Solution,
     result: BlockResult,
 ) -> None:
     """Write the solved weights into the model, and note the errors of the projections."""
-    mine = _my_rows(context, block, dense)
-    for role, p in block.feed_forward.items():
+    mine = _my_rows(context, network, dense)
+    for role, p in network.roles.items():
         if p.pruned:
             weight: Tensor = getattr(solution.feed_forward, role)
             context.adapter.write_whole(p, weight)
@@ -171,29 +238,11 @@ def _write_feed_forward(
             result.layer_errors[p.name] = solver.error(mine[role], solved, inputs)
 
 
-def _feed_forward_data(context: Context, block: Block, cache: ActivationCache) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Input and output of the feed-forward network, (tokens, d) each, and the block's outputs by batch."""
-    first, down = block.feed_forward_input, block.feed_forward["down"]
-    x, y = (TokenBuffer(cache.tokens, size, cache.storage) for size in (first.shape[1], down.shape[0]))
-    outputs = run_block(context, block, cache, inputs=[(first.module, x.add)], output=(down.module, y.add))
+def _feed_forward_data(
+    context: Context, block: Block, network: Network, cache: ActivationCache
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Input and output of a feed-forward network, (tokens, d) each, and the block's outputs by batch."""
+    sizes = network.roles["up"].shape[1], network.roles["down"].shape[0]
+    x, y = (TokenBuffer(cache.tokens, size, cache.storage) for size in sizes)
+    outputs = run_block(context, block, cache, inputs=[(network.observed, x.add)], outputs=[(network.output, y.add)])
     return x.filled(), y.filled(), outputs
-
-
-def _as_feed_forward(context: Context, block: Block, weights: dict[str, Tensor]) -> FeedForward:
-    biases: dict[str, Any] = {f"{role}_bias": context.adapter.whole_bias(p) for role, p in block.feed_forward.items()}
-    return FeedForward(context.layout.activation, **weights, **biases)
-
-
-def _check_feed_forward(block: Block, feed_forward: FeedForward, x: Tensor, y: Tensor) -> None:
-    """Refuse an architecture's row whose feed-forward network does not give the block's own output."""
-    device = feed_forward.up.device
-    x, y = x[:64], y[:64]
-    ours, theirs = feed_forward(x.to(device, torch.float32)), y.to(device, torch.float32)
-    tolerance = 1e-3 if x.dtype == y.dtype == torch.float32 else 0.1
-    if len(ours) and not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + 1e-6:
-        if not (bool(torch.isfinite(ours).all()) and bool(torch.isfinite(theirs).all())):
-            return  # the statistics' own check names the projection
-        raise UserError(
-            f"{block.name}: the architecture table's feed-forward row does not reproduce the block's output (relative "
-            f"difference {float((ours - theirs).norm() / theirs.norm()):.2g}). Correct gate, up, down and activation."
-        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.architecture import ROUTES, describe
 from sparsellm_lightning.calibration import Context, check_finite_weights
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import (
@@ -54,7 +54,7 @@ def prune_model(
     """Prune the projections of a causal LM's decoder blocks, in place.
 
     Args:
-        model: a ``transformers`` model whose architecture is in the table. Parameters are edited in place, in their dtype.
+        model: any causal language model of ``transformers``. Parameters are edited in place, in their dtype.
         calibration_batches: dicts with ``input_ids`` (batch, sequence) and optionally ``attention_mask``, whose padded
             positions are left out of every statistic; or tensors of token ids. The first ``config.num_calibration_samples``
             windows (rows) are used.
@@ -76,7 +76,7 @@ def prune_model(
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     adapter = adapter or StrategyAdapter()
-    context = Context(describe(model, config), config, adapter, keep_zeros)
+    context = Context(describe(model, config, adapter.run_model), config, adapter, keep_zeros)
     adapter.check(context.layout)
     start = time.perf_counter()
     memory = MemoryMeter(context.device)
@@ -109,6 +109,7 @@ def prune_model(
         if adapter.forward_is_collective:
             batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
+        _warn_of_dense_layers(context)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
@@ -125,7 +126,10 @@ def prune_model(
         sparsity={"requested": config.requested_sparsity, "achieved": achieved},
         perplexity={"dense": None, "pruned": None},
         layers=layers,
-        blocks=[{k: v for k, v in asdict(r).items() if k != "layer_errors"} for r in results],
+        blocks=[
+            {k: v for k, v in asdict(result).items() if k != "layer_errors"} | {"dense": block.dense}
+            for result, block in zip(results, context.layout.blocks, strict=True)
+        ],
         calibration={
             "windows": windows,
             "held_out": held_out_windows(windows, config.held_out_fraction),
@@ -202,6 +206,17 @@ def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
             "statistics are rank-deficient. Use more or longer windows.",
             stacklevel=3,
         )
+
+
+def _warn_of_dense_layers(context: Context) -> None:
+    """Name the linear layers that stay dense because they cannot be pruned. Routers are expected to."""
+    if context.ranks.rank > 0:
+        return
+    left = [f"{name} ({reason})" for block in context.layout.blocks for name, reason in block.dense.items()]
+    left = [text for text in left if ROUTES not in text]
+    if left:
+        more = f" and {len(left) - 4} more, which the report names" if len(left) > 4 else ""
+        warnings.warn(f"These layers stay dense: {', '.join(left[:4])}{more}.", stacklevel=3)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.allocation import allocate
-from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.architecture import Block, Network
 from sparsellm_lightning.calibration import (
     ActivationCache,
     Context,
@@ -88,7 +88,7 @@ def prune_blocks(
                 tuning = _plan_tuning(context, block, cache, dense)
                 result = solve_block(context, solver, block, cache, alternate if alternates else None, target, after)
                 if tuning is not None:
-                    cache.attention_inputs.clear()  # tuning changes queries, keys and values
+                    cache.replay_inputs.clear()  # tuning changes what is before them
                     error = _tune(context, block, *tuning, result)
                     after(len(result.errors), error)
                 check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
@@ -98,7 +98,7 @@ def prune_blocks(
             if block is not context.layout.blocks[-1]:
                 cache.hidden = run_block(context, block, cache)
                 check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
-        cache.attention_inputs.clear()
+        cache.replay_inputs.clear()
         cache.forget_arguments(block.index)
         return_free_memory()
         yield result
@@ -117,26 +117,33 @@ def _advance_dense(
     Returns:
         the alternation's target: the output with which the block ends where the dense model does. If a norm follows the
         feed-forward network, that output is not known, and the target is the dense model's own feed-forward output. None if the
-        block's feed-forward network is not alternated.
+        block's feed-forward networks are not alternated.
     """
-    if not alternates:
+    if not alternates or not block.networks:
         dense.hidden = run_block(context, block, dense)
         return None
-    if context.layout.additive:
-        dense.hidden = run_block(context, block, dense)
-        return partial(_corrected_output, dense)
-    down = block.feed_forward["down"]
-    y = TokenBuffer(dense.tokens, down.shape[0], dense.storage)
-    dense.hidden = run_block(context, block, dense, output=(down.module, y.add))
-    return lambda output, block_outputs: y.filled()
+    own = {
+        network.roles["down"].name: TokenBuffer(dense.tokens, network.roles["down"].shape[0], dense.storage)
+        for network in block.networks
+        if network.scale is None
+    }
+    observed = [(n.output, own[n.roles["down"].name].add) for n in block.networks if n.scale is None]
+    dense.hidden = run_block(context, block, dense, outputs=observed)
+
+    def target(output: Tensor, network: Network, block_outputs: list[Tensor]) -> Tensor:
+        if network.scale is None:
+            return own[network.roles["down"].name].filled()
+        return _corrected_output(dense, output, block_outputs, network.scale)
+
+    return target
 
 
-def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: list[Tensor]) -> Tensor:
-    """The feed-forward output plus the difference between the dense model's block output and this one, in place."""
+def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: list[Tensor], scale: float) -> Tensor:
+    """The feed-forward output plus what the block output lacks of the dense model's, divided by ``scale``, in place."""
     start = 0
     for wanted, given, mask in zip(dense.hidden, block_outputs, dense.valid, strict=True):
         difference = (wanted - given).flatten(0, 1) if mask is None else (wanted - given)[mask.to(wanted.device)]
-        output[start : start + len(difference)] += difference
+        output[start : start + len(difference)] += difference if scale == 1 else difference / scale
         start += len(difference)
     return output
 
@@ -206,7 +213,7 @@ def _alternation_windows(context: Context, cache: ActivationCache) -> int | None
 
     They are the first of all windows, for any number of ranks: window i belongs to rank ``i mod size``.
     """
-    wanted = ALTERNATION_TOKENS * context.layout.blocks[0].feed_forward["up"].shape[0]
+    wanted = ALTERNATION_TOKENS * context.layout.widest[1]
     fitted = cache.windows[: cache.fitted]
     tokens, windows = context.ranks.total(sum(fitted), sum(tokens > 0 for tokens in fitted))
     if wanted >= tokens:
@@ -217,25 +224,26 @@ def _alternation_windows(context: Context, cache: ActivationCache) -> int | None
 
 def _step(context: Context, cache: ActivationCache) -> Entrywise | None:
     """The z and s steps, compiled if that pays. None: not compiled. The tokens of all ranks decide, so that all agree."""
-    first = context.layout.blocks[0].feed_forward
+    networks = context.layout.networks
+    forms = {(network.activation, "gate" in network.roles) for network in networks}
     (tokens,) = context.ranks.total(cache.tokens)
     updates = len(context.alternating_blocks) * (context.config.num_iterations - 1)
-    if updates * tokens * first["up"].shape[0] < WORTH_COMPILING:
+    if len(forms) != 1 or updates * tokens * context.layout.widest[1] < WORTH_COMPILING:
         return None
-    return Fused(preactivation_step(context.layout.activation, "gate" in first))
+    return Fused(preactivation_step(*forms.pop()))
 
 
 def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Sizes:
     """Bytes that solving a block holds. ``windows``: see :func:`_alternation`."""
-    config, first = context.config, context.layout.blocks[0].feed_forward
-    dim, width = first["down"].shape
+    config = context.config
+    dim, width = context.layout.widest
     alternates = bool(context.alternating_blocks) and config.num_iterations > 1
     carrying = cache.fitted if windows is None else windows
     return Sizes.of_block(
         cache.tokens,
         dim,
         width,
-        gated="gate" in first,
+        gated=any("gate" in network.roles for network in context.layout.networks),
         auxiliary_tokens=sum(cache.windows[:carrying]) if alternates else 0,
         # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the
         # goal; the dense model's activations.

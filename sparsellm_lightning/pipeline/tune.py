@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block, device_of
+from sparsellm_lightning.architecture import Block, device_of, hidden_states
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.solvers import count
@@ -151,13 +151,13 @@ class Reconstructor:
     def _forward(self, index: int) -> Tensor:
         args, kwargs = self.cache.arguments[self.block.index][index]
         returned = self.block.module(self.cache.hidden[index].to(self.device, non_blocking=True), *args, **kwargs)
-        output: Tensor = returned[0] if isinstance(returned, tuple) else returned
-        return output
+        return hidden_states(returned)
 
     def _distances(self, output: Tensor, index: int, rows: slice) -> Tensor:
         """``‖output − g‖² / ‖g‖²`` of the tokens of some rows of a batch, (rows, length). 0 for padding."""
         goal = self.goal[index][rows].to(self.device, torch.float32, non_blocking=True)
-        distances = (output[rows].float() - goal).square().sum(-1) / goal.square().sum(-1).clamp(min=1e-12)
+        squares = [t.square().flatten(2).sum(-1) for t in (output[rows].float() - goal, goal)]
+        distances = squares[0] / squares[1].clamp(min=1e-12)
         valid = self.cache.valid[index]
         return distances if valid is None else distances * valid[rows].to(self.device)
 

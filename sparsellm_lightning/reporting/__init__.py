@@ -1,6 +1,7 @@
 """What a run reports: errors, sparsity, perplexity and seconds, as JSON, tables and plots."""
 
 from sparsellm_lightning.reporting.files import save_plots_if_possible
+from sparsellm_lightning.reporting.inspection import structure
 from sparsellm_lightning.reporting.report import (
     BlockResult,
     PruningReport,
@@ -17,5 +18,6 @@ __all__ = [
     "layer_rows",
     "report_of_sparse",
     "save_plots_if_possible",
+    "structure",
     "versions",
 ]

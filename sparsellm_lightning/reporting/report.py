@@ -23,8 +23,11 @@ class BlockResult:
     Args:
         index: of the block.
         errors: relative error of the feed-forward output after each iteration of the alternation, ``‖Y − FFN(X)‖² / ‖Y‖²``, on
-            fitted tokens. Empty in blocks that the local solver solves.
+            fitted tokens. Empty in blocks that the local solver solves. Of a network that sees every token, if the block has
+            one, otherwise the mean over experts.
         held_out_errors: the same on held-out tokens. Empty if there are none.
+        borrowing_experts: number of experts with fewer fitted tokens than hidden features, whose statistics were partly those
+            of all tokens.
         layer_errors: by projection, ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` after its solve and before reconstruction, where X are the fitted
             tokens of the input it was calibrated on.
         reconstruction: ``"steps"`` that were kept, and relative errors of the block's output before and after, ``"fitted"`` and
@@ -37,6 +40,7 @@ class BlockResult:
     held_out_errors: list[float] = field(default_factory=list)
     layer_errors: dict[str, float] = field(default_factory=dict)
     reconstruction: dict[str, Any] | None = None
+    borrowing_experts: int = 0
     seconds: float = 0.0
 
 
@@ -51,7 +55,8 @@ class PruningReport:
         perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
             :class:`BlockResult`, None for a projection left dense.
-        blocks: the fields of :class:`BlockResult` by block, without the layers' errors.
+        blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
+            cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
             text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:

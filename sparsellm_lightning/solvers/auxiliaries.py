@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsellm_lightning.solvers.activations import Entrywise
 from sparsellm_lightning.solvers.factorization import spd_inverse
-from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens
+from sparsellm_lightning.solvers.feed_forward import FeedForward, Tokens, scaled
 from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.ranks import Ranks
 from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics
@@ -68,7 +68,7 @@ class Auxiliaries:
         # Sums of the mean squares of z, s, Y and p, and the number of tokens.
         squares = torch.zeros(5, dtype=torch.float64, device=dense.up.device)
         rounded = dense.to(dtype)
-        for index, (x_c, y_c, _) in enumerate(tokens):
+        for index, (x_c, y_c, _, _) in enumerate(tokens):
             z, s = (None if t is None else t.float() for t in rounded.preactivations(x_c.to(dtype)))
             assert z is not None
             p = dense.combine(z, s)
@@ -106,7 +106,7 @@ class Auxiliaries:
             for layer in (["gate", "up"] if gated else ["up"])
         }
         of_p = (Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)) if self.raw else None
-        for index, (x_c, y_c, _) in enumerate(self.tokens):
+        for index, (x_c, y_c, _, root) in enumerate(self.tokens):
             m_z, m_s = (None if m is None else m.to(self.dtype) for m in iterate.preactivations(x_c))
             z, s = self.z.get(index, device), self.s.get(index, device) if gated else None
             p = iterate.combine(z.float(), None if s is None else s.float())
@@ -118,12 +118,12 @@ class Auxiliaries:
                 z, correction = self.step(m_z, p, self.rho_z)
             else:
                 z, s, correction, correction_s = self.step(m_z, m_s, s, p, self.rho_z, self.rho_s)
-                cross["gate"].add(correction_s, x_rounded)
-            cross["up"].add(correction, x_rounded)
+                cross["gate"].add(scaled(correction_s, root), scaled(x_rounded, root))
+            cross["up"].add(scaled(correction, root), scaled(x_rounded, root))
             self._put(index, z, s)
             if of_p is not None:
-                of_p[0].add(p)
-                of_p[1].add(y_c, p)
+                of_p[0].add(scaled(p, root))
+                of_p[1].add(scaled(y_c, root), scaled(p, root))
         corrections = {layer: total.mean(self.ranks) for layer, total in cross.items()}
         if of_p is None:
             return corrections, None

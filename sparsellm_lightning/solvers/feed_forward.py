@@ -69,7 +69,9 @@ class FeedForward:
 
 
 class Tokens:
-    """This rank's tokens in chunks: input, target without the down bias, and target, each float32 on ``device``.
+    """This rank's tokens in chunks: input, target without the down bias, and target, each float32 on ``device``, and ``√a``.
+
+    a is the weight of a token's squared error: statistics multiply each token by ``√a``, (n, 1), or 1.0 without weights.
 
     Args:
         x: input of the feed-forward block, (n, d), any dtype and device.
@@ -77,43 +79,65 @@ class Tokens:
         down_bias: bias of the down projection, or None.
         chunks: tokens of each chunk, summing to n. None: ``CHUNK`` each.
         device: that computes.
+        weights: a, (n,) float32, or None for 1.
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, down_bias: Tensor | None, chunks: Sequence[int] | None, device: torch.device
+        self,
+        x: Tensor,
+        y: Tensor,
+        down_bias: Tensor | None,
+        chunks: Sequence[int] | None,
+        device: torch.device,
+        weights: Tensor | None = None,
     ) -> None:
-        self.x, self.y, self.down_bias, self.device = x, y, down_bias, device
+        self.x, self.y, self.down_bias, self.device, self.weights = x, y, down_bias, device, weights
         self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
 
     def part(self, first: int, last: int | None = None) -> Tokens:
         """Chunks ``first`` to ``last`` (exclusive)."""
         before, sizes = sum(self.sizes[:first]), self.sizes[first:last]
         chosen = slice(before, before + sum(sizes))
-        return Tokens(self.x[chosen], self.y[chosen], self.down_bias, sizes, self.device)
+        weights = None if self.weights is None else self.weights[chosen]
+        return Tokens(self.x[chosen], self.y[chosen], self.down_bias, sizes, self.device, weights)
 
     def energies(self, ranks: Ranks) -> Tensor:
-        """``‖Y − b_d‖²``, ``‖Y‖²`` and the number of tokens, over all ranks: (3,) float64."""
+        """``‖√a (Y − b_d)‖²``, ``‖√a Y‖²`` and the number of tokens, over all ranks: (3,) float64."""
         total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for _, y_c, y_raw in self:
-            squares = [y.square().sum(dtype=torch.float64) for y in (y_c, y_raw)]
+        for _, y_c, y_raw, root in self:
+            squares = [scaled(y, root).square().sum(dtype=torch.float64) for y in (y_c, y_raw)]
             total += torch.stack([*squares, total.new_tensor(len(y_c))])
         ranks.sum_(total)
         return total
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for x_c, y_c in zip(self.x.split(self.sizes), self.y.split(self.sizes), strict=True):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | float]]:
+        roots = square_roots(self.weights, self.sizes, self.device)
+        for x_c, y_c, root in zip(self.x.split(self.sizes), self.y.split(self.sizes), roots, strict=True):
             y_raw = y_c.to(self.device, torch.float32)
             yield (
                 x_c.to(self.device, torch.float32),
                 y_raw if self.down_bias is None else y_raw - self.down_bias,
                 y_raw,
+                root,
             )
 
 
+def square_roots(weights: Tensor | None, sizes: Sequence[int], device: torch.device) -> list[Tensor | float]:
+    """``√a`` by chunk, (n, 1) each, or 1.0 without weights."""
+    if weights is None:
+        return [1.0] * len(sizes)
+    return [part[:, None] for part in weights.to(device, torch.float32).sqrt().split(list(sizes))]
+
+
+def scaled(t: Tensor, root: Tensor | float) -> Tensor:
+    """``√a t``, for t of any dtype, in that dtype."""
+    return t if isinstance(root, float) else (t * root).to(t.dtype)
+
+
 def squared_error(feed_forward: FeedForward, tokens: Tokens, ranks: Ranks) -> float:
-    """``‖FFN(X) − Y‖²`` over all ranks."""
+    """``‖√a (FFN(X) − Y)‖²`` over all ranks."""
     squares = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    for x_c, _, y_c in tokens:
-        squares += feed_forward(x_c).sub_(y_c).square().sum(dtype=torch.float64)
+    for x_c, _, y_c, root in tokens:
+        squares += scaled(feed_forward(x_c).sub_(y_c), root).square().sum(dtype=torch.float64)
     ranks.sum_(squares)
     return float(squares)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from sparsellm_lightning.solvers.patterns import Containing, Pattern, Stacked
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
 from sparsellm_lightning.solvers.statistics import InputStatistics
 from sparsellm_lightning.solvers.wanda import wanda
+
+Key = TypeVar("Key", bound=Hashable)
 
 LocalSolver = Callable[[Tensor, InputStatistics, Pattern], Tensor]
 """(Ŵ (rows, columns) float32, statistics of the input, pattern) -> the pruned weight, a new tensor."""
@@ -32,12 +35,12 @@ _CLEARLY = 0.9  # largest share of magnitude pruning's error on these rows at wh
 
 
 def solve_stacked(
-    targets: Mapping[str, Tensor],
+    targets: Mapping[Key, Tensor],
     inputs: InputStatistics,
-    patterns: Mapping[str, Pattern],
+    patterns: Mapping[Key, Pattern],
     solver: LocalSolver,
-    pruned_before: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
+    pruned_before: Mapping[Key, Tensor] | None = None,
+) -> dict[Key, Tensor]:
     """Solve matrices that share one input as one stack of rows. The factorisation is made once, masks are chosen by matrix.
 
     Args:

@@ -64,11 +64,13 @@ class Unstructured(Pattern):
         sparsity: in [0, 1).
         ranks: hold the other rows of the matrix.
         rows: number of rows over all ranks. None: the ranks count them.
+        first_row: position of this rank's first row in the matrix. None: rows are spread evenly over the ranks.
     """
 
     sparsity: float
     ranks: Ranks = SINGLE
     rows: int | None = None
+    first_row: int | None = None
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         if per_row:
@@ -79,12 +81,12 @@ class Unstructured(Pattern):
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
-        return replace(self, rows=None)
+        return replace(self, rows=None, first_row=None)
 
     def _row_counts(self, scores: Tensor) -> Tensor:
         """Number of entries to prune in each of these rows. Rows differ by one at most, so that the sum over all is exact."""
         pruned, rows = self.count(scores)
-        first = self.ranks.local_rows(rows).start
+        first = self.ranks.local_rows(rows).start if self.first_row is None else self.first_row
         ends = torch.arange(first, first + scores.shape[0] + 1, device=scores.device) * pruned // max(rows, 1)
         return ends.diff()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsellm_lightning.solvers.activations import Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.auxiliaries import Auxiliaries, Penalties
-from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward, Tokens, squared_error
+from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward, Tokens, scaled, square_roots, squared_error
 from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics, check_finite
@@ -51,6 +51,7 @@ def solve_locally(
     damping: float = 0.01,
     ranks: Ranks = SINGLE,
     chunks: Sequence[int] | None = None,
+    weights: Tensor | None = None,
     name: str = "",
 ) -> Solution:
     """Prune gate and up for the input X, then down for the hidden activation that the pruned gate and up give.
@@ -58,18 +59,20 @@ def solve_locally(
     Args:
         dense: the dense block, whole, float32.
         x: its input, (n, d), this rank's fitted tokens, any dtype and device.
-        prune, damping, ranks, chunks, name: see :func:`solve_feed_forward`.
+        prune, damping, ranks, chunks, weights, name: see :func:`solve_feed_forward`.
 
     Raises:
         NumericalError: NaN or infinity in X or in the hidden activation.
     """
     device, width, outputs = dense.up.device, dense.up.shape[0], dense.down.shape[0]
-    parts = x.split([len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks))
-    tokens = [part.to(device, torch.float32) for part in parts]
-    inputs = _statistics(x.shape[1], tokens, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")
+    sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
+    tokens = [part.to(device, torch.float32) for part in x.split(sizes)]
+    roots = square_roots(weights, sizes, device)
+    weighted = (scaled(x_c, root) for x_c, root in zip(tokens, roots, strict=True))
+    inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")
     pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}, inputs)
     iterate = _with_weights(dense, {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()})
-    activations = (iterate.hidden(x_c) for x_c in tokens)
+    activations = (scaled(iterate.hidden(x_c), root) for x_c, root in zip(tokens, roots, strict=True))
     hidden = _statistics(width, activations, device, ranks, damping, f"{name}down")
     down = prune({"down": _rows(dense.down, ranks)}, hidden)["down"]
     return Solution(replace(iterate, down=ranks.gather_rows(down, outputs)), inputs, hidden, [], [])
@@ -89,6 +92,7 @@ def solve_feed_forward(
     chunks: Sequence[int] | None = None,
     leading_chunks: int | None = None,
     fitted_chunks: int | None = None,
+    weights: Tensor | None = None,
     auxiliary_dtype: torch.dtype = torch.float32,
     storage: torch.device | None = None,
     step: Entrywise | None = None,
@@ -134,6 +138,7 @@ def solve_feed_forward(
         leading_chunks: number of chunks whose tokens have auxiliaries. Iterations between the first and the last see only these
             tokens; without held-out tokens, only the first and the last iterate are then candidates for the result. None: all.
         fitted_chunks: number of chunks that are fitted. The tokens of the others are held out. None: all.
+        weights: (n,) float32, of each token's squared error, such as the squared weights that a router gives. None: 1.
         auxiliary_dtype: of z, s, their predictions, and the products that update p, z and s. Gram matrices, h and errors are
             float32.
         storage: device where z and s are kept between uses. None: the weights' device.
@@ -147,7 +152,7 @@ def solve_feed_forward(
     device = dense.up.device
     if step is None:
         step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None))
-    tokens = Tokens(x, y, dense.down_bias, chunks, device)
+    tokens = Tokens(x, y, dense.down_bias, chunks, device, weights)
     fitted_chunks = len(tokens.sizes) if fitted_chunks is None else fitted_chunks
     fitted, held_out = tokens.part(0, fitted_chunks), tokens.part(fitted_chunks)
     leading = fitted if leading_chunks is None else fitted.part(0, leading_chunks)
@@ -158,7 +163,12 @@ def solve_feed_forward(
     _, held_out_energy, held_out_count = held_out.energies(ranks).tolist()
     leading_energies = energies if leading is fitted else leading.energies(ranks)
     inputs = _statistics(
-        x.shape[1], (x_c for x_c, _, _ in fitted), device, ranks, damping, f"{name}{_first_layers(dense)[0]}"
+        x.shape[1],
+        (scaled(x_c, root) for x_c, _, _, root in fitted),
+        device,
+        ranks,
+        damping,
+        f"{name}{_first_layers(dense)[0]}",
     )
 
     auxiliaries: Auxiliaries | None = None
@@ -231,10 +241,10 @@ def _sum_hidden(iterate: FeedForward, tokens: Tokens, ranks: Ranks) -> tuple[Ten
     """``hᵀh / n`` and ``Yᵀh / n`` over tokens of all ranks."""
     width, device = len(iterate.up), iterate.up.device
     gram, cross = Gram(width, device), Cross(len(iterate.down), width, device)
-    for x_c, y_c, _ in tokens:
-        h = iterate.hidden(x_c)
+    for x_c, y_c, _, root in tokens:
+        h = scaled(iterate.hidden(x_c), root)
         gram.add(h)
-        cross.add(y_c, h)
+        cross.add(scaled(y_c, root), h)
     return gram.mean(ranks), cross.mean(ranks)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm_lightning.architecture import Projection, unwrapped_names
+from sparsellm_lightning.architecture import Projection, linear_projection, unwrapped_names
 from sparsellm_lightning.distributed import StrategyAdapter, local_tensor
 from sparsellm_lightning.errors import MaskError
 
@@ -21,7 +21,7 @@ class Masks:
     the zeros always show which weights are pruned.
 
     Args:
-        projections: layers whose zeros are held.
+        projections: weights whose zeros are held. Of a fused parameter, all zeros are.
         adapter: of the strategy the model runs under.
 
     Attributes:
@@ -30,7 +30,7 @@ class Masks:
 
     def __init__(self, projections: Sequence[Projection], adapter: StrategyAdapter) -> None:
         self.adapter = adapter
-        self.projections = list(projections)
+        self.projections = whole_parameters(projections)
         self._packed = [pack(local_tensor(p.parameter) == 0) for p in self.projections]
         self.zeros = self._count()
 
@@ -96,7 +96,7 @@ class Masks:
         now = self._count()
         index = int(total.nonzero()[0])
         name = self.projections[index].name
-        size = self.projections[index].shape[0] * self.projections[index].shape[1]
+        size = self.projections[index].size
         raise MaskError(
             f"{name} must keep the {self.zeros[name]} zeros ({100 * self.zeros[name] / size:.4f} %) that pruning left, but has "
             f"{now[name]} ({100 * now[name] / size:.4f} %), {int(total[index])} of its weights differing in that. Something "
@@ -113,8 +113,26 @@ class Masks:
         return {p.name: int(total) for p, total in zip(self.projections, totals, strict=True)}
 
 
+def whole_parameters(projections: Iterable[Projection]) -> list[Projection]:
+    """One projection for each parameter that holds some of these, by rows of all its matrices."""
+    by_parameter: dict[int, list[Projection]] = {}
+    for p in projections:
+        by_parameter.setdefault(id(p.parameter), []).append(p)
+    return [
+        same[0] if same[0].is_whole else _whole(same[0], sum(p.shape[0] for p in same))
+        for same in by_parameter.values()
+    ]
+
+
+def _whole(part: Projection, rows: int) -> Projection:
+    levels = 1 if part.expert is None else 2  # of the name that say which part it is
+    holder = part.name.rsplit(".", levels)[0]
+    name = holder if part.expert is None else f"{holder}.{part.parameter_name}"
+    return Projection(name, part.module, part.pruned, (rows, part.shape[1]), part.parameter_name)
+
+
 def linear_layers(module: nn.Module) -> list[Projection]:
-    """The linear layers of any model. Embeddings, heads tied to them and parts of adapters are passed over."""
+    """The linear layers and experts of any model. Embeddings, heads tied to them and parts of adapters are passed over."""
     layers: list[Projection] = []
     seen: set[int] = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     seen |= {
@@ -127,7 +145,12 @@ def linear_layers(module: nn.Module) -> list[Projection]:
     for child, name in unwrapped_names(module).items():
         if isinstance(child, (nn.Linear, Conv1D)) and id(child.weight) not in seen:
             seen.add(id(child.weight))
-            layers.append(Projection(name, child, pruned=True))
+            layers.append(linear_projection(name, child))
+        for key, parameter in child.named_parameters(recurse=False):
+            if parameter.dim() == 3 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                experts, rows, columns = parameter.shape
+                layers.append(Projection(f"{name}.{key}", child, True, (experts * rows, columns), key))
     return layers
 
 

@@ -1,77 +1,151 @@
-"""The table of architectures, against plain ``transformers``, and the errors that ``describe`` raises."""
+"""What discovery finds, against a table of what is known, and the errors that ``describe`` raises."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import CONFIGS, build_model
+from support.classes import tiny_config
+from support.models import build_model
 from support.runs import block_outputs
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import Architecture, PruningConfig, UserError, prune_model
-from sparsellm_lightning.architecture import Block, Projection, describe, find_model, table
+from sparsellm_lightning.architecture import Network, blocks, describe, discovery, find_model, probe, table
+
+_SEPARATE = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+_LLAMA = (_SEPARATE, {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}, "silu")
+_GEMMA = (*_LLAMA[:2], "gelu_tanh")
+_OPT = ([_SEPARATE[0], ["self_attn.out_proj"]], {"up": "fc1", "down": "fc2"}, "relu")
+
+EXPECTED: dict[str, tuple[list[list[str]], dict[str, str], str]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "opt": _OPT,
+    "opt-350m": _OPT,
+    "gpt2": ([["attn.c_attn"], ["attn.c_proj"]], {"up": "mlp.c_fc", "down": "mlp.c_proj"}, "gelu_tanh"),
+    "gpt_neox": (
+        [["attention.query_key_value"], ["attention.dense"]],
+        {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+        "gelu",
+    ),
+}
+"""By model: projections in front of the feed-forward network by shared input, its projections by role, its activation."""
+
+NOT_ADDED = ("gemma2", "gemma3", "opt-350m")
+"""Models that normalise the feed-forward output, or the sum with it."""
 
 
-def inputs_and_outputs(model: nn.Module, block: Block) -> list[tuple[Projection, Tensor, Tensor]]:
-    """The block's projections in the order in which plain ``transformers`` calls them, with their inputs and outputs."""
-    calls: list[tuple[Projection, Tensor, Tensor]] = []
-
-    def see(p: Projection) -> Any:
-        return p.module.register_forward_hook(lambda _, args, output: calls.append((p, args[0], output)))
-
-    handles = [see(p) for p in block.projections()]
-    with torch.no_grad():
-        model(**random_batches()[1])
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_rows_of_the_table(name: str) -> None:
-    """Each block holds all linear layers, in groups of one input, and its feed-forward network is the row's function."""
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_found(name: str) -> None:
+    """Projection by projection, in order."""
     model = build_model(name)
+    groups, roles, activation = EXPECTED[name]
     layout = describe(model)
-    linear = {
-        child
-        for path, child in model.named_modules()
-        if isinstance(child, (nn.Linear, Conv1D)) and any(part.isdigit() for part in path.split("."))
-    }
-    assert {p.module for p in layout.projections()} == linear
     assert len(layout.blocks) == model.config.num_hidden_layers
-    for block in (layout.blocks[0], layout.blocks[-1]):
+    for block in layout.blocks:
         assert model.get_submodule(block.name) is block.module
-        calls = inputs_and_outputs(model, block)
-        position = {p.name: number for number, (p, _, _) in enumerate(calls)}
-        given = {p.name: (x, y) for p, x, y in calls}
-        groups = [sorted(position[p.name] for p in group) for group in block.groups]
-        assert [number for group in groups for number in group] == list(range(len(calls))), "order of evaluation"
-        for group in block.groups:
-            assert all(torch.equal(given[p.name][0], given[group[0].name][0]) for p in group), "one input"
-            assert all(p.shape == (given[p.name][1].shape[-1], given[p.name][0].shape[-1]) for p in group)
-        up, down = (given[block.feed_forward[role].name] for role in ("up", "down"))
-        gate = given[block.feed_forward["gate"].name][1] if "gate" in block.feed_forward else None
-        hidden = layout.activation(up[1]) if gate is None else layout.activation(gate) * up[1]
-        torch.testing.assert_close(hidden, down[0].view_as(hidden), rtol=1e-4, atol=1e-5)
+        *linears, network = block.units
+        prefix = f"{block.name}."
+        assert [[p.name.removeprefix(prefix) for p in unit.projections] for unit in linears] == groups
+        assert isinstance(network, Network)
+        assert {role: p.name.removeprefix(prefix) for role, p in network.roles.items()} == roles
+        assert network.activation.name == activation
+        assert network.scale == (None if name in NOT_ADDED else 1.0)
+        assert all(model.get_submodule(p.name) is p.module for p in block.projections())
+        assert all(p.shape == tuple(p.of(p.parameter).shape) for p in block.projections())
+        assert block.dense == {}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["olmo2", "granite"])
+def test_effect_of_the_feed_forward_output(name: str) -> None:
+    """A norm behind it gives no factor, a multiplier that factor."""
+    config = tiny_config(name)
+    if name == "granite":
+        config.residual_multiplier = 0.22
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scales = [network.scale for network in describe(model).networks]
+    assert scales == ([None, None] if name == "olmo2" else [pytest.approx(0.22, rel=1e-3)] * 2)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
 def test_additive(name: str) -> None:
-    """Where a layout is additive, a change of the down projection's output changes the block's output by as much."""
+    """Where a network has a scale, a change of its output changes the block's output by as much."""
     model = build_model(name)
     layout, batches = describe(model), random_batches()[1:2]
     block = layout.blocks[1]
     before = block_outputs(model, block.module, batches)[0]
-    with block.feed_forward["down"].module.register_forward_hook(lambda _, args, output: output + 0.5):
+    with block.networks[0].output.register_forward_hook(lambda _, args, output: output + 0.5):
         after = block_outputs(model, block.module, batches)[0]
-    assert torch.allclose(after - before, torch.tensor(0.5), atol=1e-4) == layout.additive
-    assert layout.additive == (name not in ("gemma2", "gemma3", "opt-350m"))
+    added = torch.allclose(after - before, torch.tensor(0.5), atol=1e-4)
+    assert block.networks[0].scale == (1.0 if added else None)
+
+
+@torch.no_grad()
+def test_fused_matrices_are_solved_as_those_that_they_hold() -> None:
+    """Phi-3 with the weights of a LLaMA: bit-equal masks."""
+    llama, phi3 = build_model("llama"), build_model("phi3")
+    for ours, theirs in zip(phi3.model.layers, llama.model.layers, strict=True):
+        attention, network = theirs.self_attn, theirs.mlp
+        ours.self_attn.qkv_proj.weight.copy_(
+            torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        )
+        ours.self_attn.o_proj.weight.copy_(attention.o_proj.weight)
+        ours.mlp.gate_up_proj.weight.copy_(torch.cat([network.gate_proj.weight, network.up_proj.weight]))
+        ours.mlp.down_proj.weight.copy_(network.down_proj.weight)
+        ours.input_layernorm.weight.copy_(theirs.input_layernorm.weight)
+        ours.post_attention_layernorm.weight.copy_(theirs.post_attention_layernorm.weight)
+    phi3.model.norm.weight.copy_(llama.model.norm.weight)
+    phi3.model.embed_tokens.weight.copy_(llama.model.embed_tokens.weight)
+    for model in (llama, phi3):
+        prune_model(model, random_batches(), PruningConfig(preset="paper", sparsity=0.6, num_calibration_samples=8))
+    for ours, theirs in zip(phi3.model.layers, llama.model.layers, strict=True):
+        q, k, v = ours.self_attn.qkv_proj.weight.split([64, 32, 32])
+        gate, up = ours.mlp.gate_up_proj.weight.chunk(2)
+        pairs = [
+            (q, theirs.self_attn.q_proj),
+            (k, theirs.self_attn.k_proj),
+            (v, theirs.self_attn.v_proj),
+            (ours.self_attn.o_proj.weight, theirs.self_attn.o_proj),
+            (gate, theirs.mlp.gate_proj),
+            (up, theirs.mlp.up_proj),
+            (ours.mlp.down_proj.weight, theirs.mlp.down_proj),
+        ]
+        for weight, module in pairs:
+            assert torch.equal(weight == 0, module.weight == 0)
+
+
+def test_probe_leaves_no_trace() -> None:
+    model = build_model("llama").train()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    describe(model)
+    assert torch.equal(torch.rand(2), expected)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_found_once_and_bound_to_what_the_model_holds_now() -> None:
+    """A second call makes no forward, and sees a layer that was replaced since by one of the same name."""
+    model = build_model("llama")
+    describe(model)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    new = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+    model.model.layers[0].mlp.up_proj = new
+    assert describe(model).blocks[0].networks[0].roles["up"].module is new
+    assert not calls
 
 
 def test_ignore() -> None:
@@ -93,31 +167,23 @@ def test_settings_that_do_not_fit_the_model() -> None:
         describe(model, PruningConfig(preset="paper", alternation_blocks=[3]))
 
 
-def test_unknown_architecture_and_new_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = build_model("llama"), random_batches()
-    rows = {name: row for name, row in table.ARCHITECTURES.items() if name != "llama"}
-    monkeypatch.setattr(table, "ARCHITECTURES", rows)
-    with pytest.raises(UserError, match=r"'llama' is not in the table.*gpt2.*register_architecture"):
-        describe(model)
-    row = Architecture(
-        blocks="layers",
-        attention=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)),
-        gate="mlp.up_proj",
-        up="mlp.gate_proj",
-        down="mlp.down_proj",
-    )
-    table.register_architecture("llama", Architecture(**{**vars(row), "blocks": "h"}))
+def test_rows_override_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "ARCHITECTURES", {})
+    for module in (blocks, discovery, probe):
+        monkeypatch.setattr(module, "ARCHITECTURES", table.ARCHITECTURES)
+    model = build_model("llama")
+    row = Architecture(blocks="layers", gate="mlp.up_proj", up="mlp.gate_proj", down="mlp.down_proj")
+    table.register_architecture("llama", replace(row, blocks="h"))
     with pytest.raises(UserError, match=r"row for 'llama' names 'h'"):
         describe(model)
     table.register_architecture("llama", row)  # gate and up are swapped
-    for method in ("sparsellm", "sparsegpt"):
-        config = PruningConfig(preset="paper", method=method, num_calibration_samples=8)
-        with pytest.raises(UserError, match="does not reproduce"):
-            prune_model(copy.deepcopy(model), batches, config)
-    table.register_architecture("llama", Architecture(**{**vars(row), "gate": row.up, "up": row.gate}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prune_model(model, batches, PruningConfig(preset="paper", num_calibration_samples=8))
+    with pytest.raises(UserError, match="does not reproduce"):
+        describe(model)
+    table.register_architecture("llama", replace(row, down="mlp.no_proj"))
+    with pytest.raises(UserError, match=r"names mlp\.no_proj, which model\.layers\.0 does not run"):
+        describe(model)
+    table.register_architecture("llama", replace(row, gate=row.up, up=row.gate, activation="silu"))
+    assert describe(model).blocks[0].networks[0].roles["gate"].name == "model.layers.0.mlp.gate_proj"
 
 
 class Holder(nn.Module):

@@ -108,12 +108,13 @@ def test_work_of_a_forward(name: str) -> None:
     attention = sum(count for op, count in inside.items() if "bmm" in str(op))
     # The eager implementation also computes the half above the diagonal.
     assert 2 * SEQUENCE * block.forward_work(SEQUENCE) == sum(inside.values()) - attention // 2
-    assert block.forward_work(SEQUENCE, until=0) == 0
-    first = sum(p.size for p in block.attention[0])
-    assert 2 * SEQUENCE * block.forward_work(SEQUENCE, until=1) == 4 * SEQUENCE * first + attention // 2
-    rest = sum(2 * p.size for p in block.feed_forward.values())
-    in_front = block.forward_work(SEQUENCE, until=len(block.attention))
-    assert in_front == block.forward_work(SEQUENCE) - rest
+    inputs, outputs, network = block.units
+    assert block.forward_work(SEQUENCE, until=inputs.observed) == 0
+    first = sum(p.size for p in inputs.projections)
+    in_front = block.forward_work(SEQUENCE, until=outputs.observed)
+    assert 2 * SEQUENCE * in_front == 4 * SEQUENCE * first + attention // 2
+    rest = sum(2 * p.size for p in network.projections)
+    assert block.forward_work(SEQUENCE, until=network.observed) == block.forward_work(SEQUENCE) - rest
 
 
 def test_work_of_statistics() -> None:

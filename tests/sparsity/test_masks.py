@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture import Projection
+from sparsellm_lightning.architecture import linear_projection
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import MaskError
 from sparsellm_lightning.sparsity import Masks, pack, unpack
@@ -16,7 +16,7 @@ def one_layer(weight: Tensor) -> tuple[nn.Linear, Masks]:
     """Masks of the zeros of a single layer."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     layer.weight.data.copy_(weight)
-    return layer, Masks([Projection("layer", layer, pruned=True)], StrategyAdapter())
+    return layer, Masks([linear_projection("layer", layer)], StrategyAdapter())
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (7,), (8,), (9,), (3, 5), (4, 4), (13, 17), (2, 3, 5)])

@@ -19,7 +19,9 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -67,6 +69,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
         **_COMMON, n_embd=64, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),
+    "phi3": Phi3Config(**_LLAMA_LIKE, rms_norm_eps=1e-6),
+    "mixtral": MixtralConfig(**{**_LLAMA_LIKE, "intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,
         hidden_size=64,

@@ -1,0 +1,139 @@
+"""Finding a model in a module, and a model's decoder blocks, from its modules alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsellm_lightning.architecture.table import ARCHITECTURES
+from sparsellm_lightning.errors import UserError
+
+# Name parts that torch.compile, activation checkpointing, FSDP1 and LoRA insert.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)(\.|$)")
+
+
+def unwrapped_names(module: nn.Module) -> dict[nn.Module, str]:
+    """Every module inside by its dotted name, without the parts that wrappers insert."""
+    return {child: _WRAPPERS.sub("", name).rstrip(".") for name, child in module.named_modules()}
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder blocks, in order: the list of modules that ``register_architecture`` named, or that is found.
+
+    Lists of modules are looked for in the text decoder, outside other models (image and audio towers) and outside each other.
+    Of those with as many modules as the configuration says there are layers, or of all if none has, the one with most weights
+    in linear layers and experts is taken.
+
+    Raises:
+        UserError: there is no such list.
+    """
+    row = ARCHITECTURES.get(model.config.model_type)
+    if row is not None and row.blocks is not None:
+        try:
+            return list(model.base_model.get_submodule(row.blocks))  # type: ignore[call-overload]
+        except AttributeError as error:
+            raise UserError(
+                f"The row for {model.config.model_type!r} names {row.blocks!r}, which {type(model.base_model).__name__} does "
+                f"not have ({error}). Correct the row with register_architecture."
+            ) from None
+    text = model.config.get_text_config(decoder=True)
+    lists = [found for found in _outer_lists(model, model, text) if _weights(found)]
+    layers = getattr(text, "num_hidden_layers", None)
+    chosen = [found for found in lists if len(found) == layers] or lists
+    if not chosen:
+        raise UserError(
+            f"Pruning needs a list of decoder blocks, but {type(model).__name__} holds no list of modules with linear layers. "
+            "Name it with register_architecture(model_type, Architecture(blocks='path.from.base_model'))."
+        )
+    return list(max(chosen, key=_weights))
+
+
+def _outer_lists(module: nn.Module, model: PreTrainedModel, text: object) -> Iterator[nn.ModuleList]:
+    """Outermost module lists, without those of other models inside, which have configurations of their own."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        elif not isinstance(child, PreTrainedModel) or type(child.config) in (type(model.config), type(text)):
+            yield from _outer_lists(child, model, text)
+
+
+def _weights(blocks: nn.ModuleList) -> int:
+    """Number of weights in linear layers and in parameters of three dimensions."""
+    linear = {id(m.weight): m.weight.numel() for m in blocks.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return sum((linear | {id(p): p.numel() for p in blocks.parameters() if p.dim() == 3}).values())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and compiled modules run eagerly, because hooks inside a compiled block never fire.
+
+    Training modes are restored at the end.
+    """
+    modes = {module: module.training for module in model.modules()}
+    stance = getattr(torch.compiler, "set_stance", None)
+    model.eval()
+    try:
+        with stance("force_eager") if stance else nullcontext():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def hidden_states(returned: Any) -> Tensor:
+    """The hidden states in what a decoder block returned: alone, or the first of several values."""
+    first: Tensor = returned[0] if isinstance(returned, (tuple, list)) else returned
+    return first
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter."""
+    return next(module.parameters()).device
+
+
+def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:
+    """The ``transformers`` model that a LightningModule holds, found by type.
+
+    Args:
+        module: the LightningModule (or a model itself).
+        attribute: dotted attribute that holds the model. Needed if the module holds several models.
+
+    Raises:
+        UserError: no model, or several and no ``attribute``.
+    """
+    if attribute is not None:
+        try:
+            found = module.get_submodule(attribute)
+        except AttributeError:
+            found = None
+        if not isinstance(found, PreTrainedModel):
+            raise UserError(
+                f"model_attribute must name a transformers PreTrainedModel, but {type(module).__name__}.{attribute} is "
+                f"{'missing' if found is None else type(found).__name__}. Candidates: {_candidates(module) or 'none'}."
+            )
+        return found
+    candidates = _candidates(module)
+    if len(candidates) != 1:
+        found_names = ", ".join(candidates) if candidates else "none"
+        fix = "Name it with model_attribute." if candidates else "Assign one to an attribute, or in configure_model()."
+        raise UserError(
+            f"{type(module).__name__} must hold exactly one transformers PreTrainedModel to prune, found {found_names}. {fix}"
+        )
+    return next(iter(candidates.values()))
+
+
+def _candidates(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """Outermost models by name. A causal LM's own base model is not another candidate."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if isinstance(child, PreTrainedModel) and not inside:
+            found[name] = child
+    return found

@@ -1,0 +1,99 @@
+"""The tokens of each expert of a mixture, with the weight that the router gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.architecture import Block, Experts, Routing
+from sparsellm_lightning.calibration.activations import ActivationCache
+from sparsellm_lightning.calibration.context import Context
+from sparsellm_lightning.calibration.forward import observe_routing
+from sparsellm_lightning.solvers import CHUNK, moved
+
+
+@dataclass(frozen=True)
+class ExpertTokens:
+    """This rank's tokens of one expert.
+
+    Args:
+        x: (n, d).
+        weights: (n,) float32, of each token's squared error. Their mean over all ranks' fitted tokens is 1.
+        chunks: tokens of each chunk, which lie in one window.
+        fitted_chunks: number of chunks that are fitted: the first ones.
+        borrows: whether the statistics are partly those of all tokens.
+    """
+
+    x: Tensor
+    weights: Tensor
+    chunks: list[int]
+    fitted_chunks: int
+    borrows: bool
+
+    def fitted(self) -> ExpertTokens:
+        """The fitted tokens only."""
+        chunks = self.chunks[: self.fitted_chunks]
+        tokens = sum(chunks)
+        return ExpertTokens(self.x[:tokens], self.weights[:tokens], chunks, self.fitted_chunks, self.borrows)
+
+
+class RoutedTokens:
+    """What the router of a block decides for this rank's calibration tokens.
+
+    With w_t the weight of an expert's output for token t, the squared error of the mixture is, up to products of the errors of
+    different experts, ``Σ_t w_t² ‖E(x_t) − Ê(x_t)‖²``. So a token counts ``w_t²`` times.
+
+    Args:
+        context: of the run. All ranks make one together.
+        block: with its current weights.
+        cache: activations in front of the block.
+        experts: of the block.
+    """
+
+    def __init__(self, context: Context, block: Block, cache: ActivationCache, experts: Experts) -> None:
+        self.context, self.experts, self.fitted_windows = context, experts, cache.fitted
+        self.windows: list[Routing] = []
+
+        def see(routing: Routing) -> None:
+            tensors = (routing.hidden, routing.chosen, routing.weights)
+            self.windows.append(Routing(*(None if t is None else moved(t.clone(), cache.storage) for t in tensors)))  # type: ignore[arg-type]
+
+        observe_routing(context, block, cache, experts, see)
+
+    def of(self, expert: int, borrowing_below: int) -> ExpertTokens:
+        """The tokens that are routed to an expert.
+
+        An expert with n < m fitted tokens over all ranks, m being ``borrowing_below``, borrows the statistics of all tokens:
+        its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens.
+        """
+        parts = [window.of(expert) for window in self.windows]
+        squares = [weight.float().square() for _, weight in parts]
+        fitted = squares[: self.fitted_windows]
+        totals = (
+            torch.tensor([[float(w.sum()), float((w > 0).sum()), float(len(w))] for w in fitted], dtype=torch.float64)
+            .sum(0)
+            .to(self.context.device)
+        )
+        self.context.ranks.sum_(totals)
+        energy, routed, every = totals.tolist()
+        own = min(routed / borrowing_below, 1.0) if energy > 0 else 0.0
+        borrows = own < 1.0
+        xs, weights, chunks, fitted_chunks = [], [], [], 0
+        for index, ((x, _), square) in enumerate(zip(parts, squares, strict=True)):
+            if borrows:
+                weight = own * every * square / max(energy, 1e-30) + (1 - own)
+            else:
+                chosen = square > 0
+                x, weight = x[chosen], square[chosen] * (routed / energy)
+            xs.append(x)
+            weights.append(weight)
+            chunks += [min(CHUNK, len(x) - start) for start in range(0, len(x), CHUNK)]
+            if index < self.fitted_windows:
+                fitted_chunks = len(chunks)
+        device = self.context.device
+        if not xs:  # a rank without windows
+            features = self.experts.networks[expert].roles["up"].shape[1]
+            xs, weights = [torch.empty(0, features, device=device)], [torch.empty(0, device=device)]
+        return ExpertTokens(torch.cat(xs), torch.cat(weights).to(device), chunks, fitted_chunks, borrows)

@@ -1,0 +1,87 @@
+"""What pruning a model will take: floating-point operations by phase, and bytes, from the shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.pipeline.sequential import ALTERNATION_TOKENS
+from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
+from sparsellm_lightning.runtime import Sizes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a run on one device.
+
+    Args:
+        operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them. Neither the
+            phases of an allocation nor of continuations are counted.
+        sizes: bytes besides the model.
+    """
+
+    operations: dict[str, float]
+    sizes: Sizes
+
+
+def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, window: int) -> Estimate:
+    """What pruning takes.
+
+    Args:
+        layout: the model's blocks.
+        config: settings.
+        tokens: of all calibration windows.
+        window: tokens of one window.
+    """
+    operations = {"forward": 0.0, "statistics": 0.0, "local_solve": 0.0, "alternation": 0.0, "reconstruction": 0.0}
+    alternating = config.alternates_in(len(layout.blocks)) if config.method == "sparsellm" else set()
+    for block in layout.blocks:
+        for phase, work in _of_block(block, config, tokens, window, block.index in alternating).items():
+            operations[phase] += work
+    return Estimate({phase: work for phase, work in operations.items() if work}, _sizes(layout, config, tokens))
+
+
+def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alternates: bool) -> dict[str, float]:
+    whole = block.forward_work(window)
+    passes = whole * (
+        2 + (config.target == "model")
+    )  # the goal or the network's data, the pruned block, the dense model
+    work = dict.fromkeys(("statistics", "local_solve", "alternation"), 0.0)
+    for unit in block.units:
+        passes += block.forward_work(window, until=unit.observed)
+        networks = unit.networks if isinstance(unit, Experts) else [unit] if isinstance(unit, Network) else []
+        share = unit.share if isinstance(unit, Experts) else 1.0
+        if isinstance(unit, Linears):
+            columns = unit.projections[0].shape[1]
+            work["statistics"] += tokens * columns**2
+            work["local_solve"] += columns**3 + sum(2 * p.size * columns for p in unit.projections)
+        for network in networks:
+            seen = tokens * share
+            columns, width = network.first[0].shape[1], network.roles["down"].shape[1]
+            local = columns**3 + width**3 + sum(2 * p.size * p.shape[1] for p in network.projections)
+            weights = sum(p.size for p in network.projections)
+            statistics = seen * (columns**2 + width**2 + 2 * (weights - network.roles["down"].size))
+            iterations = config.num_iterations if alternates else 1
+            carrying = min(seen, ALTERNATION_TOKENS * width)
+            work["alternation" if alternates else "statistics"] += statistics
+            work["local_solve"] += iterations * local
+            # An update: predictions, the residual, p, and the cross matrices.
+            work["alternation"] += (iterations - 1) * carrying * (6 * weights + width**2)
+    work["forward"] = passes * tokens
+    work["reconstruction"] = 3.0 * whole * config.reconstruction_steps * min(BATCH_TOKENS, tokens)
+    return work
+
+
+def _sizes(layout: DecoderLayout, config: PruningConfig, tokens: int) -> Sizes:
+    dim, width = layout.widest
+    return Sizes.of_block(
+        tokens,
+        dim,
+        width,
+        gated=any("gate" in network.roles for network in layout.networks),
+        auxiliary_tokens=min(tokens, ALTERNATION_TOKENS * width) if config.method == "sparsellm" else 0,
+        copies=5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
+        itemsize=4,
+        auxiliary_itemsize=4,
+    )
