@@ -231,7 +231,7 @@ class PruningConfig:
             rows: of the matrix, over all ranks. None: the ranks count them.
             ranks: over which the rows are spread.
             sparsity: replaces the setting's. Ignored by N:M patterns.
-            first_row: position of this rank's first row. None: rows are spread evenly over the ranks.
+            first_row: position of this rank's first row, if rows are not spread evenly over the ranks.
         """
         nofm = _parse_nofm(self.pattern)
         if nofm:

@@ -80,7 +80,9 @@ class LayerSolver:
             for part, (rows, first_row, size) in enumerate(self._parts(projections[name])):
                 share = self._sparsity(projections[name], sparsity)
                 parts[name, part] = target[rows]
-                patterns[name, part] = self.context.config.build_pattern(size, self.context.ranks, share, first_row)
+                patterns[name, part] = self.context.config.build_pattern(
+                    size, self.context.ranks, share, first_row if projections[name].parts else None
+                )
                 pruned_before[name, part] = dense[name][rows] == 0
         with phase("local_solve"):
             before = pruned_before if self.context.keep_zeros else None

@@ -64,7 +64,7 @@ class Unstructured(Pattern):
         sparsity: in [0, 1).
         ranks: hold the other rows of the matrix.
         rows: number of rows over all ranks. None: the ranks count them.
-        first_row: position of this rank's first row in the matrix. None: rows are spread evenly over the ranks.
+        first_row: position of this rank's first row, if rows are not spread evenly over the ranks.
     """
 
     sparsity: float
@@ -81,19 +81,24 @@ class Unstructured(Pattern):
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
-        return replace(self, rows=None, first_row=None)
+        return replace(self, rows=None, first_row=0)  # any number of these rows may be on this rank
 
     def _row_counts(self, scores: Tensor) -> Tensor:
         """Number of entries to prune in each of these rows. Rows differ by one at most, so that the sum over all is exact."""
-        pruned, rows = self.count(scores)
+        pruned, _ = self.count(scores)
+        rows = self._all_rows(scores)
         first = self.ranks.local_rows(rows).start if self.first_row is None else self.first_row
         ends = torch.arange(first, first + scores.shape[0] + 1, device=scores.device) * pruned // max(rows, 1)
         return ends.diff()
 
     def count(self, scores: Tensor) -> tuple[int, int]:
-        """Number of entries to prune and number of rows, both over all ranks."""
-        rows = self.ranks.total(scores.shape[0])[0] if self.rows is None else self.rows
-        return round(self.sparsity * rows * scores.shape[1]), rows
+        """Number of entries to prune over all ranks, and largest number of rows that a rank may hold."""
+        rows = self._all_rows(scores)
+        largest = -(-rows // self.ranks.size) if self.first_row is None else rows
+        return round(self.sparsity * rows * scores.shape[1]), largest
+
+    def _all_rows(self, scores: Tensor) -> int:
+        return self.ranks.total(scores.shape[0])[0] if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)
@@ -184,14 +189,14 @@ def _smallest(matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ran
 
     Args:
         matrices: this rank's rows of each matrix.
-        counts: of each matrix, the number of scores to take and the number of rows over all ranks.
+        counts: of each matrix, the number of scores to take and the largest number of rows that a rank may hold.
         ranks: hold the other rows.
     """
     flats = [matrix.contiguous().view(-1) for matrix in matrices]
     wanted = [count for count, _ in counts]
     if ranks.size == 1:
         found = [_kth_smallest(flat, count) for flat, count in zip(flats, wanted, strict=True)]
-    elif sum(rows * matrix.shape[1] for (_, rows), matrix in zip(counts, matrices, strict=True)) <= _GATHERED:
+    elif ranks.size * sum(m.shape[1] * rows for (_, rows), m in zip(counts, matrices, strict=True)) <= _GATHERED:
         found = _kth_smallest_of_gathered(matrices, counts, ranks)
     else:
         found = _kth_smallest_over_ranks(flats, wanted, ranks)
@@ -215,7 +220,7 @@ def _kth_smallest_of_gathered(
     """:func:`_kth_smallest` of scores spread over ranks, by one exchange of all scores. For few scores, latency dominates."""
     columns = [matrix.shape[1] for matrix in matrices]
     # Messages have equal sizes, ranks unequal numbers of rows. Infinity, never among the smallest, fills the rest.
-    sizes = [-(-rows // ranks.size) * width for (_, rows), width in zip(counts, columns, strict=True)]
+    sizes = [rows * width for (_, rows), width in zip(counts, columns, strict=True)]
     message = torch.cat(
         [
             torch.nn.functional.pad(matrix.flatten(), (0, size - matrix.numel()), value=torch.inf)

@@ -85,13 +85,26 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         ("llama", SPARSELLM, "fsdp2", 2),
         # gpt2 stores transposed weights, so FSDP2 shards their inputs.
         ("gpt2", {**SPARSELLM, "method": "sparsegpt", "continuations": 1, "solver_precision": "float32"}, "fsdp2", 2),
+        # Rank 0 has the queries, rank 1 keys and values. Experts are sharded one by one.
+        ("phi3", {**SPARSELLM, "method": "wanda"}, "fsdp2", 2),
+        ("mixtral", SPARSELLM, "ddp", 2),
+        ("mixtral", SPARSELLM, "fsdp2", 2),
         ("llama", SPARSELLM, "fsdp2", 3),
         pytest.param(
             *("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["llama-ddp2", "llama-fsdp2", "gpt2-fsdp2", "llama-fsdp3", "opt-ddp3"],
+    ids=[
+        "llama-ddp2",
+        "llama-fsdp2",
+        "gpt2-fsdp2",
+        "phi3-fsdp2",
+        "mixtral-ddp2",
+        "mixtral-fsdp2",
+        "llama-fsdp3",
+        "opt-ddp3",
+    ],
 )
 def test_same_answer_on_any_number_of_ranks(
     tmp_path: Path,
