@@ -189,6 +189,7 @@ class Block:
         replay: see :class:`Replay`. None: every forward runs the whole block.
         returns: values that the module returns behind the hidden states. None: it returns no tuple.
         dense: linear layers that cannot be pruned, with the reason.
+        sequence_first: whether the hidden states are (sequence, batch, features) instead of (batch, sequence, ...).
     """
 
     index: int
@@ -198,6 +199,11 @@ class Block:
     replay: Replay | None = None
     returns: tuple[Any, ...] | None = None
     dense: dict[str, str] = field(default_factory=dict)
+    sequence_first: bool = False
+
+    def turned(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the block's layout as (batch, sequence, ...), and the other way round."""
+        return hidden.transpose(0, 1) if self.sequence_first else hidden
 
     @property
     def networks(self) -> list[Network]:

@@ -127,7 +127,8 @@ def _block_calls(
     for module in modules:
         hidden = hidden_of(calls[module][0].args, calls[module][0].kwargs)
         shape = None if hidden is None else tuple(hidden.shape)
-        if shape is None or len(shape) < 3 or shape[0] != _WINDOWS or shape[1] < _TOKENS:
+        sizes = None if shape is None or len(shape) < 3 else sorted(shape[:2])
+        if sizes is None or sizes[0] != _WINDOWS or sizes[1] < _TOKENS:
             raise UserError(
                 f"Decoder blocks must get hidden states of (batch, sequence, ...), but {names[module]} of "
                 f"{type(model).__name__} gets {shape} for {_WINDOWS} windows of {_TOKENS} tokens. This is not supported."
@@ -197,9 +198,14 @@ class _Examination:
     @property
     def positions(self) -> int:
         """Positions of a window in the hidden states: its tokens, and what the model adds to them (learned prompts)."""
+        return max(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """First two sizes of the hidden states."""
         hidden = hidden_of(self.call.args, self.call.kwargs)
         assert hidden is not None
-        return hidden.shape[1]
+        return hidden.shape[0], hidden.shape[1]
 
     def run(self) -> Tensor:
         """The block's hidden states."""
@@ -222,7 +228,8 @@ class _Examination:
         rest = None
         if isinstance(self.call.returned, (tuple, list)):
             rest = tuple(None if isinstance(value, Tensor) else value for value in self.call.returned[1:])
-        return Block(self.index, name, self.module, units, self._replay(units), rest, self.dense)
+        replay, sequence_first = self._replay(units), self.shape[0] != _WINDOWS
+        return Block(self.index, name, self.module, units, replay, rest, self.dense, sequence_first)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -252,7 +259,7 @@ class _Examination:
             if self.count[name] > 1 or not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 return
             leading = tuple(size for size in x.shape[:-1] if size > 1)
-            by_token = leading in ((_WINDOWS, self.positions), (_WINDOWS * self.positions,))
+            by_token = leading in (self.shape, (_WINDOWS * self.positions,))
             # Copies, because an activation may work in place.
             self.calls.append(
                 Call(
@@ -393,6 +400,8 @@ class _Examination:
         groups, rest = divmod(call.y.shape[1] - width, 2 * size)
         if rest or groups < 1 or heads % groups:
             return ()
+        if self.shape[0] != _WINDOWS:
+            return ()
         first = slice(0, None, self.positions)  # of each window
         values = call.y[first, -groups * size :].view(_WINDOWS, groups, 1, size).expand(-1, -1, heads // groups, -1)
         if not close(values.reshape(_WINDOWS, width), later[0].x[first]):
@@ -413,7 +422,7 @@ class _Examination:
                 and calls[-1].name in lone
                 and not inside & in_networks
                 and isinstance(first, Tensor)
-                and first.shape[:2] == (_WINDOWS, self.positions)
+                and first.shape[:2] == self.shape
                 and torch.equal(first.flatten(0, -2), calls[-1].y)
             ):
                 more = len(returned) - 1 if isinstance(returned, tuple) else -1

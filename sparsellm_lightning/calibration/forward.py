@@ -94,7 +94,7 @@ def run_block(
             stack.callback(module.register_forward_hook(batches.on_output(observer)).remove)
         stack.enter_context(context.adapter.holding(block.module))
         for returned in batches:
-            states.append(moved(hidden_states(returned), cache.storage))
+            states.append(moved(block.turned(hidden_states(returned)), cache.storage))
     return states
 
 
@@ -204,7 +204,8 @@ class _Batches:
             replays = index < len(self.replayed)
             with phase("forward"), adapter.forward_context(), self._replay(index) if replays else nullcontext():
                 count(self.shape.numel() * (self.work - self.replayed_work * replays))
-                returned = self.block.module(hidden.to(device, non_blocking=True), *args, **kwargs)
+                given = self.block.turned(hidden.to(device, non_blocking=True))
+                returned = self.block.module(given, *args, **kwargs)
             self.left -= len(hidden)
             yield returned
 
@@ -216,7 +217,7 @@ class _Batches:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = replay.last.module(self.replayed[index].to(replay.last.parameter.device, non_blocking=True))
-            output = output.view(*self.shape, -1)
+            output = self.block.turned(output.view(*self.shape, -1))
             return output if replay.returns < 0 else (output, *[None] * replay.returns)
 
         with patched_forward(replay.module, forward):
@@ -248,7 +249,8 @@ class _Batches:
 
     def _show(self, observer: Observer, x: Tensor) -> None:
         """Show the valid tokens of each window. One window at a time, so that sums do not depend on batches and ranks."""
-        windows = x.detach().reshape(*self.shape, x.shape[-1])
+        shape = self.shape[::-1] if self.block.sequence_first else self.shape
+        windows = self.block.turned(x.detach().reshape(*shape, x.shape[-1]))
         for row, window in enumerate(windows[: max(self.left, 0)]):
             observer(window if self.mask is None else window[self.mask[row]])
 
@@ -294,8 +296,8 @@ class _Recorder:
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
             recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
             if block.index == 0:
-                self.hidden.append(hidden.detach())
-        passed = hidden if self.answer is None else self.answer
+                self.hidden.append(block.turned(hidden.detach()))
+        passed = hidden if self.answer is None else block.turned(self.answer)
         return passed if block.returns is None else (passed, *block.returns)
 
     @contextmanager

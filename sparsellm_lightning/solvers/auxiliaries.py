@@ -68,12 +68,15 @@ class Auxiliaries:
         # Sums of the mean squares of z, s, Y and p, and the number of tokens.
         squares = torch.zeros(5, dtype=torch.float64, device=dense.up.device)
         rounded = dense.to(dtype)
-        for index, (x_c, y_c, _, _) in enumerate(tokens):
+        for index, (x_c, y_c, _, root) in enumerate(tokens):
             z, s = (None if t is None else t.float() for t in rounded.preactivations(x_c.to(dtype)))
             assert z is not None
             p = dense.combine(z, s)
-            parts = [t.square().mean(1).sum(dtype=torch.float64) for t in (z, z if s is None else s, y_c, p)]
-            squares += torch.stack([*parts, parts[0].new_tensor(len(x_c))])
+            parts = [
+                scaled(t, root).square().mean(1).sum(dtype=torch.float64)
+                for t in (z, z if s is None else s, y_c, p, torch.ones_like(x_c[:, :1]))
+            ]
+            squares += torch.stack(parts)
             self._put(index, z, s)
         ranks.sum_(squares)
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4

@@ -595,3 +595,27 @@ def test_the_held_out_tokens_choose() -> None:
         assert torch.equal(solution.feed_forward.down, iterates[best].down)
         chosen.add(best)
     assert len(chosen) > 1, "not always the same iteration"
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("scale_free", [True, False])
+def test_a_weight_counts_as_repeated_tokens(gated: bool, scale_free: bool) -> None:
+    """A token of weight 3 is that token three times, in all statistics, errors and penalties."""
+    dense = make_block(gated=gated)
+    x, y = make_tokens(dense)
+    repeats = torch.arange(TOKENS) % 3 + 1
+    many = [t.repeat_interleave(repeats, 0) for t in (x, y)]
+    # The ridge follows the number of rows, but this damping is larger in both cases.
+    options: dict[str, Any] = {"damping": 0.6, "penalties": Penalties(scale_free=scale_free), "iterations": 3}
+    expected = solve_feed_forward(dense, *many, prune_with(Unstructured(0.5)), **options)
+    weights = repeats * (TOKENS / float(repeats.sum()))
+    found = solve_feed_forward(dense, x, y, prune_with(Unstructured(0.5)), weights=weights, **options)
+    assert found.errors == pytest.approx(expected.errors, rel=1e-4)
+    for name in ("gate", "up", "down") if gated else ("up", "down"):
+        torch.testing.assert_close(
+            getattr(found.feed_forward, name), getattr(expected.feed_forward, name), rtol=1e-3, atol=1e-5
+        )
+    local = solve_locally(dense, x, prune_with(Unstructured(0.5)), weights=weights, damping=0.6)
+    repeated = solve_locally(dense, many[0], prune_with(Unstructured(0.5)), damping=0.6)
+    torch.testing.assert_close(local.feed_forward.down, repeated.feed_forward.down, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(local.inputs.gram, repeated.inputs.gram, rtol=1e-4, atol=1e-6)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.timm_wrapper import modeling_timm_wrapper
 
 # Sizes under every name that configurations give them. A configuration gets those that it knows.
 _SIZES: dict[str, Any] = {
@@ -58,7 +63,11 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "deepseek_v32": _LATENT,
     "dots3_note_text": _LATENT,
-    "dots3_note": {"text_config": _LATENT},
+    "dots3_note": {
+        "text_config": _LATENT,
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "fuyu": {"text_config": {**_TEXT, "model_type": "persimmon"}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": _DRAFT,
@@ -109,6 +118,16 @@ def _settings(cls: type[PretrainedConfig], more: dict[str, Any]) -> dict[str, An
         if isinstance(sub, type) and (sub.__name__ != "AutoConfig" or name in more)
     }
     return {**{name: size for name, size in _SIZES.items() if name in known}, **more, **inside}
+
+
+@contextmanager
+def without_timm() -> Iterator[None]:
+    """Gemma 3n's image tower is a model of the package ``timm``. An empty module takes its place: it never runs here."""
+    with (
+        mock.patch.object(modeling_timm_wrapper, "requires_backends"),
+        mock.patch.object(modeling_timm_wrapper, "_create_timm_model_with_error_handling", return_value=nn.Module()),
+    ):
+        yield
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

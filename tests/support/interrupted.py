@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ class Interrupted:
 def interrupt(arguments: list[str], cwd: Path, phase: str, entry: int, number: signal.Signals) -> Interrupted:
     """Run ``sparsellm ARGUMENTS`` and send a signal to its process when a phase is entered for the ``entry``-th time.
 
-    Besides the phases of the report, ``export`` is the moment between the weights and the report, and ``checkpoint`` the middle
-    of writing one.
+    Besides the phases of the report, ``export`` is the moment between the weights and the report, ``checkpoint`` the middle of
+    writing one, and ``loader`` a calibration loader that has hung for half a second.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED_ONCE, "sparsellm_lightning.cli"])
@@ -55,6 +57,7 @@ def _run(arguments: list[str], cwd: Path, phase: str, entry: int, number: int, e
     from transformers import PreTrainedModel
 
     from sparsellm_lightning.cli import main
+    from sparsellm_lightning.data import TextDataModule
     from sparsellm_lightning.runtime import Profile
 
     torch.set_num_threads(1)
@@ -87,6 +90,13 @@ def _run(arguments: list[str], cwd: Path, phase: str, entry: int, number: int, e
         interrupt_at("checkpoint")
         return write(file, data[len(data) // 2 :])
 
+    def hanging(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        threading.Timer(0.5, interrupt_at, ["loader"]).start()
+        time.sleep(600)
+        yield
+
+    if phase == "loader":
+        TextDataModule.calibration_dataloader = hanging  # type: ignore[method-assign]
     with (
         mock.patch.object(LocalFileOpener, "write", checkpoint_interrupted),
         mock.patch.object(Profile, "phase", phase_interrupted),
