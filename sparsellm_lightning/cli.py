@@ -159,7 +159,7 @@ def main(args: Any = None) -> None:
     """
     arguments = sys.argv[1:] if args is None else args
     try:
-        command = {"verify": verify, "inspect": inspect}.get(arguments[0] if arguments else "")
+        command: Any = {"verify": verify, "inspect": inspect}.get(arguments[0] if arguments else "")
         if command is not None:
             auto_cli(command, args=arguments[1:], prog=f"sparsellm {arguments[0]}")
             return

@@ -37,7 +37,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     row = ARCHITECTURES.get(model.config.model_type)
     if row is not None and row.blocks is not None:
         try:
-            return list(model.base_model.get_submodule(row.blocks))  # type: ignore[call-overload]
+            found: Any = model.base_model.get_submodule(row.blocks)
+            return list(found)
         except AttributeError as error:
             raise UserError(
                 f"The row for {model.config.model_type!r} names {row.blocks!r}, which {type(model.base_model).__name__} does "
@@ -64,7 +65,7 @@ def _outer_lists(module: nn.Module, model: PreTrainedModel, text: object) -> Ite
             yield from _outer_lists(child, model, text)
 
 
-def _weights(blocks: nn.ModuleList) -> int:
+def _weights(blocks: Any) -> int:
     """Number of weights in linear layers and in parameters of three dimensions."""
     linear = {id(m.weight): m.weight.numel() for m in blocks.modules() if isinstance(m, (nn.Linear, Conv1D))}
     return sum((linear | {id(p): p.numel() for p in blocks.parameters() if p.dim() == 3}).values())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture.feed_forward import close, fused_rows
+from sparsellm_lightning.architecture.feed_forward import Rows, close, fused_rows
 from sparsellm_lightning.architecture.layout import Experts, Network, Projection
 from sparsellm_lightning.solvers import Activation
 
@@ -126,16 +126,15 @@ def _layouts(name: str, module: nn.Module, dim: int) -> Iterator[list[dict[str, 
             plain = [key for key, size in rows.items() if size == width]
             for gate in plain:
                 for up in plain:
-                    pair = {"gate": (gate, None), "up": (up, None), "down": (down, None)}
-                    if gate == up:
-                        del pair["gate"]
+                    pair: dict[str, tuple[str, Rows]] = {} if gate == up else {"gate": (gate, None)}
+                    pair |= {"up": (up, None), "down": (down, None)}
                     yield _networks(name, module, pair, transposed, len(stored))
 
 
 def _networks(
     name: str,
     module: nn.Module,
-    roles: dict[str, tuple[str, tuple[int, int, int] | None]],
+    roles: Mapping[str, tuple[str, Rows]],
     transposed: bool,
     experts: int,
 ) -> list[dict[str, Projection]]:

@@ -189,7 +189,7 @@ class Block:
         replay: see :class:`Replay`. None: every forward runs the whole block.
         returns: values that the module returns behind the hidden states. None: it returns no tuple.
         dense: linear layers that cannot be pruned, with the reason.
-        sequence_first: whether the hidden states are (sequence, batch, features) instead of (batch, sequence, ...).
+        order: permutation of the axes of the hidden states that makes them (batch, sequence, ...). None: they are.
     """
 
     index: int
@@ -199,11 +199,22 @@ class Block:
     replay: Replay | None = None
     returns: tuple[Any, ...] | None = None
     dense: dict[str, str] = field(default_factory=dict)
-    sequence_first: bool = False
+    order: tuple[int, ...] | None = None
 
-    def turned(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the block's layout as (batch, sequence, ...), and the other way round."""
-        return hidden.transpose(0, 1) if self.sequence_first else hidden
+    def batch_first(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the block as (batch, sequence, ...)."""
+        return hidden if self.order is None else hidden.permute(self.order)
+
+    def as_block_takes(self, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, sequence, ...) with the axes that the block takes."""
+        return (
+            hidden if self.order is None else hidden.permute([self.order.index(axis) for axis in range(hidden.dim())])
+        )
+
+    @property
+    def sequence_first(self) -> bool:
+        """Whether the layers inside see (sequence, batch, features)."""
+        return self.order is not None and self.order[:2] == (1, 0)
 
     @property
     def networks(self) -> list[Network]:

@@ -19,7 +19,7 @@ from sparsellm_lightning.architecture.blocks import (
     hidden_states,
     unwrapped_names,
 )
-from sparsellm_lightning.architecture.experts import Experts, holds_experts, prove_experts, routing_of
+from sparsellm_lightning.architecture.experts import holds_experts, prove_experts, routing_of
 from sparsellm_lightning.architecture.feed_forward import (
     Call,
     Proof,
@@ -31,6 +31,7 @@ from sparsellm_lightning.architecture.feed_forward import (
 )
 from sparsellm_lightning.architecture.layout import (
     Block,
+    Experts,
     Linears,
     Network,
     Projection,
@@ -127,13 +128,23 @@ def _block_calls(
     for module in modules:
         hidden = hidden_of(calls[module][0].args, calls[module][0].kwargs)
         shape = None if hidden is None else tuple(hidden.shape)
-        sizes = None if shape is None or len(shape) < 3 else sorted(shape[:2])
-        if sizes is None or sizes[0] != _WINDOWS or sizes[1] < _TOKENS:
+        if shape is None or _order(shape) is None:
             raise UserError(
                 f"Decoder blocks must get hidden states of (batch, sequence, ...), but {names[module]} of "
                 f"{type(model).__name__} gets {shape} for {_WINDOWS} windows of {_TOKENS} tokens. This is not supported."
             )
     return [calls[module][0] for module in modules]
+
+
+def _order(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The permutation that makes hidden states (batch, sequence, ...). None if they have no such axes.
+
+    A model may add positions to those of the tokens (learned prompts), and axes (several streams).
+    """
+    for batch, sequence in ((0, 1), (1, 0), (1, 2)):
+        if len(shape) > max(2, sequence) and shape[batch] == _WINDOWS and shape[sequence] >= _TOKENS:
+            return (batch, sequence, *(axis for axis in range(len(shape)) if axis not in (batch, sequence)))
+    return None
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -144,7 +155,7 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:
     """Token ids, none of which has a meaning of its own (padding, image)."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
     special = set(_special_ids(model.config.to_dict()))
     ids: list[int] = []
     generator = torch.Generator().manual_seed(0)
@@ -198,14 +209,23 @@ class _Examination:
     @property
     def positions(self) -> int:
         """Positions of a window in the hidden states: its tokens, and what the model adds to them (learned prompts)."""
-        return max(self.shape)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """First two sizes of the hidden states."""
         hidden = hidden_of(self.call.args, self.call.kwargs)
         assert hidden is not None
-        return hidden.shape[0], hidden.shape[1]
+        return hidden.shape[self.order[1]]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation that makes the hidden states (batch, sequence, ...)."""
+        hidden = hidden_of(self.call.args, self.call.kwargs)
+        assert hidden is not None
+        order = _order(tuple(hidden.shape))
+        assert order is not None
+        return order
+
+    @property
+    def inside(self) -> tuple[int, int]:
+        """First two sizes of what the layers inside see."""
+        return (self.positions, _WINDOWS) if self.order[:2] == (1, 0) else (_WINDOWS, self.positions)
 
     def run(self) -> Tensor:
         """The block's hidden states."""
@@ -214,8 +234,21 @@ class _Examination:
     def block(self) -> Block:
         """What was found."""
         name = self.names[self.module]
-        with self._observed():
-            again = self.run()
+        try:
+            with self._observed():
+                again = self.run()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"A decoder block must run on its own, but {name} of {type(self.model).__name__} fails when it is called "
+                f"again: {type(error).__name__}: {error}. Such blocks are not supported."
+            ) from error
+        if type(self.call.returned) not in (tuple, list) and not isinstance(self.call.returned, Tensor):
+            raise UserError(
+                f"A decoder block must return its hidden states, alone or first in a tuple, but {name} of "
+                f"{type(self.model).__name__} returns a {type(self.call.returned).__name__}. Such blocks are not supported."
+            )
         first = hidden_states(self.call.returned)
         if not isinstance(first, Tensor) or not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UserError(
@@ -228,8 +261,8 @@ class _Examination:
         rest = None
         if isinstance(self.call.returned, (tuple, list)):
             rest = tuple(None if isinstance(value, Tensor) else value for value in self.call.returned[1:])
-        replay, sequence_first = self._replay(units), self.shape[0] != _WINDOWS
-        return Block(self.index, name, self.module, units, replay, rest, self.dense, sequence_first)
+        order = None if self.order == tuple(range(len(self.order))) else self.order
+        return Block(self.index, name, self.module, units, self._replay(units), rest, self.dense, order)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -259,7 +292,7 @@ class _Examination:
             if self.count[name] > 1 or not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 return
             leading = tuple(size for size in x.shape[:-1] if size > 1)
-            by_token = leading in (self.shape, (_WINDOWS * self.positions,))
+            by_token = leading in (self.inside, (_WINDOWS * self.positions,))
             # Copies, because an activation may work in place.
             self.calls.append(
                 Call(
@@ -400,7 +433,7 @@ class _Examination:
         groups, rest = divmod(call.y.shape[1] - width, 2 * size)
         if rest or groups < 1 or heads % groups:
             return ()
-        if self.shape[0] != _WINDOWS:
+        if self.inside[0] != _WINDOWS:
             return ()
         first = slice(0, None, self.positions)  # of each window
         values = call.y[first, -groups * size :].view(_WINDOWS, groups, 1, size).expand(-1, -1, heads // groups, -1)
@@ -416,13 +449,13 @@ class _Examination:
         for module, returned in self.returned.items():
             inside = set(module.modules())
             calls = [call for call in self.calls if call.module in inside]
-            first = hidden_states(returned) if returned is not None else None
+            first = returned[0] if isinstance(returned, tuple) else returned
             if (
                 len(calls) > 1
                 and calls[-1].name in lone
                 and not inside & in_networks
                 and isinstance(first, Tensor)
-                and first.shape[:2] == self.shape
+                and first.shape[:2] == self.inside
                 and torch.equal(first.flatten(0, -2), calls[-1].y)
             ):
                 more = len(returned) - 1 if isinstance(returned, tuple) else -1

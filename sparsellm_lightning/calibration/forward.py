@@ -94,7 +94,7 @@ def run_block(
             stack.callback(module.register_forward_hook(batches.on_output(observer)).remove)
         stack.enter_context(context.adapter.holding(block.module))
         for returned in batches:
-            states.append(moved(block.turned(hidden_states(returned)), cache.storage))
+            states.append(moved(block.batch_first(hidden_states(returned)), cache.storage))
     return states
 
 
@@ -204,7 +204,7 @@ class _Batches:
             replays = index < len(self.replayed)
             with phase("forward"), adapter.forward_context(), self._replay(index) if replays else nullcontext():
                 count(self.shape.numel() * (self.work - self.replayed_work * replays))
-                given = self.block.turned(hidden.to(device, non_blocking=True))
+                given = self.block.as_block_takes(hidden.to(device, non_blocking=True))
                 returned = self.block.module(given, *args, **kwargs)
             self.left -= len(hidden)
             yield returned
@@ -217,7 +217,8 @@ class _Batches:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = replay.last.module(self.replayed[index].to(replay.last.parameter.device, non_blocking=True))
-            output = self.block.turned(output.view(*self.shape, -1))
+            output = output.view(*self.shape, -1)
+            output = output.transpose(0, 1) if self.block.sequence_first else output
             return output if replay.returns < 0 else (output, *[None] * replay.returns)
 
         with patched_forward(replay.module, forward):
@@ -250,7 +251,8 @@ class _Batches:
     def _show(self, observer: Observer, x: Tensor) -> None:
         """Show the valid tokens of each window. One window at a time, so that sums do not depend on batches and ranks."""
         shape = self.shape[::-1] if self.block.sequence_first else self.shape
-        windows = self.block.turned(x.detach().reshape(*shape, x.shape[-1]))
+        windows = x.detach().reshape(*shape, x.shape[-1])
+        windows = windows.transpose(0, 1) if self.block.sequence_first else windows
         for row, window in enumerate(windows[: max(self.left, 0)]):
             observer(window if self.mask is None else window[self.mask[row]])
 
@@ -296,8 +298,8 @@ class _Recorder:
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
             recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
             if block.index == 0:
-                self.hidden.append(block.turned(hidden.detach()))
-        passed = hidden if self.answer is None else block.turned(self.answer)
+                self.hidden.append(block.batch_first(hidden.detach()))
+        passed = hidden if self.answer is None else block.as_block_takes(self.answer)
         return passed if block.returns is None else (passed, *block.returns)
 
     @contextmanager

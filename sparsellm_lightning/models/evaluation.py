@@ -67,7 +67,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
             )
     length = next(iter(inputs.values())).shape[1]
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and length > context:
+    if context is not None and 0 < context < length:  # XLNet has -1: no limit
         raise UserError(
             f"Windows must fit into the model's context of {context} tokens, got windows of {length}. Use shorter windows "
             "(data.sequence_length)."

@@ -49,7 +49,8 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
     )  # the goal or the network's data, the pruned block, the dense model
     work = dict.fromkeys(("statistics", "local_solve", "alternation"), 0.0)
     for unit in block.units:
-        passes += block.forward_work(window, until=unit.observed)
+        until = block.forward_work(window, until=unit.observed)
+        passes += until - replayed if until > replayed else until
         networks = unit.networks if isinstance(unit, Experts) else [unit] if isinstance(unit, Network) else []
         share = unit.share if isinstance(unit, Experts) else 1.0
         if isinstance(unit, Linears):

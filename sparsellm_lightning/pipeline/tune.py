@@ -150,8 +150,8 @@ class Reconstructor:
 
     def _forward(self, index: int) -> Tensor:
         args, kwargs = self.cache.arguments[self.block.index][index]
-        hidden = self.block.turned(self.cache.hidden[index].to(self.device, non_blocking=True))
-        return self.block.turned(hidden_states(self.block.module(hidden, *args, **kwargs)))
+        hidden = self.block.as_block_takes(self.cache.hidden[index].to(self.device, non_blocking=True))
+        return self.block.batch_first(hidden_states(self.block.module(hidden, *args, **kwargs)))
 
     def _distances(self, output: Tensor, index: int, rows: slice) -> Tensor:
         """``‖output − g‖² / ‖g‖²`` of the tokens of some rows of a batch, (rows, length). 0 for padding."""
