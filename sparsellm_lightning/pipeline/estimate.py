@@ -44,9 +44,10 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
 
 def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alternates: bool) -> dict[str, float]:
     whole = block.forward_work(window)
-    passes = whole * (
-        2 + (config.target == "model")
-    )  # the goal or the network's data, the pruned block, the dense model
+    to_model = config.target == "model"
+    # The pruned block, the dense model's, the networks' inputs and outputs, the goal of the reconstruction.
+    passes = whole * (1 + to_model + alternates + (bool(config.reconstruction_steps) and not to_model))
+    replayed = 0 if block.replay is None else block.forward_work(window, until=block.replay.last.module)
     work = dict.fromkeys(("statistics", "local_solve", "alternation"), 0.0)
     for unit in block.units:
         until = block.forward_work(window, until=unit.observed)
