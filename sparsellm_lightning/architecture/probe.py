@@ -47,6 +47,7 @@ RunModel = Callable[[PreTrainedModel, dict[str, Tensor]], object]
 """Calls a model with ``input_ids`` so that its decoder blocks run."""
 
 ROUTES = "it routes tokens to experts"
+LARGE = 0.1  # smallest share of a block's parameters from which one that is not pruned is named
 _WINDOWS, _TOKENS = 2, 11  # two windows, so that (batch, sequence) is told from (sequence, batch)
 
 
@@ -258,6 +259,7 @@ class _Examination:
         row = ARCHITECTURES.get(self.model.config.model_type)
         proofs = self._proofs() if row is None or row.up is None else [self._proof_of(row)]
         units = self._units(proofs)
+        self._name_other_weights(units)
         rest = None
         if isinstance(self.call.returned, (tuple, list)):
             rest = tuple(None if isinstance(value, Tensor) else value for value in self.call.returned[1:])
@@ -384,6 +386,15 @@ class _Examination:
             networks = [Network(**{**vars(network), "scale": scale}) for network in experts.networks]
             units.append((order, Experts(networks, experts.observed, experts.share)))
         return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
+
+    def _name_other_weights(self, units: Sequence[Unit]) -> None:
+        """Name large parameters that neither a unit nor a layer left dense holds."""
+        known = {id(p.parameter) for unit in units for p in unit.projections}
+        known |= {id(q) for m, name in self.names.items() if name in self.dense for q in m.parameters()}
+        least = LARGE * sum(parameter.numel() for parameter in self.module.parameters())
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in known and parameter.dim() > 1 and parameter.numel() >= least:
+                self.dense[f"{self.names[self.module]}.{name}"] = "it is no linear layer"
 
     def _reason_dense(self, call: Call, routers: set[str]) -> str | None:
         if call.name in routers:

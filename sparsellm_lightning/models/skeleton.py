@@ -36,6 +36,7 @@ def inspect_model(pretrained: str, config: PruningConfig | None = None) -> Decod
         found = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)  # nosec B615
         with no_init_weights():  # the system gives pages to a tensor when it is written
             model: PreTrainedModel = AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16)
+        model.tie_weights()  # part of the initialisation
         return model
 
     model = or_user_error(pretrained, build)

@@ -81,24 +81,29 @@ class Unstructured(Pattern):
         return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
-        return replace(self, rows=None, first_row=0)  # any number of these rows may be on this rank
+        return replace(self, rows=None, first_row=None)
 
     def _row_counts(self, scores: Tensor) -> Tensor:
         """Number of entries to prune in each of these rows. Rows differ by one at most, so that the sum over all is exact."""
-        pruned, _ = self.count(scores)
-        rows = self._all_rows(scores)
+        pruned, rows, _ = self._counts(scores)
         first = self.ranks.local_rows(rows).start if self.first_row is None else self.first_row
         ends = torch.arange(first, first + scores.shape[0] + 1, device=scores.device) * pruned // max(rows, 1)
         return ends.diff()
 
     def count(self, scores: Tensor) -> tuple[int, int]:
         """Number of entries to prune over all ranks, and largest number of rows that a rank may hold."""
-        rows = self._all_rows(scores)
-        largest = -(-rows // self.ranks.size) if self.first_row is None else rows
-        return round(self.sparsity * rows * scores.shape[1]), largest
+        pruned, _, largest = self._counts(scores)
+        return pruned, largest
 
-    def _all_rows(self, scores: Tensor) -> int:
-        return self.ranks.total(scores.shape[0])[0] if self.rows is None else self.rows
+    def _counts(self, scores: Tensor) -> tuple[int, int, int]:
+        """Entries to prune and rows over all ranks, and the largest number of rows that a rank may hold."""
+        if self.rows is None:
+            held = [rows for (rows,) in self.ranks.gather_counts(scores.shape[0])]
+            rows, largest = sum(held), max(held)
+        else:
+            rows = self.rows
+            largest = -(-rows // self.ranks.size) if self.first_row is None else rows
+        return round(self.sparsity * rows * scores.shape[1]), rows, largest
 
 
 @dataclass(frozen=True)

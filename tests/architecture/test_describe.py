@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.batches import random_batches
-from support.classes import tiny_config
+from support.classes import tiny_config, tiny_model
 from support.models import build_model
 from support.runs import block_outputs
 from torch import nn
@@ -209,3 +209,44 @@ def test_find_model() -> None:
         find_model(both, "inner")
     with pytest.raises(UserError, match="found none"):
         find_model(Holder(head=nn.Linear(2, 2)))
+
+
+def test_weights_that_cannot_be_pruned_are_refused() -> None:
+    tied = build_model("llama")
+    tied.model.layers[2].mlp.up_proj.weight = tied.model.layers[1].mlp.up_proj.weight
+    names = r"model\.layers\.1\.mlp\.up_proj\.weight and model\.layers\.2\.mlp\.up_proj\.weight are one parameter"
+    with pytest.raises(UserError, match=names):
+        describe(tied)
+    assert describe(tied, PruningConfig(ignore=["up_proj"])).blocks, "left dense, they may be one"
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is on the meta device"):
+        describe(meta)
+    quantised = build_model("llama")
+    quantised.is_quantized = True
+    with pytest.raises(UserError, match="not quantised"):
+        describe(quantised)
+
+
+def test_the_text_decoder_of_an_image_model() -> None:
+    """The tower for images and the projector stay dense."""
+    model = tiny_model("gemma3")
+    layout = describe(model)
+    assert len(layout.blocks) == 2
+    assert all(p.name.startswith("model.language_model.layers.") for p in layout.projections())
+
+
+@pytest.mark.parametrize(("name", "parts"), [("phi3", (64, 32, 32)), ("gpt2", (64, 64, 64)), ("gpt_neox", ())])
+def test_queries_keys_and_values_in_one_matrix(name: str, parts: tuple[int, ...]) -> None:
+    """One behind the other they are solved as three matrices. GPT-NeoX mixes them head by head."""
+    first = next(describe(build_model(name)).blocks[0].projections())
+    assert first.parts == parts
+
+
+def test_layers_without_a_feed_forward_network() -> None:
+    """Mamba's are solved one by one. What no forward calls is named."""
+    layout = describe(tiny_model("mamba"))
+    for block in layout.blocks:
+        assert not block.networks
+        assert [p.name.rpartition(".")[2] for p in block.projections()] == ["in_proj", "x_proj", "out_proj"]
+        assert block.dense == {f"{block.name}.mixer.dt_proj": "no forward calls it"}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import LoraOptions, PruningConfig, TextDataModule, perplexity, prune_model
-from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, capture
 from sparsellm_lightning.data import take_windows
 from sparsellm_lightning.pipeline import sequential
@@ -503,6 +503,7 @@ def test_batches_that_tuning_uses(size: int) -> None:
     """Two steps of one window on each rank use two fitted batches, besides those with held-out windows."""
     ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1))
     config, model = PruningConfig(preset="paper", method="magnitude", reconstruction_steps=2), build_model("llama")
+    describe(model)  # its hooks are not made for ranks that are threads
 
     def used(ranks: Ranks) -> list[int]:
         context = make_context(model, config, ranks)

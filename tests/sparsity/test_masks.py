@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.models import build_model
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture import linear_projection
+from sparsellm_lightning.architecture import describe, linear_projection
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import MaskError
-from sparsellm_lightning.sparsity import Masks, pack, unpack
+from sparsellm_lightning.sparsity import Masks, linear_layers, pack, unpack
 
 
 def one_layer(weight: Tensor) -> tuple[nn.Linear, Masks]:
@@ -74,3 +75,24 @@ def test_check_names_the_layer_and_both_counts() -> None:
         layer.weight[0, 1] = 0
     with pytest.raises(MaskError, match=r"layer .*4 zeros.*has 4 .*, 2 of its weights"):
         masks.check()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_zeros_of_fused_parameters(name: str) -> None:
+    """One mask for each parameter, whichever part of it a projection is."""
+    model = build_model(name)
+    projections = list(describe(model).projections())
+    for p in projections:
+        p.matrix[:, ::2] = 0
+    masks = Masks(projections, StrategyAdapter())
+    assert len(masks.projections) == len({id(p.parameter) for p in projections}) < len(projections)
+    assert sum(masks.zeros.values()) == sum(p.size for p in projections) // 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(MaskError):
+        masks.check()
+    masks.apply()
+    masks.check()
+    assert all(bool((p.matrix[:, ::2] == 0).all()) for p in projections)
+    assert {p.name for p in masks.projections} <= {p.name for p in linear_layers(model)}

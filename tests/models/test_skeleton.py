@@ -1,0 +1,50 @@
+"""The structure of a model from its configuration alone, and what pruning it will take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.batches import random_batches
+from support.models import CONFIGS, build_model
+
+from sparsellm_lightning import PruningConfig, UserError, prune_model
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.cli import main
+from sparsellm_lightning.models import inspect_model
+from sparsellm_lightning.pipeline import estimate_work
+from sparsellm_lightning.reporting import structure
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3", "mixtral", "opt-350m"])
+def test_a_configuration_shows_what_the_weights_show(name: str, tmp_path: Path) -> None:
+    CONFIGS[name].save_pretrained(tmp_path)
+    assert structure(inspect_model(str(tmp_path))) == structure(describe(build_model(name)))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    CONFIGS["mixtral"].save_pretrained(tmp_path)
+    main(["inspect", "--model.pretrained", str(tmp_path), "--pruner.sparsity", "0.7", "--pruner.ignore", "[o_proj]"])
+    shown = capsys.readouterr().out
+    assert "model.layers.0 to 2 (MixtralDecoderLayer)" in shown
+    assert "self_attn.o_proj 64 x 64 (ignored)" in shown
+    assert "4 experts, 2 a token: mlp.experts.0.down <- silu(mlp.experts.0.gate) * (mlp.experts.0.up)" in shown
+    assert "routes tokens" not in shown, "Mixtral's router is not a linear layer"
+    assert "TFLOP" in shown
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        inspect_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("llama", {"preset": "paper"}), ("gpt2", {"preset": "balanced"})])
+def test_estimated_operations(name: str, settings: dict[str, str]) -> None:
+    """Those of the phases that depend on tokens are within a factor of two of what a run counts."""
+    model, batches = build_model(name), random_batches(64, 32)
+    config = PruningConfig(num_calibration_samples=64, calibration_val_fraction=0.0, **settings)  # type: ignore[arg-type]
+    expected = estimate_work(describe(model, config), config, 64 * 32, 32).operations
+    counted = prune_model(model, batches, config).work
+    for phase in ("forward", "statistics" if name == "gpt2" else "alternation"):
+        ratio = expected[phase] / sum(counted[phase].values())
+        assert 0.5 < ratio < 2, (phase, ratio)
