@@ -108,7 +108,7 @@ def _block_calls(
             hooks.callback(module.register_forward_hook(after).remove)
         try:
             run(model, {"input_ids": _probe_ids(model)})
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UserError(
@@ -238,7 +238,7 @@ class _Examination:
         try:
             with self._observed():
                 again = self.run()
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UserError(
