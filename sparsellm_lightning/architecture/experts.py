@@ -70,10 +70,10 @@ def prove_experts(
         output: what it returned.
         activations: to try, in this order.
     """
-    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
+    alpha, limit = getattr(module, "alpha", getattr(module, "swiglu_alpha", None)), getattr(module, "limit", None)
     tried = [(activation, 0.0) for activation in activations]
     if isinstance(alpha, (int, float)) and isinstance(limit, (int, float)):
-        tried.insert(0, (_clamped_swish(float(alpha), float(limit)), 1.0))  # GPT-OSS
+        tried.insert(0, (_clamped_swish(float(alpha), float(limit)), 1.0))  # GPT-OSS, MiniMax-M3
     for first in _layouts(name, module, routing.hidden.shape[-1]):
         for activation, offset in tried:
             networks = [
