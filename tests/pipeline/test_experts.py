@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import build_model
+from support.models import VOCABULARY, build_model
 from support.runs import calibration_batches, make_context
+from support.training import OwnModule, trainer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm_lightning import PruningConfig, perplexity, prune_model
+from sparsellm_lightning import PruningConfig, SparseLLMCallback, perplexity, prune_model
 from sparsellm_lightning.architecture import Experts, describe
 from sparsellm_lightning.calibration import RoutedTokens, capture, feed_forward_of
 from sparsellm_lightning.data import TextDataModule
@@ -160,3 +164,35 @@ def test_trained_mixture(trained: Callable[[str], PreTrainedModel], text: TextDa
         lost[method] = math.log(perplexity(model, text.val_dataloader()) / dense)
     assert 0 < lost["sparsellm"] < 0.9 * lost["sparsegpt"]
     assert lost["sparsellm"] < 0.65 * lost["magnitude"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_pruned_trained_on_and_exported(name: str, tmp_path: Path) -> None:
+    """The zeros of fused parameters hold in training, and plain transformers loads the export."""
+    pruner = SparseLLMCallback(
+        sparsity=0.6,
+        preset="paper",
+        num_calibration_samples=8,
+        finetune=True,
+        export_dir=tmp_path / "out",
+        measure=False,
+    )
+    model = build_model(name)
+    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+    before: list[Tensor] = []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            before[:] = before or [p.matrix == 0 for p in describe(model).projections()]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner, Note(), max_steps=4).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    assert pruner.report is not None
+    assert pruner.report.mask_check is not None
+    assert pruner.report.mask_check["broken"] == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for p, zeros, own in zip(describe(loaded).projections(), before, describe(model).projections(), strict=True):
+        assert torch.equal(p.matrix == 0, zeros), p.name
+        assert torch.equal(p.matrix, own.matrix)
+        assert int(zeros.sum()) == pytest.approx(0.6 * p.size, abs=2)
