@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sparsellm_lightning.architecture import describe, find_model
+from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
@@ -41,7 +41,7 @@ class PruningTrainer(pl.Trainer):
         """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
         results = self.test(model, datamodule=datamodule, verbose=False)
         adapter = adapter_for(self)
-        _, sparsity = layer_rows(describe(find_model(model), run=adapter.run_model), adapter)
+        _, sparsity = layer_rows(adapter.describe(find_model(model)), adapter)
         if self.is_global_zero:
             name = str(getattr(model, "pretrained", type(model).__name__))
             rows = [

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import describe, find_model
+from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
@@ -138,7 +138,7 @@ class SparseLLMCallback(SparseFinetuning):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
-        describe(self._model(pl_module), self.config, adapter_for(trainer).run_model)
+        adapter_for(trainer).describe(self._model(pl_module), self.config)
         if self.export_dir is not None:
             getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
@@ -255,7 +255,7 @@ class SparseLLMCallback(SparseFinetuning):
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        self.report = report_of_sparse(describe(model, self.config, adapter.run_model), adapter, self.config.pattern)
+        self.report = report_of_sparse(adapter.describe(model, self.config), adapter, self.config.pattern)
         achieved = self.report.sparsity["achieved"]
         if achieved < SPARSE:
             raise UserError(
@@ -273,7 +273,7 @@ class SparseLLMCallback(SparseFinetuning):
         adapter = adapter_for(trainer)
         report.perplexity["finetuned"] = self._perplexity(trainer, model, adapter)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
-        layout = describe(model, self.config, adapter.run_model)
+        layout = adapter.describe(model, self.config)
         report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
@@ -324,7 +324,7 @@ class SparseLLMCallback(SparseFinetuning):
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):
-            layout = describe(self._model(pl_module), self.config, adapter_for(trainer).run_model)
+            layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
             self.hold(trainer, pl_module, [p for p in layout.projections() if p.pruned])
 
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, Projection, device_of, evaluating
+from sparsellm_lightning.architecture import DecoderLayout, Projection, describe, device_of, evaluating
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.runtime import fastest_float32
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
@@ -40,6 +41,12 @@ class StrategyAdapter:
 
     def check(self, layout: DecoderLayout) -> None:
         """Refuse a model that is laid out over ranks in a way that is not supported."""
+
+    def describe(self, model: PreTrainedModel, config: PruningConfig | None = None) -> DecoderLayout:
+        """The model's structure, probed by forwards that the strategy allows. All ranks call this together."""
+        layout = describe(model, config, self.run_model)
+        self.finish(model)  # the probe's forward may have left parameters gathered
+        return layout
 
     @contextmanager
     def calibrating(self, model: nn.Module) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import ROUTES, describe
+from sparsellm_lightning.architecture import ROUTES
 from sparsellm_lightning.calibration import Context, check_finite_weights
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import (
@@ -76,7 +76,7 @@ def prune_model(
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     adapter = adapter or StrategyAdapter()
-    context = Context(describe(model, config, adapter.run_model), config, adapter, keep_zeros)
+    context = Context(adapter.describe(model, config), config, adapter, keep_zeros)
     adapter.check(context.layout)
     start = time.perf_counter()
     memory = MemoryMeter(context.device)
