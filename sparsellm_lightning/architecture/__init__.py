@@ -9,6 +9,7 @@ from sparsellm_lightning.architecture.blocks import (
     unwrapped_names,
 )
 from sparsellm_lightning.architecture.discovery import describe
+from sparsellm_lightning.architecture.examination import ROUTES
 from sparsellm_lightning.architecture.experts import Routing, routing_of
 from sparsellm_lightning.architecture.layout import (
     Block,
@@ -20,7 +21,6 @@ from sparsellm_lightning.architecture.layout import (
     Unit,
     linear_projection,
 )
-from sparsellm_lightning.architecture.probe import ROUTES
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture, register_architecture
 
 __all__ = [

@@ -33,7 +33,7 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, tuple[Architecture | None, list[Block
 def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: RunModel = run_base) -> DecoderLayout:
     """Find a model's blocks and projections, and check that the settings can be applied to them.
 
-    The first call for a model probes it: one forward of 16 tokens, and a few of each block. Later calls only look up the
+    The first call for a model probes it: one forward of 22 tokens, and a few of each block. Later calls only look up the
     modules, which may have been wrapped since.
 
     Args:

@@ -86,13 +86,13 @@ def prove_experts(
     return None
 
 
-def evaluate(network: Network, x: Tensor) -> Tensor:
+def _evaluate(network: Network, x: Tensor) -> Tensor:
     """The output of a network for tokens x, (n, d), from its parameters as they are."""
 
     def linear(role: str, x: Tensor) -> Tensor:
         p = network.roles[role]
         bias = None if p.bias is None else p.bias_of(p.bias.detach())
-        return torch.nn.functional.linear(x, p.of(p.parameter.detach()), bias)
+        return torch.nn.functional.linear(x, p.matrix, bias)
 
     up = linear("up", x) + network.up_offset
     hidden = network.activation(linear("gate", x)) * up if "gate" in network.roles else network.activation(up)
@@ -103,7 +103,7 @@ def _output(networks: Sequence[Network], routing: Routing) -> Tensor:
     outputs = []
     for expert, network in enumerate(networks):
         x, weight = routing.of(expert)
-        y = evaluate(network, x.to(network.roles["up"].parameter.dtype))
+        y = _evaluate(network, x.to(network.roles["up"].parameter.dtype))
         outputs.append(y if routing.chosen is None else y * weight[:, None])
     return torch.cat(outputs) if routing.chosen is None else torch.stack(outputs).sum(0)
 

@@ -18,8 +18,8 @@ class Projection:
     """A weight matrix to prune: a parameter of a module, or a part of one.
 
     Args:
-        name: unique in the model. The dotted name of the module; behind it, in brackets, the part of a fused parameter, such as
-            ``model.layers.0.mlp.gate_up_proj[gate]``.
+        name: unique in the model. The dotted name of the module; behind it the part of a fused parameter, such as
+            ``model.layers.0.mlp.gate_up_proj.gate`` or ``model.layers.0.mlp.experts.3.down``.
         module: that holds the parameter.
         pruned: False where it stays dense.
         shape: (out features, in features) of the matrix, over all ranks.

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import Architecture, PruningConfig, UserError, prune_model
-from sparsellm_lightning.architecture import Network, blocks, describe, discovery, find_model, probe, table
+from sparsellm_lightning.architecture import Network, blocks, describe, discovery, examination, find_model, table
 
 _SEPARATE = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 _LLAMA = (_SEPARATE, {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}, "silu")
@@ -169,7 +169,7 @@ def test_settings_that_do_not_fit_the_model() -> None:
 
 def test_rows_override_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "ARCHITECTURES", {})
-    for module in (blocks, discovery, probe):
+    for module in (blocks, discovery, examination):
         monkeypatch.setattr(module, "ARCHITECTURES", table.ARCHITECTURES)
     model = build_model("llama")
     row = Architecture(blocks="layers", gate="mlp.up_proj", up="mlp.gate_proj", down="mlp.down_proj")

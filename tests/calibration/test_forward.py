@@ -11,14 +11,14 @@ from support.models import build_model
 from support.runs import LAYOUTS
 
 from sparsellm_lightning import PruningConfig, prune_model
-from sparsellm_lightning.architecture import describe, probe
+from sparsellm_lightning.architecture import describe, examination
 
 
 def pruned(name: str, replays: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[dict[str, Any], int]:
     """The pruned weights, and the number of calls of the first block's first attention projection."""
     model = build_model(name)
     if not replays:
-        monkeypatch.setattr(probe._Examination, "_replay", lambda self, units: None)
+        monkeypatch.setattr(examination.Examination, "_replay", lambda self, units: None)
     calls = []
     next(describe(model).blocks[0].projections()).module.register_forward_hook(lambda *_: calls.append(1))
     prune_model(model, random_batches(), PruningConfig(sparsity=0.6, num_calibration_samples=8, **settings))
