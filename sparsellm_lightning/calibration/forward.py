@@ -111,21 +111,15 @@ def observe_input(
         observer: of each window.
     """
     keeps = block.replay is not None and unit.projections == [block.replay.last]
-    with ExitStack() as stack:
-        batches = _Batches(context, block, cache, cache.fitted, until=unit.observed)
-        see = batches.on_input(observer)
+    batches = _Batches(context, block, cache, cache.fitted, until=unit.observed)
+    show = batches.on_input(observer)
 
-        def see_and_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            see(module, args)
-            if keeps:
-                cache.replay_inputs.append(moved(args[0].detach(), cache.storage))
-            raise _Stop
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        show(module, args)
+        if keeps:
+            cache.replay_inputs.append(moved(args[0].detach(), cache.storage))
 
-        stack.callback(unit.observed.register_forward_pre_hook(see_and_stop).remove)
-        stack.enter_context(patched_forward(block.module, _stoppable(block.module.forward)))
-        stack.enter_context(context.adapter.holding(block.module))
-        for _ in batches:
-            pass
+    _run_until(batches, unit.observed, see)
 
 
 def observe_routing(
@@ -140,18 +134,28 @@ def observe_routing(
         experts: of the block.
         observer: of the valid tokens of each window.
     """
+    batches = _Batches(context, block, cache, len(cache.windows), until=experts.observed)
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing = routing_of(module, args, kwargs)
+        assert routing is not None
+        batches.show_routing(observer, routing)
+
+    _run_until(batches, experts.observed, see)
+
+
+def _run_until(batches: _Batches, observed: nn.Module, see: Callable[..., None]) -> None:
+    """Run the block up to a module, whose call is seen, for every batch."""
+
+    def see_and_stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(module, args, kwargs)
+        raise _Stop
+
+    block = batches.block.module
     with ExitStack() as stack:
-        batches = _Batches(context, block, cache, len(cache.windows), until=experts.observed)
-
-        def see_and_stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            routing = routing_of(module, args, kwargs)
-            assert routing is not None
-            batches.show_routing(observer, routing)
-            raise _Stop
-
-        stack.callback(experts.observed.register_forward_pre_hook(see_and_stop, with_kwargs=True).remove)
-        stack.enter_context(patched_forward(block.module, _stoppable(block.module.forward)))
-        stack.enter_context(context.adapter.holding(block.module))
+        stack.callback(observed.register_forward_pre_hook(see_and_stop, with_kwargs=True).remove)
+        stack.enter_context(patched_forward(block, _stoppable(block.forward)))
+        stack.enter_context(batches.context.adapter.holding(block))
         for _ in batches:
             pass
 
