@@ -6,11 +6,12 @@ from sparsellm_lightning.architecture.blocks import (
     evaluating,
     find_model,
     hidden_states,
+    patched_forward,
     unwrapped_names,
 )
 from sparsellm_lightning.architecture.discovery import describe
 from sparsellm_lightning.architecture.examination import ROUTES
-from sparsellm_lightning.architecture.experts import Routing, routing_of
+from sparsellm_lightning.architecture.experts import Routing
 from sparsellm_lightning.architecture.layout import (
     Block,
     DecoderLayout,
@@ -21,6 +22,7 @@ from sparsellm_lightning.architecture.layout import (
     Unit,
     linear_projection,
 )
+from sparsellm_lightning.architecture.listed import routing_in
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture, register_architecture
 
 __all__ = [
@@ -42,7 +44,8 @@ __all__ = [
     "find_model",
     "hidden_states",
     "linear_projection",
+    "patched_forward",
     "register_architecture",
-    "routing_of",
+    "routing_in",
     "unwrapped_names",
 ]

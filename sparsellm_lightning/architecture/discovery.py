@@ -14,6 +14,7 @@ from sparsellm_lightning.architecture.blocks import unwrapped_names
 from sparsellm_lightning.architecture.layout import (
     Block,
     DecoderLayout,
+    Experts,
     Linears,
     Network,
     Projection,
@@ -66,8 +67,10 @@ def _modules(block: Block) -> Iterator[nn.Module]:
         yield block.replay.module
     for unit in block.units:
         yield unit.observed
-        if isinstance(unit, Network):
-            yield unit.output
+        networks = [unit] if isinstance(unit, Network) else unit.networks if isinstance(unit, Experts) else []
+        for network in networks:
+            yield network.observed
+            yield network.output
         for p in unit.projections:
             yield p.module
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ from sparsellm_lightning.architecture.layout import (
     Experts,
     Linears,
     Network,
-    Projection,
     Replay,
     Unit,
     linear_projection,
 )
+from sparsellm_lightning.architecture.listed import listed_experts, prove_listed
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import Activation, find_activation
@@ -93,6 +94,8 @@ class Examination:
     returned: dict[nn.Module, Any] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)
+    proving: bool = False
+    clock: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def positions(self) -> int:
@@ -166,6 +169,8 @@ class Examination:
                     hooks.callback(child.register_forward_hook(self._see_experts, with_kwargs=True).remove)
                 elif any(True for _ in child.children()) and child is not self.module:
                     hooks.callback(child.register_forward_hook(self._see_module).remove)
+                    if listed_experts(child) is not None:
+                        hooks.callback(child.register_forward_hook(self._see_mixture, with_kwargs=True).remove)
             yield
 
     def _outermost(self, child: nn.Module) -> nn.Module:
@@ -176,6 +181,8 @@ class Examination:
         name = self.names[child]
 
         def see(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+            if self.proving:
+                return
             self.count[name] += 1
             x = args[0] if args else None
             if self.count[name] > 1 or not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -187,7 +194,7 @@ class Examination:
                 Call(
                     name,
                     child,
-                    len(self.calls),
+                    next(self.clock),
                     x.detach(),
                     x.detach().flatten(0, -2).clone(),
                     y.detach().flatten(0, -2).clone(),
@@ -203,11 +210,35 @@ class Examination:
         if routing is not None and isinstance(output, Tensor):
             found = prove_experts(name, module, routing, output, self.activations)
             if found is not None:
-                self.experts[name] = (len(self.calls), found)
+                self.experts[name] = (next(self.clock), found)
                 del self.dense[name]
+
+    def _see_mixture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Prove experts that are modules, and forget the calls of their layers. Sharded weights are whole in the forward."""
+        listed = listed_experts(module)
+        if self.proving or listed is None:
+            return
+        name, modules = listed
+        self.proving = True
+        try:
+            found = prove_listed(self.names, module, modules, (args, kwargs, hidden_states(output)), self.activations)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # modules of another kind, which cannot be called so
+            return
+        finally:
+            self.proving = False
+        if found is not None:
+            self.experts[f"{self.names[module]}.{name}"] = (next(self.clock), found)
+            inside = {m for expert in modules for m in expert.modules()}
+            self.calls = [call for call in self.calls if call.module not in inside]
+            for p in found.projections:
+                self.count.pop(self.names[p.module], None)
 
     def _see_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Of a module that is called twice, the second call is not known to be like the first.
+        if self.proving:
+            return
         self.returned[module] = None if module in self.returned else output
 
     def _proofs(self) -> list[Proof]:
@@ -270,8 +301,8 @@ class Examination:
             units.append((first.order, self._network(proof, first)))
         for order, experts in self.experts.values():
             scale = effect_on_block(self.run, experts.observed, self.model.dtype)
-            networks = [Network(**{**vars(network), "scale": scale}) for network in experts.networks]
-            units.append((order, Experts(networks, experts.observed, experts.share)))
+            networks = [replace(network, scale=scale) for network in experts.networks]
+            units.append((order, replace(experts, networks=networks)))
         return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
 
     def _name_other_weights(self, units: Sequence[Unit]) -> None:
@@ -303,18 +334,9 @@ class Examination:
         return found
 
     def _network(self, proof: Proof, first: Call) -> Network:
-        def projection(call: Call, role: str, rows: tuple[int, int, int] | None) -> Projection:
-            whole = linear_projection(call.name, call.module)
-            if rows is None:
-                return whole
-            shape = (len(range(*rows)), whole.shape[1])
-            return Projection(f"{call.name}.{role}", call.module, True, shape, transposed=whole.transposed, rows=rows)
-
-        roles = {} if proof.gate is None else {"gate": projection(proof.gate, "gate", proof.gate_rows)}
-        roles |= {"up": projection(proof.up, "up", proof.up_rows), "down": projection(proof.down, "down", None)}
         output = self._outermost(proof.down.module)
         scale = effect_on_block(self.run, output, self.model.dtype)
-        return Network(roles, proof.activation, first.module, output, scale)
+        return Network(proof.roles(), proof.activation, first.module, output, scale)
 
     def _parts(self, call: Call) -> tuple[int, ...]:
         """Row counts of queries, keys and values in a layer that gives all three, one behind the other.

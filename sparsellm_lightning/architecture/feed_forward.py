@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from sparsellm_lightning.architecture.layout import Projection, linear_projection
 from sparsellm_lightning.solvers import Activation, find_activation
 
 # In ``transformers``, the activations of feed-forward networks. Those that a model's configuration names are tried first.
@@ -76,6 +78,18 @@ class Proof:
     def calls(self) -> set[str]:
         """Names of the layers."""
         return {call.name for call in (self.up, self.down, self.gate) if call is not None}
+
+    def roles(self) -> dict[str, Projection]:
+        """Its projections."""
+        roles = {} if self.gate is None else {"gate": _projection(self.gate, "gate", self.gate_rows)}
+        return roles | {"up": _projection(self.up, "up", self.up_rows), "down": _projection(self.down, "down", None)}
+
+
+def _projection(call: Call, role: str, rows: Rows) -> Projection:
+    whole = linear_projection(call.name, call.module)
+    if rows is None:
+        return whole
+    return replace(whole, name=f"{call.name}.{role}", shape=(len(range(*rows)), whole.shape[1]), rows=rows)
 
 
 def activations_of(config: PretrainedConfig) -> list[Activation]:
@@ -164,8 +178,10 @@ def effect_on_block(run: Run, output: nn.Module, dtype: torch.dtype) -> float | 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(before.shape, generator=generator).to(before.device) * before.float().square().mean().sqrt()
 
-    def disturb(_: nn.Module, args: object, returned: Tensor) -> Tensor:
-        return returned + noise.view(returned.shape).to(returned.dtype)
+    def disturb(_: nn.Module, args: object, returned: Any) -> Any:
+        first = returned[0] if isinstance(returned, tuple) else returned
+        first = first + noise.view(first.shape).to(first.dtype)
+        return (first, *returned[1:]) if isinstance(returned, tuple) else first
 
     hook = output.register_forward_hook(disturb)
     try:

@@ -143,14 +143,17 @@ class Experts:
 
     Args:
         networks: one an expert.
-        observed: the module that is called with (hidden states, indices of the chosen experts, weights of the chosen experts),
-            and adds up the weighted outputs.
+        observed: the module that adds up the weighted outputs. It is called with (hidden states, indices of the chosen experts,
+            weights of the chosen experts), or, if ``listed``, with hidden states.
         share: fraction of the experts that a token is routed to.
+        listed: whether each expert is a module, the ``output`` of its network. False: their weights are parameters of three
+            dimensions of ``observed``.
     """
 
     networks: list[Network]
     observed: nn.Module
     share: float
+    listed: bool = False
 
     @property
     def projections(self) -> list[Projection]:

@@ -18,12 +18,12 @@ from sparsellm_lightning.architecture import (
     Routing,
     device_of,
     hidden_states,
-    routing_of,
+    patched_forward,
+    routing_in,
 )
 from sparsellm_lightning.calibration.activations import ActivationCache, Arguments
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.data import CalibrationBatch
-from sparsellm_lightning.distributed import patched_forward
 from sparsellm_lightning.runtime import phase
 from sparsellm_lightning.solvers import count, moved
 
@@ -137,7 +137,7 @@ def observe_routing(
     batches = _Batches(context, block, cache, len(cache.windows), until=experts.observed)
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routing = routing_of(module, args, kwargs)
+        routing = routing_in(experts, args, kwargs)
         assert routing is not None
         batches.show_routing(observer, routing)
 

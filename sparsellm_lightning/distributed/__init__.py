@@ -1,6 +1,6 @@
 """Running over several processes: one adapter for each supported strategy, and the ranks' collectives."""
 
-from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, patched_forward
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor
 from sparsellm_lightning.distributed.choose import adapter_for
 from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks
 from sparsellm_lightning.distributed.sharding import FSDP2Strategy, load_sharded, shard_blocks
@@ -13,6 +13,5 @@ __all__ = [
     "adapter_for",
     "load_sharded",
     "local_tensor",
-    "patched_forward",
     "shard_blocks",
 ]

@@ -137,19 +137,6 @@ class StrategyAdapter:
         """Restore the state that the strategy expects for training and checkpoints."""
 
 
-@contextmanager
-def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward inside this context. Hooks of the module still run around it."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
-
-
 def local_tensor(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, sharing its memory. The whole of a parameter that is not distributed."""
     data = parameter.detach()

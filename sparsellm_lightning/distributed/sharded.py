@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.distributed.adapter import StrategyAdapter, patched_forward
+from sparsellm_lightning.architecture import patched_forward
+from sparsellm_lightning.distributed.adapter import StrategyAdapter
 
 
 class ShardedAdapter(StrategyAdapter):

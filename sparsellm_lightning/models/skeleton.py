@@ -1,26 +1,25 @@
-"""A model from its configuration alone, whose blocks have random weights only while they run."""
+"""A model from its configuration alone, with random weights that share memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections import Counter
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from sparsellm_lightning.architecture import DecoderLayout, decoder_blocks, describe
+from sparsellm_lightning.architecture import DecoderLayout, describe
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.models.loading import locate, or_user_error
+
+_SHIFT = 64 * 31  # elements from one parameter of a shape to the next, for aligned memory and weights that differ
 
 
 def inspect_model(pretrained: str, config: PruningConfig | None = None) -> DecoderLayout:
     """The structure of a model, from its configuration. No weights are read or downloaded.
 
-    A block's weights are in memory only while the probe runs it. So a model of any size takes little more memory than its
-    embeddings and one block.
+    Parameters of one shape share memory. So a model of any size takes little more of it than its embeddings and one block.
 
     Args:
         pretrained: as for :func:`~sparsellm_lightning.load_model`. A configuration is enough.
@@ -40,33 +39,23 @@ def inspect_model(pretrained: str, config: PruningConfig | None = None) -> Decod
         return model
 
     model = or_user_error(pretrained, build)
-    with _filled_in_turn(model):
-        return describe(model, config)
+    _fill(model)
+    return describe(model, config)
 
 
-@contextmanager
-def _filled_in_turn(model: PreTrainedModel) -> Iterator[None]:
-    """Each block has random weights during its own forward, the same ones every time. The rest of the model always has."""
-    blocks = {block: index for index, block in enumerate(decoder_blocks(model))}
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    with torch.no_grad(), ExitStack() as hooks:
-        _fill([parameter for parameter in model.parameters() if id(parameter) not in inside], seed=len(blocks))
-        for block in blocks:
-            hooks.callback(block.register_forward_pre_hook(lambda m, args: _fill(m.parameters(), blocks[m])).remove)
-            hooks.callback(block.register_forward_hook(lambda m, args, output: _empty(m)).remove)
-        yield
-
-
-def _fill(parameters: Any, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def _fill(model: nn.Module) -> None:
+    """Give every parameter random values: a stretch of those of its shape, which starts elsewhere for each parameter."""
+    shared: dict[torch.Size, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(model.parameters())
+    places = Counter(parameter.shape for parameter in parameters)
     for parameter in parameters:
-        # Norms' weights are near 1. Matrices keep the scale of what they multiply.
-        if parameter.dim() < 2:
-            parameter.normal_(1.0, 0.1, generator=generator)
-        else:
-            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-
-
-def _empty(block: nn.Module) -> None:
-    for parameter in block.parameters():
-        parameter.data = torch.empty_like(parameter)
+        shape, size = parameter.shape, parameter.numel()
+        if shape not in shared:
+            # Norms' weights are near 1. Matrices keep the scale of what they multiply.
+            mean, deviation = (1.0, 0.1) if len(shape) < 2 else (0.0, shape[-1] ** -0.5)
+            values = torch.empty(size + _SHIFT * places[shape], dtype=parameter.dtype)
+            shared[shape] = values.normal_(mean, deviation, generator=generator)
+        places[shape] -= 1
+        start = _SHIFT * places[shape]
+        parameter.data = shared[shape][start : start + size].view(shape)

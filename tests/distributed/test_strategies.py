@@ -89,6 +89,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         ("phi3", {**SPARSELLM, "method": "wanda"}, "fsdp2", 2),
         pytest.param("mixtral", SPARSELLM, "ddp", 2, marks=pytest.mark.slow),
         ("mixtral", SPARSELLM, "fsdp2", 2),
+        pytest.param("listed_mixtral", SPARSELLM, "fsdp2", 2, marks=pytest.mark.slow),
         ("llama", SPARSELLM, "fsdp2", 3),
         pytest.param(
             *("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
@@ -102,6 +103,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         "phi3-fsdp2",
         "mixtral-ddp2",
         "mixtral-fsdp2",
+        "listed_mixtral-fsdp2",
         "llama-fsdp3",
         "opt-ddp3",
     ],

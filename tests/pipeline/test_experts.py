@@ -166,7 +166,7 @@ def test_trained_mixture(trained: Callable[[str], PreTrainedModel], text: TextDa
     assert lost["sparsellm"] < 0.65 * lost["magnitude"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+@pytest.mark.parametrize("name", ["mixtral", "listed_mixtral", "phi3"])
 def test_pruned_trained_on_and_exported(name: str, tmp_path: Path) -> None:
     """The zeros of fused parameters hold in training, and plain transformers loads the export."""
     pruner = SparseLLMCallback(

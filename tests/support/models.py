@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from sparsellm_lightning import TextDataModule
+from support.mixtures import ListedMixtralConfig
 
 VOCABULARY = 512
 SEQUENCE = 64
@@ -71,6 +72,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "phi3": Phi3Config(**_LLAMA_LIKE, rms_norm_eps=1e-6),
     "mixtral": MixtralConfig(**{**_LLAMA_LIKE, "intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2),
+    "listed_mixtral": ListedMixtralConfig(
+        **{**_LLAMA_LIKE, "intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2
+    ),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,
         hidden_size=64,

@@ -150,7 +150,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from support import jobs
+    from support import jobs, mixtures  # noqa: F401  a model class of its own is registered
     from support.text import tokenised_once
 
     torch.set_num_threads(1)
