@@ -17,6 +17,8 @@ Target = Literal["block", "model"]
 Allocation = Literal["uniform", "owl", "atp", "kl"]
 Precision = Literal["auto", "float32"]
 
+NEURONS = "neurons"
+
 _PAPER: dict[str, Any] = {
     "method": "sparsellm",
     "local_solver": "sparsegpt",
@@ -49,9 +51,12 @@ class PruningConfig:
     """Settings of the pruner. Settings that a preset decides are None until construction replaces None by the preset's value.
 
     Args:
-        sparsity: fraction of zeros in every pruned matrix (with ``allocation``: over all of them), in [0, 1). None: 0.5, or the
-            sparsity of an N:M pattern.
-        pattern: ``unstructured``, or N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``.
+        sparsity: fraction of zeros in every pruned matrix (with ``allocation``: over all of them), in [0, 1); of pattern
+            ``neurons``, the fraction of units. None: 0.5, or the sparsity of an N:M pattern.
+        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``; or ``neurons``: whole hidden
+            units of the feed-forward networks, equally many in every block. What is exported is a smaller dense model.
+            Attention stays as it is.
+        round_to: number by which the hidden units that pattern ``neurons`` keeps are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM as published, in this
             implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting
                 that is given wins over
@@ -93,6 +98,7 @@ class PruningConfig:
 
     sparsity: float | None = None
     pattern: str = "unstructured"
+    round_to: int = 64
     preset: Preset = "balanced"
     method: Method = None  # type: ignore[assignment]
     local_solver: LocalSolverName = None  # type: ignore[assignment]
@@ -120,7 +126,7 @@ class PruningConfig:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if nofm and not allocation_given:  # the pattern fixes every sparsity
+        if self.pattern != "unstructured" and not allocation_given:  # the pattern fixes every sparsity
             object.__setattr__(self, "allocation", "uniform")
         if not target_given and not self.fits_target:
             object.__setattr__(self, "target", "block")
@@ -169,7 +175,7 @@ class PruningConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("num_iterations", "num_calibration_samples"):
+        for name in ("num_iterations", "num_calibration_samples", "round_to"):
             _integer(name, getattr(self, name), 1)
         for name in ("reconstruction_steps", "continuations"):
             _integer(name, getattr(self, name), 0)
@@ -203,6 +209,25 @@ class PruningConfig:
         if nofm:
             return 1 - nofm[0] / nofm[1]
         return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def removes_neurons(self) -> bool:
+        """Whether whole hidden units leave."""
+        return self.pattern == NEURONS
+
+    def kept_units(self, width: int) -> int:
+        """Number of hidden units that pattern ``neurons`` keeps of ``width``: the nearest multiple of ``round_to``.
+
+        Raises:
+            UserError: it would keep none, or all.
+        """
+        kept = round((1 - self.requested_sparsity) * width / self.round_to) * self.round_to
+        if self.requested_sparsity and not 0 < kept < width:
+            raise UserError(
+                f"Pattern neurons must keep some of {width} hidden units, but sparsity {self.requested_sparsity:g} and "
+                f"round_to {self.round_to} keep {kept}. Lower round_to, or choose another sparsity."
+            )
+        return kept if self.requested_sparsity else width
 
     @property
     def group(self) -> int:
@@ -263,18 +288,18 @@ class PruningConfig:
 
 
 def _parse_nofm(pattern: str) -> tuple[int, int] | None:
-    """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for ``"unstructured"``.
+    """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for ``"unstructured"`` and ``"neurons"``.
 
     Raises:
-        UserError: neither ``unstructured`` nor kept:group with 0 < kept < group.
+        UserError: neither of these, nor kept:group with 0 < kept < group.
     """
-    if pattern == "unstructured":
+    if pattern in ("unstructured", NEURONS):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < kept < group:
         raise UserError(
-            f"pattern must be 'unstructured' or kept:group with 0 < kept < group, got {pattern!r}. "
+            f"pattern must be 'unstructured', 'neurons' or kept:group with 0 < kept < group, got {pattern!r}. "
             "Write '2:4' to keep 2 of every 4 weights."
         )
     return kept, group

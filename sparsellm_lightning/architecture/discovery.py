@@ -57,6 +57,8 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
     layout = DecoderLayout(model, list(_bound(model, config)))
     _check_untied(layout)
     _check_groups(layout, config)
+    if config.removes_neurons:
+        _check_units(layout, config)
     config.alternates_in(len(layout.blocks))
     return layout
 
@@ -98,7 +100,8 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
 
     def unit(found: Unit) -> Unit:
         if isinstance(found, Linears):
-            return Linears([projection(p) for p in found.projections])
+            projections = [projection(p) for p in found.projections]
+            return Linears([replace(p, pruned=False) for p in projections] if config.removes_neurons else projections)
         if isinstance(found, Network):
             return network(found)
         networks = [network(expert) for expert in found.networks]
@@ -152,6 +155,27 @@ def _check_untied(layout: DecoderLayout) -> None:
                     f"A projection's weight must be used once, but {' and '.join(sorted(shared))} are one parameter. Solving "
                     "it for one place would change the other: copy it, or leave it dense with ignore."
                 )
+
+
+def _check_units(layout: DecoderLayout, config: PruningConfig) -> None:
+    """Refuse pattern neurons for a model whose configuration could not say how many units are left."""
+    name = type(layout.model).__name__
+    if any(isinstance(unit, Experts) for block in layout.blocks for unit in block.units):
+        raise UserError(
+            f"Pattern neurons removes units of plain feed-forward networks, but {name} has experts. Use another."
+        )
+    widths = {network.roles["down"].shape[1] for network in layout.networks}
+    if len(widths) != 1 or any(len(block.networks) != 1 for block in layout.blocks):
+        raise UserError(
+            f"Pattern neurons needs one feed-forward network in every block, of one width, but {name} has "
+            f"{len(layout.networks)} in {len(layout.blocks)} blocks, of widths {sorted(widths)}. Use another pattern."
+        )
+    left = [p.name for network in layout.networks for p in network.projections if not p.pruned]
+    if left:
+        raise UserError(
+            f"Pattern neurons removes equally many units from every block, but ignore names {left[0]}. Leave it out of ignore."
+        )
+    config.kept_units(widths.pop())
 
 
 def _check_groups(layout: DecoderLayout, config: PruningConfig) -> None:

@@ -5,6 +5,7 @@ from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.models.shrink import shrink, shrunk_config
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.verify import verify_export
 
@@ -22,6 +23,8 @@ __all__ = [
     "model_inputs",
     "perplexity",
     "put_back",
+    "shrink",
+    "shrunk_config",
     "unsaved_float32_buffers",
     "verify_export",
 ]

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.shrink import rebuilt
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ def export_model(
     if has_adapters(model):
         state_dict = merged_state(model, model.state_dict() if state_dict is None else state_dict)
     if state_dict is not None:
-        model = _unsharded(model, state_dict)
+        model = rebuilt(model, state_dict)
     with _beside(target, "partial") as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
@@ -160,15 +159,3 @@ def _put_in_place(folder: Path, target: Path) -> None:
     with _beside(target, "old") as old:
         target.rename(old / target.name)
         folder.rename(target)
-
-
-def _unsharded(model: PreTrainedModel, state_dict: dict[str, Tensor]) -> PreTrainedModel:
-    """A plain model of the same class and configuration with whole weights."""
-    # FSDP2 changes the class of a sharded module to one that derives from the model's.
-    plain: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
-    with torch.device("meta"):
-        whole: PreTrainedModel = plain(model.config)
-    whole.load_state_dict(state_dict, assign=True)
-    whole.tie_weights()
-    whole.generation_config = model.generation_config
-    return whole

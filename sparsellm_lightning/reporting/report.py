@@ -52,6 +52,7 @@ class PruningReport:
         model: name of the model.
         method, pattern: as in the settings.
         sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
+            Of a model that was written without its zeros (pattern ``neurons``) also ``"exported"``: that of the files.
         perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
             :class:`BlockResult`, None for a projection left dense.
@@ -177,6 +178,30 @@ def layer_rows(
         for p in projections
     ]
     return layers, sum(zeros.values()) / sum(p.size for p in projections)
+
+
+def rows_without_units(
+    layout: DecoderLayout, layers: list[dict[str, Any]], units: int
+) -> tuple[list[dict[str, Any]], float]:
+    """The report's ``layers``, and the sparsity over all of them, after zero hidden units are cut out of the matrices.
+
+    Args:
+        layout: of the model with the zeros.
+        layers: of the model with the zeros.
+        units: that are left in every feed-forward network.
+    """
+    smaller = {}
+    for network in layout.networks:
+        for role, p in network.roles.items():
+            smaller[p.name] = (p.shape[0], units) if role == "down" else (units, p.shape[1])
+    rows, zeros, total = [], 0, 0
+    for row in layers:
+        before, (outputs, inputs) = row["shape"], smaller.get(row["name"], row["shape"])
+        size = outputs * inputs
+        left = round(row["sparsity"] * before[0] * before[1]) - (before[0] * before[1] - size)
+        rows.append(row | {"shape": [outputs, inputs], "sparsity": left / size})
+        zeros, total = zeros + left, total + size
+    return rows, zeros / total
 
 
 def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter, pattern: str) -> PruningReport:

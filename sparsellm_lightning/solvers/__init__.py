@@ -16,6 +16,7 @@ from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
 from sparsellm_lightning.solvers.flops import count, counted_by
 from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, LocalSolver, solve_stacked
 from sparsellm_lightning.solvers.magnitude import magnitude
+from sparsellm_lightning.solvers.neurons import Removal, remove_units, with_zeros, without_units
 from sparsellm_lightning.solvers.patterns import Containing, NofM, Pattern, Stacked, Unstructured
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks, split_sizes
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
@@ -44,6 +45,7 @@ __all__ = [
     "Penalties",
     "Prune",
     "Ranks",
+    "Removal",
     "Solution",
     "Stacked",
     "TokenBuffer",
@@ -59,6 +61,7 @@ __all__ = [
     "moved",
     "preactivation_step",
     "relative_error",
+    "remove_units",
     "solve_feed_forward",
     "solve_locally",
     "solve_preactivation",
@@ -67,4 +70,6 @@ __all__ = [
     "spd_inverse",
     "split_sizes",
     "wanda",
+    "with_zeros",
+    "without_units",
 ]
