@@ -17,7 +17,7 @@ Target = Literal["block", "model"]
 Allocation = Literal["uniform", "owl", "atp", "kl"]
 Precision = Literal["auto", "float32"]
 
-NEURONS = "neurons"
+NEURONS, BLOCKS = "neurons", "blocks"
 
 _PAPER: dict[str, Any] = {
     "method": "sparsellm",
@@ -52,10 +52,11 @@ class PruningConfig:
 
     Args:
         sparsity: fraction of zeros in every pruned matrix (with ``allocation``: over all of them), in [0, 1); of pattern
-            ``neurons``, the fraction of units. None: 0.5, or the sparsity of an N:M pattern.
-        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``; or ``neurons``: whole hidden
-            units of the feed-forward networks, equally many in every block. What is exported is a smaller dense model.
-            Attention stays as it is.
+            ``neurons`` the fraction of units, of pattern ``blocks`` that of blocks. None: 0.5, or the sparsity of an N:M
+            pattern.
+        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``; ``neurons``: whole hidden units
+            of the feed-forward networks, equally many in every block, while attention stays as it is; ``blocks``: whole decoder
+            blocks, those that the model's output can best do without. The last two export a smaller dense model.
         round_to: number by which the hidden units that pattern ``neurons`` keeps are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM as published, in this
             implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting
@@ -130,6 +131,8 @@ class PruningConfig:
             object.__setattr__(self, "allocation", "uniform")
         if not target_given and not self.fits_target:
             object.__setattr__(self, "target", "block")
+        if not target_given and self.removes_blocks and self.reconstruction_steps:
+            object.__setattr__(self, "target", "model")  # only the dense model's output makes up for a block that left
         if isinstance(self.ignore, str):
             raise UserError(
                 f"ignore must be a list of patterns, got the string {self.ignore!r}. Write ['{self.ignore}']."
@@ -215,6 +218,30 @@ class PruningConfig:
         """Whether whole hidden units leave."""
         return self.pattern == NEURONS
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether the model that is exported is smaller."""
+        return self.requested_sparsity > 0 and (self.removes_neurons or self.removes_blocks)
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether whole decoder blocks leave."""
+        return self.pattern == BLOCKS
+
+    def kept_blocks(self, blocks: int) -> int:
+        """Number of decoder blocks that pattern ``blocks`` keeps.
+
+        Raises:
+            UserError: it would keep none, or all.
+        """
+        kept = round((1 - self.requested_sparsity) * blocks)
+        if self.requested_sparsity and not 0 < kept < blocks:
+            raise UserError(
+                f"Pattern blocks must keep some of {blocks} blocks, but sparsity {self.requested_sparsity:g} keeps {kept}. "
+                "Choose another sparsity."
+            )
+        return kept
+
     def kept_units(self, width: int) -> int:
         """Number of hidden units that pattern ``neurons`` keeps of ``width``: the nearest multiple of ``round_to``.
 
@@ -288,18 +315,18 @@ class PruningConfig:
 
 
 def _parse_nofm(pattern: str) -> tuple[int, int] | None:
-    """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for ``"unstructured"`` and ``"neurons"``.
+    """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for patterns without groups.
 
     Raises:
         UserError: neither of these, nor kept:group with 0 < kept < group.
     """
-    if pattern in ("unstructured", NEURONS):
+    if pattern in ("unstructured", NEURONS, BLOCKS):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < kept < group:
         raise UserError(
-            f"pattern must be 'unstructured', 'neurons' or kept:group with 0 < kept < group, got {pattern!r}. "
+            f"pattern must be 'unstructured', 'neurons', 'blocks' or kept:group with 0 < kept < group, got {pattern!r}. "
             "Write '2:4' to keep 2 of every 4 weights."
         )
     return kept, group

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
 
+from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.allocation.rules import (
     Curve,
     atp,
@@ -25,20 +24,15 @@ from sparsellm_lightning.calibration import (
     Context,
     LayerSolver,
     RoutedTokens,
-    capture,
     feed_forward_of,
     run_block,
-    tail_logits,
 )
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import CalibrationBatch, first_tokens
+from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import Gram, InputStatistics, check_finite
 
 STATISTICS_TOKENS = 4096  # tokens, over all ranks, of the statistics for local errors and outliers
-OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
-OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
-CHUNK_TOKENS = 128  # tokens whose log-probabilities are in memory at once, besides the dense model's
 DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning later blocks partly repairs it
 
 
@@ -186,7 +180,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     sparsity, spread = config.requested_sparsity, _spread(config)
     at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
     sample = _sample(context, cache)
-    probe = _OutputProbe(context, first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks))
+    probe = OutputProbe(context, batches)
     solver = LayerSolver(context)
     if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
         solver = LayerSolver(context, solver="sparsegpt")
@@ -209,7 +203,7 @@ def _discount(block: int, blocks: int, config: PruningConfig) -> float:
 def _curve(
     context: Context,
     solver: LayerSolver,
-    probe: _OutputProbe,
+    probe: OutputProbe,
     block: Block,
     part: Sequence[Projection],
     statistics: _Statistics,
@@ -232,59 +226,3 @@ def _curve(
         context.adapter.write_rows(p, rows)
     reference = errors[middle] or 1.0
     return [divergence * error / reference for error in errors]
-
-
-class _OutputProbe:
-    """A few tokens on which the model's output is compared with the dense model's.
-
-    Args:
-        context: of the run. The model is dense.
-        batches: the tokens, at most one batch a rank.
-    """
-
-    def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
-        self.context = context
-        self.cache = capture(context, batches, 0)
-        # float16 halves the memory. bfloat16 would hide the effect of small projections.
-        self.dense = [chunk.half() for chunk in self._log_probabilities(self._ends(0))]
-
-    def divergence(self, block: Block) -> float:
-        """Mean KL divergence over all ranks' valid tokens, with the blocks from ``block`` on as they are now."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        masks = [
-            tokens for mask in self.cache.valid if mask is not None for tokens in mask.flatten().split(CHUNK_TOKENS)
-        ]
-        current = self._log_probabilities(self._ends(block.index))
-        for now, before, valid in zip(current, self.dense, masks, strict=True):
-            dense = before.float()
-            p, q = dense.exp(), now.exp()
-            # Each term is at least 0, so that the rounding of the dense log-probabilities enters squared.
-            divergence = (p * (dense - now) - p + q).sum(-1)[valid.to(total.device)]
-            total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
-        self.context.ranks.sum_(total)
-        return max(float(total[0] / total[1]), 0.0)
-
-    def advance(self, block: Block) -> None:
-        """Move the tokens behind a block."""
-        with self._autocast():
-            self.cache.hidden = run_block(self.context, block, self.cache)
-
-    def _ends(self, first: int) -> list[Tensor]:
-        """Hidden states behind the last block. The cache is in front of block ``first``."""
-        moving = self.cache.copy()
-        with self._autocast():
-            for block in self.context.layout.blocks[first:]:
-                moving.hidden = run_block(self.context, block, moving)
-        return moving.hidden
-
-    def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
-        """(tokens, vocabulary) float32, in chunks of tokens."""
-        for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
-            with self._autocast():
-                logits = tail_logits(self.context, hidden.to(self.context.device))
-            for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
-                yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.context.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)

@@ -59,6 +59,8 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
     _check_groups(layout, config)
     if config.removes_neurons:
         _check_units(layout, config)
+    if config.removes_blocks:
+        config.kept_blocks(len(layout.blocks))
     config.alternates_in(len(layout.blocks))
     return layout
 

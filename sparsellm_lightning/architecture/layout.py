@@ -76,8 +76,12 @@ class Projection:
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias parameter as the module stores it, or None."""
-        name = "bias" if self.parameter_name == "weight" else f"{self.parameter_name}_bias"
-        return getattr(self.module, name, None)
+        return getattr(self.module, self.bias_name, None)
+
+    @property
+    def bias_name(self) -> str:
+        """Attribute of the module for the bias."""
+        return "bias" if self.parameter_name == "weight" else f"{self.parameter_name}_bias"
 
 
 def linear_projection(name: str, module: nn.Module, pruned: bool = True, parts: tuple[int, ...] = ()) -> Projection:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, find_model
+from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
@@ -27,12 +27,12 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     Buffers,
     check_export_dir,
+    check_shrinkable,
     export_model,
     export_or_rescue,
     perplexity,
     put_back,
     shrink,
-    shrunk_config,
     unsaved_float32_buffers,
 )
 from sparsellm_lightning.pipeline import prune_model
@@ -40,11 +40,11 @@ from sparsellm_lightning.reporting import (
     PruningReport,
     layer_rows,
     report_of_sparse,
-    rows_without_units,
+    rows_of_smaller,
     save_plots_if_possible,
 )
 from sparsellm_lightning.runtime import Profile, claimed
-from sparsellm_lightning.sparsity import has_adapters
+from sparsellm_lightning.sparsity import has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ class SparseLLMCallback(SparseFinetuning):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-        if self.config.removes_neurons and self.export_dir is not None:
-            shrunk_config(layout, self._kept_units(layout))  # refuses a model that could not be written
+        if self.config.shrinks and self.export_dir is not None:
+            check_shrinkable(layout, self.config)
         if self.export_dir is not None:
             getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
@@ -292,12 +292,11 @@ class SparseLLMCallback(SparseFinetuning):
         state = None if self.export_dir is None else adapter.state_dict(model)
         report.phases |= self._profile.seconds
         start = time.perf_counter()
-        if self.export_dir is not None and self.config.removes_neurons:
+        if self.export_dir is not None and self.config.shrinks:
             layout = adapter.describe(model, self.config)
-            units = self._kept_units(layout)
-            report.layers, report.sparsity["exported"] = rows_without_units(layout, report.layers, units)
+            report.layers, report.sparsity["exported"] = rows_of_smaller(layout, report.layers, self.config)
             if trainer.is_global_zero:
-                model, state = shrink(layout, units, state), None
+                model, state = shrink(layout, self.config, state), None
 
         def content() -> dict[str, Any]:
             report.phases["export"] = time.perf_counter() - start
@@ -314,10 +313,6 @@ class SparseLLMCallback(SparseFinetuning):
             )
             export_or_rescue(export, Path(self.export_dir), self.overwrite)
         trainer.strategy.barrier()
-
-    def _kept_units(self, layout: DecoderLayout) -> int:
-        """Number of hidden units that pattern neurons keeps in every feed-forward network."""
-        return self.config.kept_units(layout.networks[0].roles["down"].shape[1])
 
     def _check_folders_apart(self, trainer: pl.Trainer, export_dir: Path) -> None:
         """Refuse a journal or checkpoints inside the export folder, which an export replaces as a whole."""
@@ -345,7 +340,10 @@ class SparseLLMCallback(SparseFinetuning):
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):
             layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-            self.hold(trainer, pl_module, [p for p in layout.projections() if p.pruned])
+            held = [p for p in layout.projections() if p.pruned]
+            if self.config.removes_blocks:
+                held += left_out_biases(layout, adapter_for(trainer))
+            self.hold(trainer, pl_module, held)
 
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:
         return self.finetune or _is_sparse_already(pl_module)

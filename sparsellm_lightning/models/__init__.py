@@ -5,7 +5,7 @@ from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
-from sparsellm_lightning.models.shrink import shrink, shrunk_config
+from sparsellm_lightning.models.shrink import check_shrinkable, shrink
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.verify import verify_export
 
@@ -15,6 +15,7 @@ __all__ = [
     "CausalLM",
     "check_export_dir",
     "check_inputs",
+    "check_shrinkable",
     "export_model",
     "export_or_rescue",
     "inspect_model",
@@ -24,7 +25,6 @@ __all__ = [
     "perplexity",
     "put_back",
     "shrink",
-    "shrunk_config",
     "unsaved_float32_buffers",
     "verify_export",
 ]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.allocation import allocate
+from sparsellm_lightning.allocation import allocate, choose_blocks, leave_out
 from sparsellm_lightning.architecture import Block, Network
 from sparsellm_lightning.calibration import (
     ActivationCache,
@@ -74,19 +74,39 @@ def prune_blocks(
         explained = explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation"))
         with phase("allocation"), explained:
             solver = LayerSolver(context, allocate(context, cache, batches))
+    removed: set[int] = set()
+    if context.config.removes_blocks and context.config.requested_sparsity > 0:
+        with phase("allocation"):
+            removed = choose_blocks(context, cache, batches)
     alternate = _alternation(context, cache, windows, placement)
     # The dense model's activations advance beside the pruned model's only if they are a target.
     dense = cache.copy() if context.config.target == "model" else None
+    _pass_removed(context, 0, removed, dense)
     for block in context.layout.blocks:
         start = time.perf_counter()
         with explaining_memory(partial(_explain_memory, context, cache, sizes, block.name)):
             alternates = block.index in context.alternating_blocks
-            target = None if dense is None else _advance_dense(context, block, dense, alternates)
+            target = None
+            if dense is not None and block.index not in removed:
+                target = _advance_dense(context, block, dense, alternates)
+                _pass_removed(context, block.index + 1, removed, dense)
             result = None if journal is None else journal.restore(block)
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
-                tuning = _plan_tuning(context, block, cache, dense)
-                result = solve_block(context, solver, block, cache, alternate if alternates else None, target, after)
+                if block.index in removed:
+                    tuning, result = None, BlockResult(block.index)
+                    leave_out(context, block)
+                elif removed:
+                    touched = block.index + 1 >= min(removed)  # the blocks before are still exact
+                    tuning, result = (
+                        _plan_tuning(context, block, cache, dense) if touched else None,
+                        BlockResult(block.index),
+                    )
+                else:
+                    tuning = _plan_tuning(context, block, cache, dense)
+                    result = solve_block(
+                        context, solver, block, cache, alternate if alternates else None, target, after
+                    )
                 if tuning is not None:
                     cache.replay_inputs.clear()  # tuning changes what is before them
                     error = _tune(context, block, *tuning, result)
@@ -95,7 +115,7 @@ def prune_blocks(
                 result.seconds = time.perf_counter() - start
                 if journal is not None:
                     journal.write(block, result)
-            if block is not context.layout.blocks[-1]:
+            if block is not context.layout.blocks[-1] and block.index not in removed:
                 cache.hidden = run_block(context, block, cache)
                 check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
         cache.replay_inputs.clear()
@@ -107,6 +127,17 @@ def prune_blocks(
 def _after_iteration(on_iteration: OnIteration, block: int, iteration: int, error: float) -> None:
     return_free_memory()
     on_iteration(block, iteration, error)
+
+
+def _pass_removed(context: Context, first: int, removed: set[int], dense: ActivationCache | None) -> None:
+    """Move the dense model's activations behind the blocks from ``first`` on that will leave, up to the first that stays.
+
+    So the block in front of them is tuned to give what they gave.
+    """
+    for block in context.layout.blocks[first:]:
+        if dense is None or block.index not in removed:
+            return
+        dense.hidden = run_block(context, block, dense)
 
 
 def _advance_dense(

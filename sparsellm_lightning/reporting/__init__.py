@@ -8,7 +8,7 @@ from sparsellm_lightning.reporting.report import (
     format_table,
     layer_rows,
     report_of_sparse,
-    rows_without_units,
+    rows_of_smaller,
     versions,
 )
 
@@ -18,7 +18,7 @@ __all__ = [
     "format_table",
     "layer_rows",
     "report_of_sparse",
-    "rows_without_units",
+    "rows_of_smaller",
     "save_plots_if_possible",
     "structure",
     "versions",

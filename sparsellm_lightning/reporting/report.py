@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsellm_lightning.architecture import DecoderLayout
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import StrategyAdapter
 
 _PACKAGES = ("sparsellm-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics")
@@ -52,7 +54,7 @@ class PruningReport:
         model: name of the model.
         method, pattern: as in the settings.
         sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
-            Of a model that was written without its zeros (pattern ``neurons``) also ``"exported"``: that of the files.
+            Of a model that was written without its zeros (patterns ``neurons``, ``blocks``) also ``"exported"``: of the files.
         perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
             :class:`BlockResult`, None for a projection left dense.
@@ -180,27 +182,39 @@ def layer_rows(
     return layers, sum(zeros.values()) / sum(p.size for p in projections)
 
 
-def rows_without_units(
-    layout: DecoderLayout, layers: list[dict[str, Any]], units: int
+def rows_of_smaller(
+    layout: DecoderLayout, layers: list[dict[str, Any]], settings: PruningConfig
 ) -> tuple[list[dict[str, Any]], float]:
-    """The report's ``layers``, and the sparsity over all of them, after zero hidden units are cut out of the matrices.
+    """The report's ``layers``, and the sparsity over all of them, after hidden units or blocks that left are cut out.
 
     Args:
-        layout: of the model with the zeros.
-        layers: of the model with the zeros.
-        units: that are left in every feed-forward network.
+        layout: of the model with zeros in their place.
+        layers: likewise.
+        settings: with which it was pruned.
     """
-    smaller = {}
-    for network in layout.networks:
-        for role, p in network.roles.items():
-            smaller[p.name] = (p.shape[0], units) if role == "down" else (units, p.shape[1])
+    shapes: dict[str, tuple[int, int]] = {}
+    names = {p.name: p.name for p in layout.projections()}
+    if settings.removes_neurons:
+        for network in layout.networks:
+            units = settings.kept_units(network.roles["down"].shape[1])
+            for role, p in network.roles.items():
+                shapes[p.name] = (p.shape[0], units) if role == "down" else (units, p.shape[1])
+    else:
+        shares = {row["name"]: row["sparsity"] for row in layers}
+        left = [block for block in layout.blocks if any(shares[p.name] < 1 for p in block.projections())]
+        names = {
+            p.name: layout.blocks[place].name + p.name.removeprefix(block.name)
+            for place, block in enumerate(left)
+            for p in block.projections()
+        }
     rows, zeros, total = [], 0, 0
-    for row in layers:
-        before, (outputs, inputs) = row["shape"], smaller.get(row["name"], row["shape"])
-        size = outputs * inputs
-        left = round(row["sparsity"] * before[0] * before[1]) - (before[0] * before[1] - size)
-        rows.append(row | {"shape": [outputs, inputs], "sparsity": left / size})
-        zeros, total = zeros + left, total + size
+    for row in (row for row in layers if row["name"] in names):
+        before = math.prod(row["shape"])
+        shape = shapes.get(row["name"], row["shape"])
+        size = math.prod(shape)
+        kept_zeros = round(row["sparsity"] * before) - (before - size)
+        rows.append({**row, "name": names[row["name"]], "shape": list(shape), "sparsity": kept_zeros / size})
+        zeros, total = zeros + kept_zeros, total + size
     return rows, zeros / total
 
 

@@ -1,7 +1,7 @@
 """What keeps zeros in training: masks of weights, and of LoRA adapters."""
 
 from sparsellm_lightning.sparsity.lora import LoraOptions, add_adapters, has_adapters, keep_zeros, merged_state
-from sparsellm_lightning.sparsity.masks import Masks, linear_layers, pack, unpack, zero_shares
+from sparsellm_lightning.sparsity.masks import Masks, left_out_biases, linear_layers, pack, unpack, zero_shares
 
 __all__ = [
     "LoraOptions",
@@ -9,6 +9,7 @@ __all__ = [
     "add_adapters",
     "has_adapters",
     "keep_zeros",
+    "left_out_biases",
     "linear_layers",
     "merged_state",
     "pack",

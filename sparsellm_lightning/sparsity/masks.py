@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm_lightning.architecture import Projection, linear_projection, unwrapped_names
+from sparsellm_lightning.architecture import DecoderLayout, Projection, linear_projection, unwrapped_names
 from sparsellm_lightning.distributed import StrategyAdapter, local_tensor
 from sparsellm_lightning.errors import MaskError
 
@@ -111,6 +111,24 @@ class Masks:
         if not self.adapter.weights_are_split:
             totals //= self.adapter.ranks.size
         return {p.name: int(total) for p, total in zip(self.projections, totals, strict=True)}
+
+
+def left_out_biases(layout: DecoderLayout, adapter: StrategyAdapter) -> list[Projection]:
+    """The biases of blocks whose projections are all zero, each as a matrix of one column. Their zeros are held too.
+
+    Args:
+        layout: the model's blocks.
+        adapter: of the strategy the model runs under. All ranks call this together.
+    """
+    found: dict[int, Projection] = {}
+    for block in layout.blocks:
+        projections = [p for p in block.projections() if p.pruned]
+        (zeros,) = adapter.ranks.total(sum(int(adapter.count_zeros(p)) for p in projections))
+        for p in projections:
+            if p.bias is not None and zeros == sum(q.size for q in projections):
+                shape = (p.bias.numel(), 1)
+                found[id(p.bias)] = Projection(f"{p.name}.{p.bias_name}", p.module, True, shape, p.bias_name)
+    return list(found.values())
 
 
 def whole_parameters(projections: Iterable[Projection]) -> list[Projection]:

@@ -1,0 +1,75 @@
+"""Which decoder blocks a model can do without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsellm_lightning.allocation.divergence import OutputProbe
+from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.calibration import ActivationCache, Context, run_block
+from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.distributed import local_tensor
+from sparsellm_lightning.errors import UserError
+
+
+def choose_blocks(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> set[int]:
+    """Indices of the blocks to leave out.
+
+    One after the other: always the block without which, and without those chosen before, the model's next-token distribution
+    diverges least from the dense model's, in KL. The number of forwards grows with the square of the number of blocks.
+
+    Args:
+        context: of the run. The model is dense.
+        cache: activations in front of the first block.
+        batches: this rank's calibration windows, those of the cache.
+
+    Raises:
+        UserError: a model without a language-model head, or a block that changes hidden states even if its projections are 0.
+    """
+    blocks, model = context.layout.blocks, context.layout.model
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"Pattern blocks compares next-token distributions, but {type(model).__name__} has no language-model head. Use "
+            "another pattern."
+        )
+    _check_residual(context, cache.part(range(min(len(cache.hidden), 1))))
+    removed: set[int] = set()
+    probe = OutputProbe(context, batches)
+    for _ in range(len(blocks) - context.config.kept_blocks(len(blocks))):
+        divergences: dict[int, float] = {}
+        for block in blocks:
+            if block.index not in removed:
+                divergences[block.index] = probe.divergence(block, {*removed, block.index})
+                probe.advance(block)
+        probe.rewind()
+        removed.add(min(divergences, key=lambda index: divergences[index]))
+    return removed
+
+
+def leave_out(context: Context, block: Block) -> None:
+    """Set a block's projections and their biases to zero, so that it passes hidden states through. All ranks do it together."""
+    for p in block.projections():
+        context.adapter.write_rows(p, torch.zeros_like(context.adapter.read_rows(p)))
+        if p.bias is not None:
+            local_tensor(p.bias).zero_()
+
+
+def _check_residual(context: Context, sample: ActivationCache) -> None:
+    """Refuse blocks that are more than a sum of the hidden states and what projections give. Weights are restored."""
+    for block in context.layout.blocks:
+        before = [(p, context.adapter.read_rows(p)) for p in block.projections()]
+        biases = [(b, b.clone()) for p in block.projections() if p.bias is not None for b in [local_tensor(p.bias)]]
+        leave_out(context, block)
+        outputs = run_block(context, block, sample)
+        for p, rows in before:
+            context.adapter.write_rows(p, rows)
+        for bias, values in reversed(biases):  # several projections may share one
+            bias.copy_(values)
+        changed = sum(not torch.equal(out, given) for out, given in zip(outputs, sample.hidden, strict=True))
+        if context.ranks.total(changed) != [0]:
+            raise UserError(
+                f"Pattern blocks needs blocks that add to their hidden states, but {block.name} changes them even if all its "
+                "projections are zero (a norm behind the sum, or a layer that is not pruned). Use another pattern."
+            )

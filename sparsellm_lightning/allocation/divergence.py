@@ -1,0 +1,86 @@
+"""How far a changed model's next-token distribution is from the dense model's, on a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.calibration import Context, capture, run_block, tail_logits
+from sparsellm_lightning.data import CalibrationBatch, first_tokens
+
+OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
+OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
+CHUNK_TOKENS = 128  # tokens whose log-probabilities are in memory at once, besides the dense model's
+
+
+class OutputProbe:
+    """A few tokens on which the model's output is compared with the dense model's.
+
+    Args:
+        context: of the run. The model is dense.
+        batches: this rank's calibration windows, of which the first tokens are taken, at most one batch a rank.
+    """
+
+    def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
+        self.context = context
+        few = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks)
+        self.cache = capture(context, few, 0)
+        self._start = self.cache.copy()
+        # float16 halves the memory. bfloat16 would hide the effect of small projections.
+        self.dense = [chunk.half() for chunk in self._log_probabilities(self._ends(0))]
+
+    def divergence(self, block: Block, without: Collection[int] = ()) -> float:
+        """Mean KL divergence over all ranks' valid tokens, with the blocks from ``block`` on as they are now.
+
+        Args:
+            block: in front of which the tokens are.
+            without: indices of blocks that pass hidden states through.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        masks = [
+            tokens for mask in self.cache.valid if mask is not None for tokens in mask.flatten().split(CHUNK_TOKENS)
+        ]
+        current = self._log_probabilities(self._ends(block.index, without))
+        for now, before, valid in zip(current, self.dense, masks, strict=True):
+            dense = before.float()
+            p, q = dense.exp(), now.exp()
+            # Each term is at least 0, so that the rounding of the dense log-probabilities enters squared.
+            divergence = (p * (dense - now) - p + q).sum(-1)[valid.to(total.device)]
+            total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
+        self.context.ranks.sum_(total)
+        return max(float(total[0] / total[1]), 0.0)
+
+    def advance(self, block: Block) -> None:
+        """Move the tokens behind a block."""
+        with self._autocast():
+            self.cache.hidden = run_block(self.context, block, self.cache)
+
+    def rewind(self) -> None:
+        """Move the tokens in front of the first block."""
+        self.cache = self._start.copy()
+
+    def _ends(self, first: int, without: Collection[int] = ()) -> list[Tensor]:
+        """Hidden states behind the last block. The cache is in front of block ``first``."""
+        moving = self.cache.copy()
+        with self._autocast():
+            for block in self.context.layout.blocks[first:]:
+                if block.index in without:
+                    continue
+                moving.hidden = run_block(self.context, block, moving)
+        return moving.hidden
+
+    def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
+        """(tokens, vocabulary) float32, in chunks of tokens."""
+        for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
+            with self._autocast():
+                logits = tail_logits(self.context, hidden.to(self.context.device))
+            for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
+                yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self.context.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)

@@ -1,0 +1,131 @@
+"""Pattern blocks: which decoder blocks leave, how the others make up for them, and the smaller model that is exported."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.batches import random_batches
+from support.models import VOCABULARY, build_model
+from support.runs import calibration_batches, make_context
+from support.training import OwnModule, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
+from sparsellm_lightning.allocation import choose_blocks
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.calibration import capture
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.models import verify_export
+
+BLOCKS: dict[str, Any] = {"pattern": "blocks", "sparsity": 0.3, "num_calibration_samples": 8}
+
+
+def removed_from(model: PreTrainedModel) -> list[int]:
+    return [block.index for block in describe(model).blocks if not any(p.matrix.any() for p in block.projections())]
+
+
+def without(model: PreTrainedModel, indices: set[int]) -> PreTrainedModel:
+    """The model with those blocks passing hidden states through, by plain modules."""
+
+    class Through(nn.Module):
+        def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden
+
+    for index in indices:
+        model.model.layers[index] = Through()
+    return model
+
+
+def test_greedy_choice() -> None:
+    """The block without which the next-token distribution diverges least leaves first, then the next, by plain forwards."""
+    batches = random_batches()
+    context = make_context(build_model("gemma3"), PruningConfig(**{**BLOCKS, "sparsity": 0.45}))
+    windows = calibration_batches(batches)
+    with torch.no_grad():
+        cache = capture(context, windows, 8)
+        found = choose_blocks(context, cache, windows)
+
+        def log_probabilities(model: PreTrainedModel) -> Tensor:
+            # The probe looks at every token of these few windows that counts.
+            return torch.cat([model(**b).logits.log_softmax(-1)[b["attention_mask"].bool()] for b in batches])
+
+        dense = log_probabilities(build_model("gemma3"))
+        expected: set[int] = set()
+        for _ in range(3):
+            divergences = {
+                index: float(
+                    (
+                        dense.exp() * (dense - log_probabilities(without(build_model("gemma3"), {*expected, index})))
+                    ).sum()
+                )
+                for index in range(7)
+                if index not in expected
+            }
+            expected.add(min(divergences, key=lambda index: divergences[index]))
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("finetune", [False, True])
+def test_the_export_is_smaller_and_gives_the_same_logits(name: str, finetune: bool, tmp_path: Path) -> None:
+    pruner = SparseLLMCallback(
+        **BLOCKS, reconstruction_steps=4, finetune=finetune, export_dir=str(tmp_path / "out"), measure=False
+    )
+    model, dense = build_model(name), build_model(name)
+    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner, max_steps=3).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    gone = removed_from(model)
+    blocks = len(describe(dense).blocks)
+    assert len(gone) == round(0.3 * blocks)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert len(describe(smaller).blocks) == smaller.config.num_hidden_layers == blocks - len(gone)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert verify_export(tmp_path / "out") == []
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    assert report["sparsity"]["exported"] == 0
+    assert report["sparsity"]["achieved"] == pytest.approx(len(gone) / blocks)
+
+
+def test_blocks_before_the_first_that_leaves_stay_as_they_are() -> None:
+    model, dense = build_model("gemma3"), build_model("gemma3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = prune_model(model, random_batches(), PruningConfig(**BLOCKS, reconstruction_steps=4))
+    gone = removed_from(model)
+    for block, before in zip(describe(model).blocks, describe(dense).blocks, strict=True):
+        changed = any(
+            not torch.equal(p, q) for p, q in zip(block.module.parameters(), before.module.parameters(), strict=True)
+        )
+        tuned = report.blocks[block.index]["reconstruction"] is not None
+        assert tuned == (block.index >= gone[0] - 1 and block.index not in gone)
+        assert changed <= (tuned or block.index in gone)
+
+
+def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
+    """Two of seven blocks: tuning the others makes up for at least half of the loss."""
+    dense, lost = perplexity(trained("gemma3"), text.val_dataloader()), {}
+    for steps in (0, 96):
+        model = trained("gemma3")
+        settings: dict[str, Any] = {**BLOCKS, "num_calibration_samples": 128, "reconstruction_steps": steps}
+        prune_model(model, text.train_dataloader(), PruningConfig(**settings))
+        lost[steps] = math.log(perplexity(model, text.val_dataloader()) / dense)
+    assert 0 < lost[96] < 0.5 * lost[0]
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match="Pattern blocks must keep some of 3 blocks"):
+        describe(build_model("llama"), PruningConfig(pattern="blocks", sparsity=0.9))
+    with pytest.raises(UserError, match="a norm behind the sum"):
+        prune_model(build_model("opt-350m"), random_batches(), PruningConfig(**BLOCKS))
