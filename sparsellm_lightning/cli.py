@@ -1,4 +1,4 @@
-"""The ``sparsellm`` command: Lightning's subcommands, and ``prune``, ``evaluate``, ``verify`` and ``inspect``."""
+"""The ``sparsellm`` command: Lightning's subcommands, ``prune``, ``evaluate``, ``verify``, ``inspect`` and ``benchmark``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
-from sparsellm_lightning.models import CausalLM, inspect_model, verify_export
+from sparsellm_lightning.models import CausalLM, inspect_model, measure_speed, verify_export
 from sparsellm_lightning.pipeline import estimate_work
-from sparsellm_lightning.reporting import format_table, layer_rows, structure
+from sparsellm_lightning.reporting import format_table, layer_rows, speed_table, structure
 from sparsellm_lightning.runtime import gemm_peak
 
 
@@ -119,6 +119,22 @@ def inspect(
     )
 
 
+def benchmark(
+    model: str, against: str | None = None, prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5
+) -> None:
+    """Print a model's speed and size on this machine, beside another's.
+
+    Args:
+        model: a folder, or what model.pretrained takes.
+        against: another, such as the dense model. Both are measured in turn, and their speeds compared pair by pair.
+        prompt_tokens: length of the prompt of the prefill.
+        new_tokens: number of tokens generated.
+        repeats: repetitions, of which medians are shown.
+    """
+    speeds = measure_speed([name for name in (model, against) if name], prompt_tokens, new_tokens, repeats)
+    print(speed_table(speeds))
+
+
 class SparseLLMCLI(LightningCLI):
     """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
 
@@ -159,7 +175,9 @@ def main(args: Any = None) -> None:
     """
     arguments = sys.argv[1:] if args is None else args
     try:
-        command: Any = {"verify": verify, "inspect": inspect}.get(arguments[0] if arguments else "")
+        command: Any = {"verify": verify, "inspect": inspect, "benchmark": benchmark}.get(
+            arguments[0] if arguments else ""
+        )
         if command is not None:
             auto_cli(command, args=arguments[1:], prog=f"sparsellm {arguments[0]}")
             return
@@ -172,7 +190,8 @@ def main(args: Any = None) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "description": "Prune causal language models. `sparsellm verify DIR` checks an export, "
-                "`sparsellm inspect --model.pretrained X` shows what would be pruned."
+                "`sparsellm inspect --model.pretrained X` shows what would be pruned, `sparsellm benchmark DIR --against X` "
+                "compares speed and size."
             },
             args=args,
         )

@@ -7,12 +7,14 @@ from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, exp
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.shrink import check_shrinkable, shrink
 from sparsellm_lightning.models.skeleton import inspect_model
+from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
 
 __all__ = [
     "REPORT_NAME",
     "Buffers",
     "CausalLM",
+    "Speed",
     "check_export_dir",
     "check_inputs",
     "check_shrinkable",
@@ -21,6 +23,7 @@ __all__ = [
     "inspect_model",
     "load_model",
     "load_tokenizer",
+    "measure_speed",
     "model_inputs",
     "perplexity",
     "put_back",

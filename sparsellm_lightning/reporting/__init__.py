@@ -11,6 +11,7 @@ from sparsellm_lightning.reporting.report import (
     rows_of_smaller,
     versions,
 )
+from sparsellm_lightning.reporting.speed import speed_table
 
 __all__ = [
     "BlockResult",
@@ -20,6 +21,7 @@ __all__ = [
     "report_of_sparse",
     "rows_of_smaller",
     "save_plots_if_possible",
+    "speed_table",
     "structure",
     "versions",
 ]

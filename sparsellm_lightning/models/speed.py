@@ -1,0 +1,140 @@
+"""Speed and size of models, measured in turn so that the machine's other work meets all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.loading import load_model
+
+_PROMPT = 8  # tokens in front of those that are generated one by one
+
+
+@dataclass
+class Speed:
+    """Measurements of one model.
+
+    Args:
+        name: that it was given by.
+        parameters: number of them, zeros included.
+        zeros: number of parameters that are 0.
+        memory_bytes: of parameters and buffers.
+        file_bytes: of the safetensors and GGUF files in its folder. None for a model that is not a folder.
+        load: seconds of loading, one for each repetition.
+        prefill: tokens a second of a forward over the prompt, likewise.
+        decode: tokens a second of greedy generation with a cache, likewise.
+    """
+
+    name: str
+    parameters: int
+    zeros: int
+    memory_bytes: int
+    file_bytes: int | None
+    load: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    def median(self, figure: str) -> float:
+        """Median over repetitions of ``load``, ``prefill`` or ``decode``."""
+        return float(statistics.median(getattr(self, figure)))
+
+    def times(self, other: Speed, figure: str) -> float:
+        """Median over repetitions of this model's figure, divided by the other's in the same repetition."""
+        pairs = zip(getattr(self, figure), getattr(other, figure), strict=True)
+        return float(statistics.median(a / b for a, b in pairs))
+
+
+@torch.no_grad()
+def measure_speed(
+    names: Sequence[str], prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5, dtype: str = "auto"
+) -> list[Speed]:
+    """Measure models, one after the other within every repetition.
+
+    Args:
+        names: as for :func:`~sparsellm_lightning.load_model`.
+        prompt_tokens: length of the prompt of the prefill.
+        new_tokens: number of tokens generated.
+        repeats: repetitions. One more comes before them and is not counted.
+        dtype: as for :func:`~sparsellm_lightning.load_model`.
+
+    Raises:
+        UserError: no such model, or more tokens than its context holds.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}. Leave it out for the default.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found, models = [], []
+    for name in names:
+        model = load_model(name, dtype).eval().to(device)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and 0 < context < max(prompt_tokens, _PROMPT + new_tokens):
+            raise UserError(f"{name} holds {context} tokens. Lower prompt_tokens or new_tokens.")
+        tensors = [*model.parameters(), *model.buffers()]
+        found.append(
+            Speed(
+                name,
+                sum(p.numel() for p in model.parameters()),
+                sum(int((p == 0).sum()) for p in model.parameters()),
+                sum(t.numel() * t.element_size() for t in tensors),
+                _file_bytes(Path(name)),
+            )
+        )
+        models.append(model)
+    for repetition in range(repeats + 1):
+        for speed, model in zip(found, models, strict=True):
+            load = _seconds(lambda name=speed.name: load_model(name, dtype), device)  # type: ignore[misc]
+            prefill = prompt_tokens / _seconds(lambda model=model: _prefill(model, prompt_tokens), device)  # type: ignore[misc]
+            decode = new_tokens / _seconds(lambda model=model: _decode(model, new_tokens), device)  # type: ignore[misc]
+            if repetition:
+                speed.load.append(load)
+                speed.prefill.append(prefill)
+                speed.decode.append(decode)
+    return found
+
+
+def _prefill(model: PreTrainedModel, tokens: int) -> None:
+    model(input_ids=_ids(model, tokens), use_cache=True)
+
+
+def _decode(model: PreTrainedModel, tokens: int) -> None:
+    ids, generate = _ids(model, _PROMPT), cast(Any, model).generate
+    generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+
+
+def _ids(model: PreTrainedModel, tokens: int) -> Tensor:
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _file_bytes(folder: Path) -> int | None:
+    if not folder.is_dir():
+        return None
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))

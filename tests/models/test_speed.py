@@ -1,0 +1,54 @@
+"""``sparsellm benchmark``: sizes against counts, and pairs of repetitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.models import build_model
+
+from sparsellm_lightning import UserError
+from sparsellm_lightning.cli import main
+from sparsellm_lightning.models import Speed, measure_speed
+from sparsellm_lightning.reporting import speed_table
+
+
+def test_sizes_and_repetitions(tmp_path: Path) -> None:
+    model = build_model("llama")
+    for parameter in model.model.layers[0].parameters():
+        parameter.data.zero_()
+    model.save_pretrained(tmp_path / "a")
+    build_model("gpt2").save_pretrained(tmp_path / "b")
+    one, other = measure_speed([str(tmp_path / "a"), str(tmp_path / "b")], prompt_tokens=16, new_tokens=4, repeats=3)
+    assert one.parameters == sum(p.numel() for p in model.parameters())
+    assert one.zeros == sum(int((p == 0).sum()) for p in model.parameters())
+    assert one.file_bytes == sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
+    assert one.memory_bytes >= 4 * one.parameters
+    for speed in (one, other):
+        assert [len(getattr(speed, figure)) for figure in ("load", "prefill", "decode")] == [3, 3, 3]
+        assert min(speed.load + speed.prefill + speed.decode) > 0
+
+
+def test_table_compares_pair_by_pair() -> None:
+    """The machine slows down threefold in the second repetition. The ratio does not change."""
+    fast = Speed("small", 50, 0, 200, 2**20, [1.0, 3.0, 1.0], [300.0, 100.0, 300.0], [30.0, 10.0, 33.0])
+    slow = Speed("dense", 100, 10, 400, None, [2.0, 6.0, 2.0], [150.0, 50.0, 100.0], [20.0, 5.0, 11.0])
+    assert (fast.times(slow, "load"), fast.times(slow, "prefill"), fast.times(slow, "decode")) == (0.5, 2.0, 2.0)
+    lines = {line.split("  ")[0]: line.split() for line in speed_table([fast, slow]).splitlines()}
+    assert lines["parameters"][1:] == ["50", "100", "0.50"]
+    assert lines["zeros"][1:] == ["0.0", "%", "10.0", "%"]
+    assert lines["file, MiB"][2:] == ["1.0", "-"]
+    assert lines["decode, tokens/s"][2:] == ["30.0", "11.0", "2.00"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    main(["benchmark", str(tmp_path), "--prompt_tokens", "8", "--new_tokens", "2", "--repeats", "1"])
+    shown = capsys.readouterr().out
+    assert "decode, tokens/s" in shown
+    assert "times" not in shown
+    with pytest.raises(SystemExit):
+        main(["benchmark", str(tmp_path), "--prompt_tokens", "1000"])
+    assert "holds 128 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="repeats must be at least 1"):
+        measure_speed([str(tmp_path)], repeats=0)
