@@ -4,11 +4,11 @@
         [--cells "balanced, 50 % of units"] [--layers 6] [--windows 32] [--results recipes/RESULTS.md]
 
 Every method sees the same windows and removes equally many units from every block. Written here from their papers, without
-fine-tuning: FLAP (arXiv 2312.11983), which ranks a unit by the variance of its activation times ``‖W_d[:, j]‖²`` and puts the mean
-of what left into a bias; ShortGPT (arXiv 2403.03853), which ranks a block by the cosine between its input and output. The
+fine-tuning: FLAP (arXiv 2312.11983), which ranks a unit by the variance of its activation times ``‖W_d[:, j]‖²`` and puts the
+mean of what left into a bias; ShortGPT (arXiv 2403.03853), which ranks a block by the cosine between its input and output. The
 package's methods ``wanda`` (Wanda-sp), ``magnitude`` and the presets are its own.
 
-Finished cells are kept in ``structured.json`` by their name. ``--results`` writes the table into a section of that Markdown file.
+Finished cells are kept in ``structured.json`` by their name. ``--results`` writes the table into a section of that file.
 """
 
 from __future__ import annotations

@@ -125,6 +125,41 @@ def test_same_answer_on_any_number_of_ranks(
         assert_equal_on_all_ranks([found["weights"] for found in observed])
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern", "strategy"),
+    [
+        ("llama", "neurons", "fsdp2"),
+        ("gpt2", "neurons", "ddp"),
+        ("llama", "blocks", "ddp"),
+        ("gpt2", "blocks", "fsdp2"),
+    ],
+)
+def test_smaller_models(
+    tmp_path: Path,
+    folder_of: Callable[[str], str],
+    ranks: Callable[[int], RankPool],
+    alone: Callable[..., Exported],
+    name: str,
+    pattern: str,
+    strategy: str,
+) -> None:
+    """Two ranks remove the same units and blocks as one, and export the same weights. Nothing is tuned here."""
+    pruner = {
+        "preset": "paper",
+        "pattern": pattern,
+        "sparsity": 0.4,
+        "round_to": 16,
+        "num_calibration_samples": WINDOWS,
+    }
+    options = {"model": folder_of(name), "pruner": pruner}
+    ranks(2).run("prune", tmp_path, strategy=strategy, **options)
+    one, many = alone(**options)[0], exported(tmp_path)[0]
+    assert one.config.to_dict() == {**many.config.to_dict(), "_name_or_path": one.config._name_or_path}
+    state = many.state_dict()
+    for key, tensor in one.state_dict().items():
+        torch.testing.assert_close(state[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_reconstruction_and_measured_budgets(
     tmp_path: Path,
