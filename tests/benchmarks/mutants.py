@@ -34,6 +34,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "feed_forward": ("test_sparsellm.py",),
     "local": LOCAL,
     "magnitude": LOCAL,
+    "neurons": ("test_neurons.py",),
     "patterns": ("test_patterns.py", "test_containing.py", "test_ranks.py"),
     "ranks": ("test_ranks.py", "test_patterns.py"),
     "sparsegpt": LOCAL,
