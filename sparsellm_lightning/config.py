@@ -59,9 +59,8 @@ class PruningConfig:
             blocks, those that the model's output can best do without. The last two export a smaller dense model.
         round_to: number by which the hidden units that pattern ``neurons`` keeps are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM as published, in this
-            implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting
-                that is given wins over
-            the preset.
+            implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting that
+            is given wins over the preset.
         method: ``sparsellm`` (feed-forward blocks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: solver inside ``sparsellm``: of the attention projections, and of the alternation's weight steps.
