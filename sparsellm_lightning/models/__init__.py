@@ -5,8 +5,8 @@ from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
-from sparsellm_lightning.models.shrink import check_shrinkable, shrink
 from sparsellm_lightning.models.skeleton import inspect_model
+from sparsellm_lightning.models.smaller import check_shrinkable, shrink
 from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models.shrink import rebuilt
+from sparsellm_lightning.models.smaller import rebuilt
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
 log = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 CASES = [
     *(
-        pytest.param("llama", name, marks=() if name in ("paper", "balanced", "on the host") else pytest.mark.slow)
+        pytest.param("llama", name, marks=() if name in ("paper", "on the host") else pytest.mark.slow)
         for name in SETTINGS
     ),
     *(pytest.param(name, preset, marks=pytest.mark.slow) for name in OTHERS for preset in ("paper", "balanced")),
@@ -141,7 +141,7 @@ def on_device(*callbacks: Any, **options: Any) -> Any:
     return trainer(*callbacks, accelerator=Accelerator(), strategy=SingleDeviceStrategy(DEVICE), devices=1, **options)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, pytest.param(torch.optim.SGD, marks=pytest.mark.slow)])
 def test_fit_and_export(
     device: torch.device, tmp_path: Path, model_dir: Path, text: TextDataModule, optimizer: Any
 ) -> None:

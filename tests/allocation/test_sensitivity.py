@@ -169,8 +169,8 @@ def test_damages_against_plain_transformers(
 
     The outputs are those of the beginnings of some windows. The local errors are those of all windows.
     """
-    monkeypatch.setattr(sensitivity, "OUTPUT_TOKENS", tokens)
-    monkeypatch.setattr(sensitivity, "OUTPUT_LENGTH", length)
+    monkeypatch.setattr("sparsellm_lightning.allocation.divergence.OUTPUT_TOKENS", tokens)
+    monkeypatch.setattr("sparsellm_lightning.allocation.divergence.OUTPUT_LENGTH", length)
     length = min(length, padded[0]["input_ids"].shape[1])
     probed = beginnings(padded, max(1, round(tokens / length)), length)
     dense = trained("llama")

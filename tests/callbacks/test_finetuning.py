@@ -798,9 +798,9 @@ def test_described_layers_are_the_watched_ones(trained) -> None:
         assert set(linear_weights(model)) == described
 
 
-def test_few_zeros_and_a_sparse_head_are_kept(trained, ids: Tensor) -> None:
+def test_few_zeros_and_a_sparse_head_are_kept(ids: Tensor) -> None:
     """Layers below 1 % of zeros, and a head of its own. A layer of zeros only trains, and a warning names it."""
-    model = trained("gpt_neox")
+    model = build_model("gpt_neox")
     prune_by_hand(model)
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -88,7 +88,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         # Rank 0 has the queries, rank 1 keys and values. Experts are sharded one by one.
         ("phi3", {**SPARSELLM, "method": "wanda"}, "fsdp2", 2),
         pytest.param("mixtral", SPARSELLM, "ddp", 2, marks=pytest.mark.slow),
-        ("mixtral", SPARSELLM, "fsdp2", 2),
+        pytest.param("mixtral", SPARSELLM, "fsdp2", 2, marks=pytest.mark.slow),
         pytest.param("listed_mixtral", SPARSELLM, "fsdp2", 2, marks=pytest.mark.slow),
         ("llama", SPARSELLM, "fsdp2", 3),
         pytest.param(
@@ -127,12 +127,7 @@ def test_same_answer_on_any_number_of_ranks(
 
 @pytest.mark.parametrize(
     ("name", "pattern", "strategy"),
-    [
-        ("llama", "neurons", "fsdp2"),
-        ("gpt2", "neurons", "ddp"),
-        ("llama", "blocks", "ddp"),
-        ("gpt2", "blocks", "fsdp2"),
-    ],
+    [("llama", "neurons", "fsdp2"), ("gpt2", "neurons", "ddp"), ("gpt2", "blocks", "fsdp2")],
 )
 def test_smaller_models(
     tmp_path: Path,
@@ -416,7 +411,7 @@ def test_ranks_do_not_wait_for_a_stopped_one(
     assert f"Pruning failed: {who} given no sign of life for 5 seconds" in (tmp_path / "errors.txt").read_text()
 
 
-@pytest.mark.parametrize("preset", ["paper", "balanced"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_ranks_of_an_accelerator(tmp_path: Path, ranks: Callable[[int], RankPool], preset: str) -> None:
     """Collectives get no tensor of the CPU. Every rank ends with the same weights; without tuning, with those of one rank."""
     pytest.importorskip("torch._C._acc", reason="this torch has no backends in Python")

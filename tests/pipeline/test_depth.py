@@ -74,8 +74,10 @@ def test_greedy_choice() -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "phi3", "gpt_neox", "mixtral"])
-@pytest.mark.parametrize("finetune", [False, True])
+@pytest.mark.parametrize(
+    ("name", "finetune"),
+    [(name, False) for name in ("llama", "opt", "gemma3", "phi3", "gpt_neox")] + [("gpt2", True), ("mixtral", True)],
+)
 def test_the_export_is_smaller_and_gives_the_same_logits(name: str, finetune: bool, tmp_path: Path) -> None:
     pruner = SparseLLMCallback(
         **BLOCKS, reconstruction_steps=4, finetune=finetune, export_dir=str(tmp_path / "out"), measure=False
@@ -114,10 +116,10 @@ def test_blocks_before_the_first_that_leaves_stay_as_they_are() -> None:
 
 
 def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
-    """Two of seven blocks: tuning the others makes up for at least half of the loss."""
-    dense, lost = perplexity(trained("gemma3"), text.val_dataloader()), {}
+    """One of three blocks: tuning the others makes up for at least half of the loss."""
+    dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
     for steps in (0, 96):
-        model = trained("gemma3")
+        model = trained("llama")
         settings: dict[str, Any] = {**BLOCKS, "num_calibration_samples": 128, "reconstruction_steps": steps}
         prune_model(model, text.train_dataloader(), PruningConfig(**settings))
         lost[steps] = math.log(perplexity(model, text.val_dataloader()) / dense)

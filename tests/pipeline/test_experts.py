@@ -143,7 +143,7 @@ def test_local_solver_of_an_expert() -> None:
     assert ((ours.down == 0) == (expected == 0)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("preset", ["fast", "balanced", pytest.param("best", marks=pytest.mark.slow)])
 def test_presets(preset: Any) -> None:
     model = build_model("mixtral")
     with warnings.catch_warnings():

@@ -147,7 +147,7 @@ def test_the_step_of_a_gated_block(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close((m_s + correction_s).double(), new.double(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(("gated", "name"), [(False, "relu"), (True, "gelu")])
+@pytest.mark.parametrize(("gated", "name"), [(False, "relu"), pytest.param(True, "gelu", marks=pytest.mark.slow)])
 def test_the_fused_step_equals_the_step(gated: bool, name: str) -> None:
     step = preactivation_step(find_activation(name), gated)
     fused = Fused(step)
