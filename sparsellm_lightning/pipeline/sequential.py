@@ -93,17 +93,14 @@ def prune_blocks(
             result = None if journal is None else journal.restore(block)
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
-                if block.index in removed:
-                    tuning, result = None, BlockResult(block.index)
-                    leave_out(context, block)
-                elif removed:
-                    touched = block.index + 1 >= min(removed)  # the blocks before are still exact
-                    tuning, result = (
-                        _plan_tuning(context, block, cache, dense) if touched else None,
-                        BlockResult(block.index),
-                    )
+                # Blocks that leave are not tuned, nor those before the first of them, which are still exact.
+                untouched = block.index in removed or (removed and block.index + 1 < min(removed))
+                tuning = None if untouched else _plan_tuning(context, block, cache, dense)
+                if context.config.removes_blocks:
+                    result = BlockResult(block.index)
+                    if block.index in removed:
+                        leave_out(context, block)
                 else:
-                    tuning = _plan_tuning(context, block, cache, dense)
                     result = solve_block(
                         context, solver, block, cache, alternate if alternates else None, target, after
                     )

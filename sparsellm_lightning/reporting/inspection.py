@@ -56,4 +56,4 @@ def _form(network: Network, prefix: str) -> str:
 
 
 def _kept(pruned: bool) -> str:
-    return "" if pruned else " (ignored)"
+    return "" if pruned else " (dense)"

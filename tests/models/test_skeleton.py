@@ -27,7 +27,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main(["inspect", "--model.pretrained", str(tmp_path), "--pruner.sparsity", "0.7", "--pruner.ignore", "[o_proj]"])
     shown = capsys.readouterr().out
     assert "model.layers.0 to 2 (MixtralDecoderLayer)" in shown
-    assert "self_attn.o_proj 64 x 64 (ignored)" in shown
+    assert "self_attn.o_proj 64 x 64 (dense)" in shown
     assert "4 experts, 2 a token: mlp.experts.0.down <- silu(mlp.experts.0.gate) * (mlp.experts.0.up)" in shown
     assert "routes tokens" not in shown, "Mixtral's router is not a linear layer"
     assert "TFLOP" in shown
