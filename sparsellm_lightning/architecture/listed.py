@@ -52,7 +52,7 @@ def listed_routing(
 
         ∂(Σ_t b_t Σ_j y_tj) / ∂z_ij = w_i b_t(i)
 
-    where row i of an expert's input is token t(i), with weight w_i. With ``b = 1`` that is the weight. With b_t the digits of
+    where row i of an expert's input is token t(i), with weight w_i. With ``b = 1`` that is the weight. With b_t the binary digits of
     t, one at a time, it tells t.
 
     Args:
@@ -75,8 +75,10 @@ def listed_routing(
         zeros = [z for _, _, z in rows]
 
         def differentiate(b: Tensor) -> Tensor | None:
-            parts = torch.autograd.grad(flat, zeros, b[:, None].to(flat).expand_as(flat), retain_graph=True)
-            joined = torch.cat([part.flatten(0, -2) for part in parts]).float()
+            directions = b[:, None].to(flat).expand_as(flat)
+            parts = torch.autograd.grad(flat, zeros, directions, retain_graph=True, allow_unused=True)
+            filled = [torch.zeros_like(z) if part is None else part for part, z in zip(parts, zeros, strict=True)]
+            joined = torch.cat([part.flatten(0, -2) for part in filled]).float()
             return joined[:, 0] if close(joined, joined[:, :1].expand_as(joined)) or not joined.any() else None
 
         tokens = torch.arange(len(hidden), device=hidden.device)
