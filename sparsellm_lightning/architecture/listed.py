@@ -52,8 +52,8 @@ def listed_routing(
 
         ∂(Σ_t b_t Σ_j y_tj) / ∂z_ij = w_i b_t(i)
 
-    where row i of an expert's input is token t(i), with weight w_i. With ``b = 1`` that is the weight. With b_t the binary digits of
-    t, one at a time, it tells t.
+    where row i of an expert's input is token t(i), with weight w_i. With ``b = 1`` that is the weight. With b_t the binary
+    digits of t, one at a time, it tells t.
 
     Args:
         mixture: the module that calls the experts.
