@@ -154,6 +154,7 @@ def test_presets(preset: Any) -> None:
     assert report.sparsity["achieved"] == pytest.approx(0.6, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_trained_mixture(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
     """At 60 % the alternation loses less log-perplexity than SparseGPT, and much less than magnitude pruning."""
     dense, lost = perplexity(trained("mixtral"), text.val_dataloader()), {}

@@ -1,4 +1,4 @@
-"""``accelerator/on_accelerator.py`` in a process of its own: a backend stays registered with torch until its process ends."""
+"""``on_accelerator.py`` in a process of its own: a backend stays registered with torch until its process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -27,7 +27,7 @@ def test_on_an_accelerator(chosen: str, tmp_path: Path) -> None:
         tmp_path / "pytest",
     ]
     run = subprocess.run(
-        [*map(str, command), "accelerator/on_accelerator.py"], cwd=HERE, capture_output=True, text=True, timeout=900
+        [*map(str, command), "accelerator/on_accelerator.py"], cwd=TESTS, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
