@@ -147,6 +147,19 @@ def test_the_step_of_a_gated_block(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close((m_s + correction_s).double(), new.double(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu_new"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_of_a_plain_block(name: str, dtype: torch.dtype) -> None:
+    """The correction is what is added to the prediction, not yet rounded."""
+    m, p, rho = step_inputs(False, dtype, 500)
+    z, correction = preactivation_step(find_activation(name), False)(m, p, rho)
+    assert {t.dtype for t in (z, correction)} == {dtype}
+    expected = solve_preactivation(find_activation(name), m.float(), p, 1.0, float(rho))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(z.float(), expected, **tolerance)
+    torch.testing.assert_close(correction.float(), expected - m.float(), **tolerance)
+
+
 @pytest.mark.parametrize(("gated", "name"), [(False, "relu"), pytest.param(True, "gelu", marks=pytest.mark.slow)])
 def test_the_fused_step_equals_the_step(gated: bool, name: str) -> None:
     step = preactivation_step(find_activation(name), gated)
