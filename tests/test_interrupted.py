@@ -117,6 +117,7 @@ def test_interrupted(
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_while_the_loader_hangs(work: Path, model_dir: Path, number: signal.Signals, status: int) -> None:
     run = interrupt(arguments(model_dir), work, "loader", 1, number)

@@ -160,7 +160,8 @@ def beginnings(batches: list[Batch], windows: int, length: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length"), [(512, 128), pytest.param(12 * 16, 16, marks=pytest.mark.slow), (1, 128)]
+    ("tokens", "length"),
+    [pytest.param(512, 128, marks=pytest.mark.slow), pytest.param(12 * 16, 16, marks=pytest.mark.slow), (1, 128)],
 )
 def test_damages_against_plain_transformers(
     trained: Trained, padded: list[Batch], tokens: int, length: int, monkeypatch: pytest.MonkeyPatch

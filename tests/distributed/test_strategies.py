@@ -84,13 +84,19 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         ("llama", SPARSELLM, "ddp", 2),
         ("llama", SPARSELLM, "fsdp2", 2),
         # gpt2 stores transposed weights, so FSDP2 shards their inputs.
-        ("gpt2", {**SPARSELLM, "method": "sparsegpt", "continuations": 1, "solver_precision": "float32"}, "fsdp2", 2),
+        pytest.param(
+            "gpt2",
+            {**SPARSELLM, "method": "sparsegpt", "continuations": 1, "solver_precision": "float32"},
+            "fsdp2",
+            2,
+            marks=pytest.mark.slow,
+        ),
         # Rank 0 has the queries, rank 1 keys and values. Experts are sharded one by one.
         pytest.param("phi3", {**SPARSELLM, "method": "wanda"}, "fsdp2", 2, marks=pytest.mark.slow),
         pytest.param("mixtral", SPARSELLM, "ddp", 2, marks=pytest.mark.slow),
         pytest.param("mixtral", SPARSELLM, "fsdp2", 2, marks=pytest.mark.slow),
         pytest.param("listed_mixtral", SPARSELLM, "fsdp2", 2, marks=pytest.mark.slow),
-        ("llama", SPARSELLM, "fsdp2", 3),
+        pytest.param("llama", SPARSELLM, "fsdp2", 3, marks=pytest.mark.slow),
         pytest.param(
             *("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
             marks=pytest.mark.slow,
@@ -155,7 +161,7 @@ def test_smaller_models(
         torch.testing.assert_close(state[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_reconstruction_and_measured_budgets(
     tmp_path: Path,
     folder_of: Callable[[str], str],
