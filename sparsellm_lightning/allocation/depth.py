@@ -60,13 +60,15 @@ def _check_residual(context: Context, sample: ActivationCache) -> None:
     """Refuse blocks that are more than a sum of the hidden states and what projections give. Weights are restored."""
     for block in context.layout.blocks:
         before = [(p, context.adapter.read_rows(p)) for p in block.projections()]
-        biases = [(b, b.clone()) for p in block.projections() if p.bias is not None for b in [local_tensor(p.bias)]]
-        leave_out(context, block)
-        outputs = run_block(context, block, sample)
-        for p, rows in before:
-            context.adapter.write_rows(p, rows)
-        for bias, values in reversed(biases):  # several projections may share one
-            bias.copy_(values)
+        biases = [(local_tensor(p.bias), local_tensor(p.bias).clone()) for p, _ in before if p.bias is not None]
+        try:
+            leave_out(context, block)
+            outputs = run_block(context, block, sample)
+        finally:
+            for p, rows in before:
+                context.adapter.write_rows(p, rows)
+            for bias, values in biases:
+                bias.copy_(values)
         changed = sum(not torch.equal(out, given) for out, given in zip(outputs, sample.hidden, strict=True))
         if context.ranks.total(changed) != [0]:
             raise UserError(

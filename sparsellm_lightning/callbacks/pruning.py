@@ -8,7 +8,6 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, validation_batches
@@ -94,7 +94,7 @@ class SparseLLMCallback(SparseFinetuning):
     ) -> None:
         super().__init__()
         self.config = PruningConfig(**settings)
-        self.schedule = None if schedule is None else _check_schedule(schedule, self.config, finetune)
+        self.schedule = None if schedule is None else check_schedule(schedule, self.config, finetune)
         if self.schedule is not None:
             self.config = replace(self.config, sparsity=list(self.schedule.values())[-1])
         self.finetune = finetune
@@ -137,7 +137,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self._trains_on(pl_module) and check_training is not None:
             check_training()
         if self.schedule is not None:
-            self._check_run(trainer, self.schedule)
+            check_run(trainer, self.schedule)
         if self.export_dir is not None:
             self._check_folders_apart(trainer, Path(self.export_dir))
             if trainer.is_global_zero:
@@ -348,20 +348,6 @@ class SparseLLMCallback(SparseFinetuning):
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:
         return self.finetune or _is_sparse_already(pl_module)
 
-    @staticmethod
-    def _check_run(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
-        last = list(schedule)[-1]
-        if 0 < trainer.max_steps <= last:
-            raise UserError(
-                f"schedule has a stage at step {last}, but the run ends at max_steps {trainer.max_steps}. Train longer, or "
-                "prune earlier."
-            )
-        if any(isinstance(callback, AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError(
-                "Gradual pruning cannot be combined with weight averaging, because an average of weights before and after a "
-                "stage is not sparse. Leave out schedule, or average in a second run (CausalLM(weights=...))."
-            )
-
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
 
@@ -383,25 +369,3 @@ class SparseLLMCallback(SparseFinetuning):
 
 def _is_sparse_already(pl_module: pl.LightningModule) -> bool:
     return getattr(pl_module, "weights", None) is not None
-
-
-def _check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: bool) -> dict[int, float]:
-    """The stages in order.
-
-    Raises:
-        UserError: they do not begin at step 0, do not rise, or contradict other settings.
-    """
-    stages = {int(step): float(value) for step, value in sorted(schedule.items())}
-    rising = all(low < high for low, high in pairwise(stages.values()))
-    if not stages or next(iter(stages)) != 0 or not rising or not all(0 < value < 1 for value in stages.values()):
-        raise UserError(
-            f"schedule must begin at step 0 and rise within (0, 1), got {schedule}. Write {{0: 0.5, 50: 0.6, 100: 0.7}}."
-        )
-    if not finetune:
-        raise UserError("schedule prunes during training, but finetune is false. Set finetune to true.")
-    if config.pattern != "unstructured" or config.sparsity not in (None, list(stages.values())[-1]):
-        raise UserError(
-            f"schedule gives the sparsity of every stage and needs pattern unstructured, got sparsity {config.sparsity} and "
-            f"pattern {config.pattern}. Leave both out."
-        )
-    return stages

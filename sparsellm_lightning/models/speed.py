@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,9 +93,9 @@ def measure_speed(
         models.append(model)
     for repetition in range(repeats + 1):
         for speed, model in zip(found, models, strict=True):
-            load = _seconds(lambda name=speed.name: load_model(name, dtype), device)  # type: ignore[misc]
-            prefill = prompt_tokens / _seconds(lambda model=model: _prefill(model, prompt_tokens), device)  # type: ignore[misc]
-            decode = new_tokens / _seconds(lambda model=model: _decode(model, new_tokens), device)  # type: ignore[misc]
+            load = _seconds(partial(load_model, speed.name, dtype), device)
+            prefill = prompt_tokens / _seconds(partial(_prefill, model, prompt_tokens), device)
+            decode = new_tokens / _seconds(partial(_decode, model, new_tokens), device)
             if repetition:
                 speed.load.append(load)
                 speed.prefill.append(prefill)

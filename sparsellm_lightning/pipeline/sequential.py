@@ -70,14 +70,14 @@ def prune_blocks(
     placement = place(context.config.memory, sizes, context.device)
     cache.move_to(placement.activations)
     solver = LayerSolver(context)
-    if context.config.allocation != "uniform" and context.config.requested_sparsity > 0:
-        explained = explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation"))
-        with phase("allocation"), explained:
-            solver = LayerSolver(context, allocate(context, cache, batches))
     removed: set[int] = set()
-    if context.config.removes_blocks and context.config.requested_sparsity > 0:
-        with phase("allocation"):
-            removed = choose_blocks(context, cache, batches)
+    uneven = context.config.allocation != "uniform" or context.config.removes_blocks
+    if uneven and context.config.requested_sparsity > 0:
+        with phase("allocation"), explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation")):
+            if context.config.removes_blocks:
+                removed = choose_blocks(context, cache, batches)
+            else:
+                solver = LayerSolver(context, allocate(context, cache, batches))
     alternate = _alternation(context, cache, windows, placement)
     # The dense model's activations advance beside the pruned model's only if they are a target.
     dense = cache.copy() if context.config.target == "model" else None

@@ -15,9 +15,7 @@ from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.statistics import Gram, InputStatistics, check_finite
 
-_STEPS = (
-    512  # largest number of times that the scores are computed anew. Units that leave together do not see each other
-)
+_STEPS = 512  # largest number of times that the scores are computed anew
 
 ChooseUnits = Callable[[FeedForward, InputStatistics, int], Tensor]
 """(block, statistics of its hidden activation, number of units to keep) -> (f,) bool, True = kept."""
@@ -44,7 +42,7 @@ def units_by_surgeon(dense: FeedForward, hidden: InputStatistics, keep: int) -> 
         ``‖W_d[:, j]‖² / (H⁻¹)_jj``
 
     (optimal brain surgeon, for a whole column). Then ``W_d −= W_d[:, j] (H⁻¹)_j / (H⁻¹)_jj``, and the same for ``H⁻¹``. Of more
-    than 512 units to remove, several leave at a time.
+    than 512 units to remove, several leave at a time, which do not see each other.
 
     Args:
         dense: the block.
