@@ -418,7 +418,7 @@ def test_ranks_do_not_wait_for_a_stopped_one(
 
 
 @pytest.mark.parametrize("preset", ["paper", pytest.param("balanced", marks=pytest.mark.slow)])
-def test_ranks_of_an_accelerator(tmp_path: Path, ranks: Callable[[int], RankPool], preset: str) -> None:
+def test_ranks_of_an_accelerator(tmp_path: Path, preset: str) -> None:
     """Collectives get no tensor of the CPU. Every rank ends with the same weights; without tuning, with those of one rank."""
     pytest.importorskip("torch._C._acc", reason="this torch has no backends in Python")
     settings = {
@@ -431,10 +431,12 @@ def test_ranks_of_an_accelerator(tmp_path: Path, ranks: Callable[[int], RankPool
     if preset == "paper":
         settings |= {"reconstruction_steps": 0, "continuations": 0, "target": "model"}
     options = {"model": "llama", "pruner": settings}
+    # In processes of their own: torch counts the devices at its first backward pass, and a device stays registered.
+    pool = RankPool(2)
     try:
-        first, second = ranks(2).run("prune_on_accelerator", tmp_path / "two", **options)
+        first, second = pool.run("prune_on_accelerator", tmp_path / "two", **options)
     finally:
-        ranks(2).close()  # the device stays registered with torch in these processes
+        pool.close()
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
     if preset == "paper":
         model = build_model("llama")
