@@ -17,7 +17,8 @@ Target = Literal["block", "model"]
 Allocation = Literal["uniform", "owl", "atp", "kl"]
 Precision = Literal["auto", "float32"]
 
-NEURONS, BLOCKS = "neurons", "blocks"
+STRUCTURES = ("neurons", "heads", "blocks")
+BUDGETS = ("parameters", "latency")
 
 _PAPER: dict[str, Any] = {
     "method": "sparsellm",
@@ -52,12 +53,16 @@ class PruningConfig:
 
     Args:
         sparsity: fraction of zeros in every pruned matrix (with ``allocation``: over all of them), in [0, 1); of pattern
-            ``neurons`` the fraction of units, of pattern ``blocks`` that of blocks. None: 0.5, or the sparsity of an N:M
+            ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5, or the sparsity of an N:M
             pattern.
-        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``; ``neurons``: whole hidden units
-            of the feed-forward networks, equally many in every block, while attention stays as it is; ``blocks``: whole decoder
-            blocks, those that the model's output can best do without. The last two export a smaller dense model.
-        round_to: number by which the hidden units that pattern ``neurons`` keeps are divisible.
+        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or what leaves as a whole, so
+            that a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in
+            every block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
+            key-value head); ``blocks``: decoder blocks, those that the model's output can best do without. Or several of these
+            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number), or the share of
+            the decoder blocks that is kept, ``{parameters: 0.7}`` or ``{latency: 0.7}`` (of a forward over one window), which
+            is divided over units, heads and blocks by the divergence of the model's output.
+        round_to: number by which the hidden units that are kept are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM as published, in this
             implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting that
             is given wins over the preset.
@@ -97,7 +102,7 @@ class PruningConfig:
     """
 
     sparsity: float | None = None
-    pattern: str = "unstructured"
+    pattern: dict[str, float] | str = "unstructured"
     round_to: int = 64
     preset: Preset = "balanced"
     method: Method = None  # type: ignore[assignment]
@@ -121,6 +126,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, tuple(PRESETS))
         nofm = _parse_nofm(self.pattern)
+        self._check_shares()
         target_given = self.target is not None
         allocation_given = self.allocation is not None
         for name, value in PRESETS[self.preset].items():
@@ -130,7 +136,7 @@ class PruningConfig:
             object.__setattr__(self, "allocation", "uniform")
         if not target_given and not self.fits_target:
             object.__setattr__(self, "target", "block")
-        if not target_given and self.removes_blocks and self.reconstruction_steps:
+        if not target_given and "blocks" in self.removes and self.reconstruction_steps:
             object.__setattr__(self, "target", "model")  # only the dense model's output makes up for a block that left
         if isinstance(self.ignore, str):
             raise UserError(
@@ -144,6 +150,25 @@ class PruningConfig:
         self._check_sparsity(nofm)
         self._check_choices()
         self._check_numbers()
+
+    def _check_shares(self) -> None:
+        """Refuse a pattern of several shares that is not one."""
+        if isinstance(self.pattern, str):
+            return
+        named = (
+            "neurons, heads and blocks with the shares that leave, or parameters or latency with the share that is kept"
+        )
+        if not self.pattern or ({*self.pattern} - {*STRUCTURES} and len(self.pattern) > 1):
+            raise UserError(f"pattern must give {named}, got {self.pattern}. Write {{neurons: 0.25, blocks: 3}}.")
+        if self.sparsity is not None:
+            raise UserError(f"pattern {self.pattern} gives the shares, got sparsity {self.sparsity} too. Leave it out.")
+        for name, share in self.pattern.items():
+            _one_of("pattern's names", name, (*STRUCTURES, *BUDGETS))
+            count = name == "blocks" and isinstance(share, (int, float)) and share >= 1 and float(share).is_integer()
+            low = 0 if name in STRUCTURES else 1e-9
+            if not count and (isinstance(share, bool) or not isinstance(share, (int, float)) or not low <= share < 1):
+                whole = " or a number of blocks" if name == "blocks" else ""
+                raise UserError(f"pattern's {name} must be a share below 1{whole}, got {share!r}. Write 0.25 for 25 %.")
 
     def _check_sparsity(self, nofm: tuple[int, int] | None) -> None:
         if self.sparsity is None:
@@ -167,7 +192,7 @@ class PruningConfig:
             _one_of("alternation_blocks", self.alternation_blocks, choices, " or a list of block indices")
         if self.allocation != "uniform" and self.pattern != "unstructured":
             raise UserError(
-                f"allocation {self.allocation} needs pattern unstructured, because pattern {self.pattern} fixes every "
+                f"allocation {self.allocation} needs pattern unstructured, because pattern {self.pattern_name} fixes every "
                 "sparsity. Use allocation uniform, or pattern unstructured."
             )
         if self.target == "model" and not self.fits_target:
@@ -206,54 +231,67 @@ class PruningConfig:
 
     @property
     def requested_sparsity(self) -> float:
-        """The fraction of zeros that ``sparsity`` or ``pattern`` asks for."""
+        """The fraction of zeros that ``sparsity`` or ``pattern`` asks for. Of several shares the largest; a number is 1."""
         nofm = _parse_nofm(self.pattern)
         if nofm:
             return 1 - nofm[0] / nofm[1]
+        if self.budget is not None:
+            return 1 - self.budget[1]
+        if not isinstance(self.pattern, str):
+            return float(max(min(share, 1) for share in self.pattern.values()))
         return 0.5 if self.sparsity is None else self.sparsity
 
     @property
-    def removes_neurons(self) -> bool:
-        """Whether whole hidden units leave."""
-        return self.pattern == NEURONS
+    def pattern_name(self) -> str:
+        """The pattern as text."""
+        if isinstance(self.pattern, str):
+            return self.pattern
+        return ", ".join(f"{name} {share:g}" for name, share in self.pattern.items())
 
     @property
-    def shrinks(self) -> bool:
-        """Whether the model that is exported is smaller."""
-        return self.requested_sparsity > 0 and (self.removes_neurons or self.removes_blocks)
+    def budget(self) -> tuple[str, float] | None:
+        """``parameters`` or ``latency``, and the share that is kept. None if the pattern is no budget."""
+        if isinstance(self.pattern, str):
+            return None
+        return next(((name, share) for name, share in self.pattern.items() if name in BUDGETS), None)
 
     @property
-    def removes_blocks(self) -> bool:
-        """Whether whole decoder blocks leave."""
-        return self.pattern == BLOCKS
+    def removed_shares(self) -> dict[str, float]:
+        """The shares of ``neurons``, ``heads`` and ``blocks`` that leave. Empty if the pattern is a budget, or of zeros."""
+        if self.budget is not None:
+            return {}
+        given = {self.pattern: self.requested_sparsity} if isinstance(self.pattern, str) else self.pattern
+        return {name: share for name, share in given.items() if name in STRUCTURES and share > 0}
 
-    def kept_blocks(self, blocks: int) -> int:
-        """Number of decoder blocks that pattern ``blocks`` keeps.
+    @property
+    def removes(self) -> frozenset[str]:
+        """Which of ``neurons``, ``heads`` and ``blocks`` leave. A budget may remove any of them."""
+        return frozenset(STRUCTURES if self.budget is not None else self.removed_shares)
 
-        Raises:
-            UserError: it would keep none, or all.
-        """
-        kept = round((1 - self.requested_sparsity) * blocks)
-        if self.requested_sparsity and not 0 < kept < blocks:
-            raise UserError(
-                f"Pattern blocks must keep some of {blocks} blocks, but sparsity {self.requested_sparsity:g} keeps {kept}. "
-                "Choose another sparsity."
-            )
-        return kept
+    def kept(self, structure: str, number: int) -> int:
+        """How many are kept: of hidden units the nearest multiple of ``round_to``. All, if the pattern does not remove them.
 
-    def kept_units(self, width: int) -> int:
-        """Number of hidden units that pattern ``neurons`` keeps of ``width``: the nearest multiple of ``round_to``.
+        Args:
+            structure: ``neurons``, ``heads`` or ``blocks``.
+            number: of those that there are.
 
         Raises:
-            UserError: it would keep none, or all.
+            UserError: the pattern would keep none, or all.
         """
-        kept = round((1 - self.requested_sparsity) * width / self.round_to) * self.round_to
-        if self.requested_sparsity and not 0 < kept < width:
-            raise UserError(
-                f"Pattern neurons must keep some of {width} hidden units, but sparsity {self.requested_sparsity:g} and "
-                f"round_to {self.round_to} keep {kept}. Lower round_to, or choose another sparsity."
+        share = self.removed_shares.get(structure, 0.0)
+        step = self.round_to if structure == "neurons" else 1
+        kept = number - round(share) if share >= 1 else round((1 - share) * number / step) * step
+        if share and not 0 < kept < number:
+            noun = {"neurons": "hidden units", "heads": "heads that can leave alone"}.get(structure, structure)
+            given = f"{share:g} blocks" if share >= 1 else f"sparsity {share:g}"
+            given, hint = (
+                (f"{given} and round_to {step}", "Lower round_to, or choose") if step > 1 else (given, "Choose")
             )
-        return kept if self.requested_sparsity else width
+            raise UserError(
+                f"Pattern {structure} must keep some of {number} {noun}, but {given} keep{'s' * (step == 1)} {kept}. "
+                f"{hint} another sparsity."
+            )
+        return kept if share else number
 
     @property
     def group(self) -> int:
@@ -313,20 +351,20 @@ class PruningConfig:
         return {int(index) % num_blocks for index in self.alternation_blocks}
 
 
-def _parse_nofm(pattern: str) -> tuple[int, int] | None:
+def _parse_nofm(pattern: dict[str, float] | str) -> tuple[int, int] | None:
     """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for patterns without groups.
 
     Raises:
         UserError: neither of these, nor kept:group with 0 < kept < group.
     """
-    if pattern in ("unstructured", NEURONS, BLOCKS):
+    if isinstance(pattern, dict) or pattern in ("unstructured", *STRUCTURES):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < kept < group:
         raise UserError(
-            f"pattern must be 'unstructured', 'neurons', 'blocks' or kept:group with 0 < kept < group, got {pattern!r}. "
-            "Write '2:4' to keep 2 of every 4 weights."
+            "pattern must be 'unstructured', 'neurons', 'heads', 'blocks', kept:group with 0 < kept < group, or shares by "
+            f"name, got {pattern!r}. Write '2:4' to keep 2 of every 4 weights."
         )
     return kept, group
 

@@ -14,8 +14,10 @@ from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 
 
-def choose_blocks(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> set[int]:
-    """Indices of the blocks to leave out.
+def choose_blocks(
+    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], number: int
+) -> dict[int, float]:
+    """The blocks to leave out, in order, and the divergence without each and those before it.
 
     One after the other: always the block without which, and without those chosen before, the model's next-token distribution
     diverges least from the dense model's, in KL. The number of forwards grows with the square of the number of blocks.
@@ -24,27 +26,24 @@ def choose_blocks(context: Context, cache: ActivationCache, batches: Sequence[Ca
         context: of the run. The model is dense.
         cache: activations in front of the first block.
         batches: this rank's calibration windows, those of the cache.
+        number: of blocks to leave out.
 
     Raises:
-        UserError: a model without a language-model head, or a block that changes hidden states even if its projections are 0.
+        UserError: a block that changes hidden states even if its projections are 0; see also :class:`OutputProbe`.
     """
-    blocks, model = context.layout.blocks, context.layout.model
-    if model.get_output_embeddings() is None:
-        raise UserError(
-            f"Pattern blocks compares next-token distributions, but {type(model).__name__} has no language-model head. Use "
-            "another pattern."
-        )
-    _check_residual(context, cache.part(range(min(len(cache.hidden), 1))))
-    removed: set[int] = set()
+    blocks = context.layout.blocks
     probe = OutputProbe(context, batches)
-    for _ in range(len(blocks) - context.config.kept_blocks(len(blocks))):
+    _check_residual(context, cache.part(range(min(len(cache.hidden), 1))))
+    removed: dict[int, float] = {}
+    for _ in range(number):
         divergences: dict[int, float] = {}
         for block in blocks:
             if block.index not in removed:
                 divergences[block.index] = probe.divergence(block, {*removed, block.index})
                 probe.advance(block)
         probe.rewind()
-        removed.add(min(divergences, key=lambda index: divergences[index]))
+        best = min(divergences, key=lambda index: divergences[index])
+        removed[best] = divergences[best]
     return removed
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context, capture, run_block, tail_logits
 from sparsellm_lightning.data import CalibrationBatch, first_tokens
+from sparsellm_lightning.errors import UserError
 
 OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
 OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
@@ -23,9 +24,17 @@ class OutputProbe:
     Args:
         context: of the run. The model is dense.
         batches: this rank's calibration windows, of which the first tokens are taken, at most one batch a rank.
+
+    Raises:
+        UserError: a model without a language-model head.
     """
 
     def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
+        if context.layout.model.get_output_embeddings() is None:
+            raise UserError(
+                f"allocation kl, pattern blocks and budgets compare next-token distributions, but "
+                f"{type(context.layout.model).__name__} has no language-model head. Use another allocation or pattern."
+            )
         self.context = context
         few = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks)
         self.cache = capture(context, few, 0)

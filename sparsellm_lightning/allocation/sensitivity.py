@@ -29,7 +29,6 @@ from sparsellm_lightning.calibration import (
 )
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch
-from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import Gram, InputStatistics, check_finite
 
 STATISTICS_TOKENS = 4096  # tokens, over all ranks, of the statistics for local errors and outliers
@@ -60,11 +59,6 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
         UserError: allocation ``kl`` for a model without a language-model head.
     """
     config, layout = context.config, context.layout
-    if config.allocation == "kl" and layout.model.get_output_embeddings() is None:
-        raise UserError(
-            f"allocation kl compares next-token distributions, but {type(layout.model).__name__} has no language-model head. "
-            "Use allocation owl, atp or uniform."
-        )
     sparsity, spread = config.requested_sparsity, _spread(config)
     parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "kl")]
     sizes = [sum(p.size for p in part) for part in parts]
@@ -101,7 +95,7 @@ def _spread(config: PruningConfig) -> float:
     return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
 
 
-def _sample(context: Context, cache: ActivationCache) -> ActivationCache:
+def sample_of(context: Context, cache: ActivationCache) -> ActivationCache:
     """The first batches, equally many on every rank, with about ``STATISTICS_TOKENS`` tokens over all ranks."""
     windows = len(cache.hidden[0]) if cache.hidden else 0
     (first,) = context.ranks.total(sum(cache.windows[:windows]))
@@ -109,7 +103,7 @@ def _sample(context: Context, cache: ActivationCache) -> ActivationCache:
     return cache.part(range(min(batches, len(cache.hidden))))
 
 
-class _Statistics:
+class BlockStatistics:
     """Statistics of the inputs of a dense block's projections. Moves the sample behind the block.
 
     Args:
@@ -159,9 +153,9 @@ class _Statistics:
 
 def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]:
     """OWL's share of outliers of each part, over all ranks: scores far above the mean of the part."""
-    sample = _sample(context, cache)
+    sample = sample_of(context, cache)
     for block in context.layout.blocks:
-        statistics = _Statistics(context, block, sample)
+        statistics = BlockStatistics(context, block, sample)
         for part in _parts(block, apart=False):
             weights = [(context.adapter.read_rows(p), statistics[p.name].gram) for p in part]
             sums = torch.tensor(
@@ -179,21 +173,21 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     config, blocks = context.config, context.layout.blocks
     sparsity, spread = config.requested_sparsity, _spread(config)
     at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
-    sample = _sample(context, cache)
+    sample = sample_of(context, cache)
     probe = OutputProbe(context, batches)
     solver = LayerSolver(context)
     if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
         solver = LayerSolver(context, solver="sparsegpt")
     for block in blocks:
-        statistics = _Statistics(context, block, sample)
-        weight = _discount(block.index, len(blocks), config)
+        statistics = BlockStatistics(context, block, sample)
+        weight = depth_discount(block.index, len(blocks), config)
         for part in _parts(block, apart=True):
             damages = _curve(context, solver, probe, block, part, statistics, at)
             yield at, [weight * damage for damage in damages]
         probe.advance(block)
 
 
-def _discount(block: int, blocks: int, config: PruningConfig) -> float:
+def depth_discount(block: int, blocks: int, config: PruningConfig) -> float:
     """The weight of damage in a block, because tuning later blocks partly repairs it."""
     if not config.reconstruction_steps or config.target != "model":
         return 1.0
@@ -206,7 +200,7 @@ def _curve(
     probe: OutputProbe,
     block: Block,
     part: Sequence[Projection],
-    statistics: _Statistics,
+    statistics: BlockStatistics,
     at: Sequence[float],
 ) -> list[float]:
     """Damage of pruning one part alone to each sparsity. The model's output is measured at the middle one."""

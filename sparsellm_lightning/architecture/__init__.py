@@ -13,6 +13,7 @@ from sparsellm_lightning.architecture.discovery import describe
 from sparsellm_lightning.architecture.examination import ROUTES
 from sparsellm_lightning.architecture.experts import Routing
 from sparsellm_lightning.architecture.layout import (
+    Attention,
     Block,
     DecoderLayout,
     Experts,
@@ -29,6 +30,7 @@ __all__ = [
     "ARCHITECTURES",
     "ROUTES",
     "Architecture",
+    "Attention",
     "Block",
     "DecoderLayout",
     "Experts",

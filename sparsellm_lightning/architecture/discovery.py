@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from weakref import WeakKeyDictionary
@@ -57,10 +57,11 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
     layout = DecoderLayout(model, list(_bound(model, config)))
     _check_untied(layout)
     _check_groups(layout, config)
-    if config.removes_neurons:
+    if "neurons" in config.removed_shares:
         _check_units(layout, config)
-    if config.removes_blocks:
-        config.kept_blocks(len(layout.blocks))
+    if "heads" in config.removed_shares:
+        _check_heads(layout, config)
+    config.kept("blocks", len(layout.blocks))
     config.alternates_in(len(layout.blocks))
     return layout
 
@@ -88,13 +89,15 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
         outer.setdefault(name, module)
         inner[name] = module
     unmatched = set(config.ignore)
+    may_leave = None if not config.removes or "blocks" in config.removes else _may_leave(blocks, config)
 
     def projection(p: Projection) -> Projection:
         holder = known[p.module]
         aliases = (p.name, holder, f"{holder}.{p.parameter_name}")
         matching = {pattern for pattern in config.ignore if any(_matches(name, pattern) for name in aliases)}
         unmatched.difference_update(matching)
-        return replace(p, module=inner[holder], pruned=not matching)
+        pruned = not matching and (may_leave is None or p.name in may_leave)
+        return replace(p, module=inner[holder], pruned=pruned)
 
     def network(found: Network) -> Network:
         roles = {role: projection(p) for role, p in found.roles.items()}
@@ -102,8 +105,7 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
 
     def unit(found: Unit) -> Unit:
         if isinstance(found, Linears):
-            projections = [projection(p) for p in found.projections]
-            return Linears([replace(p, pruned=False) for p in projections] if config.removes_neurons else projections)
+            return Linears([projection(p) for p in found.projections])
         if isinstance(found, Network):
             return network(found)
         networks = [network(expert) for expert in found.networks]
@@ -116,7 +118,12 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
         replay = block.replay and replace(
             block.replay, module=outer[known[block.replay.module]], last=by_name[block.replay.last.name]
         )
-        bound.append(replace(block, module=outer[known[block.module]], units=units, replay=replay))
+        attention = block.attention and replace(
+            block.attention,
+            output=by_name[block.attention.output.name],
+            inputs=tuple((by_name[p.name], first) for p, first in block.attention.inputs),
+        )
+        bound.append(replace(block, module=outer[known[block.module]], units=units, replay=replay, attention=attention))
     if unmatched:
         first = ", ".join(p.name for p in bound[0].projections())
         raise UserError(
@@ -124,6 +131,17 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
             f"are {first}; embeddings, norms, routers and the head are never pruned. Correct the patterns."
         )
     yield from bound
+
+
+def _may_leave(blocks: Sequence[Block], config: PruningConfig) -> set[str]:
+    """Names of the projections that lose rows or columns if neurons or heads leave."""
+    names = set()
+    for block in blocks:
+        if "neurons" in config.removes:
+            names |= {p.name for network in block.networks for p in network.projections}
+        if "heads" in config.removes and block.attention is not None:
+            names |= {p.name for p in block.attention.projections}
+    return names
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -177,7 +195,31 @@ def _check_units(layout: DecoderLayout, config: PruningConfig) -> None:
         raise UserError(
             f"Pattern neurons removes equally many units from every block, but ignore names {left[0]}. Leave it out of ignore."
         )
-    config.kept_units(widths.pop())
+    config.kept("neurons", widths.pop())
+
+
+def _check_heads(layout: DecoderLayout, config: PruningConfig) -> None:
+    """Refuse pattern heads for a model whose heads cannot leave alone."""
+    name = type(layout.model).__name__
+    without = [block.name for block in layout.blocks if block.attention is None]
+    if without:
+        raise UserError(
+            f"Pattern heads needs attention in every block whose heads can leave, with queries, keys and values one behind the "
+            f"other, but {without[0]} of {name} has none. Use another pattern."
+        )
+    numbers = {(block.attention.heads, block.attention.groups) for block in layout.blocks if block.attention}
+    if len(numbers) != 1:
+        raise UserError(
+            f"Pattern heads needs equally many heads in every block, but {name} has {sorted(numbers)} query and key-value "
+            "heads. Use another pattern."
+        )
+    left = [p.name for b in layout.blocks if b.attention for p in b.attention.projections if not p.pruned]
+    if left:
+        raise UserError(
+            f"Pattern heads removes equally many heads from every block, but ignore names {left[0]}. Leave it out of ignore."
+        )
+    heads, groups = numbers.pop()
+    config.kept("heads", groups if groups > 1 else heads)
 
 
 def _check_groups(layout: DecoderLayout, config: PruningConfig) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -165,6 +166,56 @@ class Experts:
         return [p for network in self.networks for p in network.projections]
 
 
+@dataclass(frozen=True)
+class Attention:
+    """Attention whose heads can leave: the others give the same without them, in any place.
+
+    Args:
+        inputs: of queries, keys and values, each the projection and its first row in it (they may be parts of one).
+        output: the projection of what the heads give.
+        heads: number of query heads.
+        groups: number of key-value heads.
+    """
+
+    inputs: tuple[tuple[Projection, int], ...]
+    output: Projection
+    heads: int
+    groups: int
+
+    @property
+    def removable(self) -> int:
+        """How many can leave one by one: key-value heads with their query heads, or query heads if all share one."""
+        return self.groups if self.groups > 1 else self.heads
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.output.shape[1] // self.heads
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Each once."""
+        return list({p.name: p for p in (*(p for p, _ in self.inputs), self.output)}.values())
+
+    def columns(self, kept: Tensor) -> Tensor:
+        """Those of ``output``, (columns,) bool, for ``kept``, (removable,) bool."""
+        return kept.repeat_interleave(self.output.shape[1] // len(kept))
+
+    def spans(self) -> list[tuple[Projection, int, int]]:
+        """Rows of queries, keys and values, one piece for each that can leave: a projection, the first row, their number."""
+        sizes = (self.heads, self.groups, self.groups)
+        places = zip(self.inputs, sizes, strict=True)
+        return [(p, first, heads * self.head_size) for (p, first), heads in places if heads % self.removable == 0]
+
+    def rows(self, kept: Tensor) -> dict[str, Tensor]:
+        """By name of the projections in :meth:`spans`: (rows,) bool, True = kept."""
+        found: dict[str, Tensor] = {}
+        for p, first, size in self.spans():
+            mask = found.setdefault(p.name, torch.ones(p.shape[0], dtype=torch.bool, device=kept.device))
+            mask[first : first + size] = kept.repeat_interleave(size // len(kept))
+        return found
+
+
 Unit = Linears | Network | Experts
 """What is solved at a time."""
 
@@ -194,6 +245,7 @@ class Block:
         module: of the block.
         units: what is solved at a time, in the order of evaluation.
         replay: see :class:`Replay`. None: every forward runs the whole block.
+        attention: see :class:`Attention`. None: there is none whose heads can leave.
         returns: values that the module returns behind the hidden states. None: it returns no tuple.
         dense: linear layers that cannot be pruned, with the reason.
         order: permutation of the axes of the hidden states that makes them (batch, sequence, ...). None: they are.
@@ -207,6 +259,7 @@ class Block:
     returns: tuple[Any, ...] | None = None
     dense: dict[str, str] = field(default_factory=dict)
     order: tuple[int, ...] | None = None
+    attention: Attention | None = None
 
     def batch_first(self, hidden: Tensor) -> Tensor:
         """Hidden states of the block as (batch, sequence, ...)."""
@@ -267,6 +320,20 @@ class DecoderLayout:
         """The projections of all blocks, in order."""
         for block in self.blocks:
             yield from block.projections()
+
+    @property
+    def units(self) -> int:
+        """Number of hidden units of every block's feed-forward network. 0 if there is no such number, or there are experts."""
+        found = {tuple(network.roles["down"].shape[1] for network in block.networks) for block in self.blocks}
+        experts = any(isinstance(unit, Experts) for block in self.blocks for unit in block.units)
+        widths = next(iter(found), ())
+        return widths[0] if len(found) == len(widths) == 1 and not experts else 0
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of every block's attention that can leave alone. 0 if there is no such number."""
+        found = {0 if block.attention is None else block.attention.removable for block in self.blocks}
+        return found.pop() if len(found) == 1 else 0
 
     @property
     def widest(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from sparsellm_lightning.models import (
     check_shrinkable,
     export_model,
     export_or_rescue,
+    fixed_shrinkage,
     perplexity,
     put_back,
     shrink,
@@ -147,8 +148,8 @@ class SparseLLMCallback(SparseFinetuning):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-        if self.config.shrinks and self.export_dir is not None:
-            check_shrinkable(layout, self.config)
+        if self.config.removed_shares and self.export_dir is not None:
+            check_shrinkable(layout, fixed_shrinkage(layout, self.config))
         if self.export_dir is not None:
             getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
@@ -265,7 +266,7 @@ class SparseLLMCallback(SparseFinetuning):
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        self.report = report_of_sparse(adapter.describe(model, self.config), adapter, self.config.pattern)
+        self.report = report_of_sparse(adapter.describe(model, self.config), adapter, self.config.pattern_name)
         achieved = self.report.sparsity["achieved"]
         if achieved < SPARSE:
             raise UserError(
@@ -292,11 +293,12 @@ class SparseLLMCallback(SparseFinetuning):
         state = None if self.export_dir is None else adapter.state_dict(model)
         report.phases |= self._profile.seconds
         start = time.perf_counter()
-        if self.export_dir is not None and self.config.shrinks:
-            layout = adapter.describe(model, self.config)
-            report.layers, report.sparsity["exported"] = rows_of_smaller(layout, report.layers, self.config)
+        if self.config.removes and self.export_dir is not None:
+            layout = adapter.describe(model, self.config)  # by all ranks together
             if trainer.is_global_zero:
-                model, state = shrink(layout, self.config, state), None
+                smaller = shrink(layout, self.config, state)
+                report.layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
+                model, state = smaller.model, None
 
         def content() -> dict[str, Any]:
             report.phases["export"] = time.perf_counter() - start
@@ -331,17 +333,17 @@ class SparseLLMCallback(SparseFinetuning):
         if not report.config or self.schedule is not None:
             return
         done, asked = report.sparsity["requested"], self.config.requested_sparsity
-        if abs(done - asked) > 1e-6 or report.pattern != self.config.pattern:
+        if abs(done - asked) > 1e-6 or report.pattern != self.config.pattern_name:
             raise UserError(
                 f"This run resumes one that has pruned to {done:g} ({report.pattern}), but the settings ask for {asked:g} "
-                f"({self.config.pattern}). Restore the settings, or start a new run without ckpt_path."
+                f"({self.config.pattern_name}). Restore the settings, or start a new run without ckpt_path."
             )
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):
             layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
             held = [p for p in layout.projections() if p.pruned]
-            if self.config.removes_blocks:
+            if "blocks" in self.config.removes:
                 held += left_out_biases(layout, adapter_for(trainer))
             self.hold(trainer, pl_module, held)
 

@@ -28,7 +28,7 @@ def check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: 
     if config.pattern != "unstructured" or config.sparsity not in (None, list(stages.values())[-1]):
         raise UserError(
             f"schedule gives the sparsity of every stage and needs pattern unstructured, got sparsity {config.sparsity} and "
-            f"pattern {config.pattern}. Leave both out."
+            f"pattern {config.pattern_name}. Leave both out."
         )
     return stages
 

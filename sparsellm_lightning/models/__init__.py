@@ -6,7 +6,7 @@ from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, pe
 from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
-from sparsellm_lightning.models.smaller import check_shrinkable, shrink
+from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
 from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
 
@@ -14,12 +14,15 @@ __all__ = [
     "REPORT_NAME",
     "Buffers",
     "CausalLM",
+    "Shrinkage",
+    "Smaller",
     "Speed",
     "check_export_dir",
     "check_inputs",
     "check_shrinkable",
     "export_model",
     "export_or_rescue",
+    "fixed_shrinkage",
     "inspect_model",
     "load_model",
     "load_tokenizer",

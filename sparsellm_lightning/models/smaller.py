@@ -1,9 +1,10 @@
-"""A smaller dense model from one that has lost hidden units or decoder blocks, in whose place are zeros."""
+"""A smaller dense model from one that has lost hidden units, heads or decoder blocks, in whose place are zeros."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,45 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, unwrapped_names
+from sparsellm_lightning.architecture import Attention, DecoderLayout, Projection, unwrapped_names
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
 Shapes = dict[str, torch.Size]
+
+Cut = dict[str, tuple[int, Tensor]]
+"""Of each parameter that loses entries, by name: the axis, and a bool for each entry along it, True = kept."""
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What leaves a model.
+
+    Args:
+        units: hidden units that every feed-forward network keeps. None: all.
+        heads: heads that every attention keeps of those that can leave alone. None: all.
+        blocks: indices of the blocks that leave.
+    """
+
+    units: int | None = None
+    heads: int | None = None
+    blocks: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A model without what left.
+
+    Args:
+        model: on its own, with whole weights.
+        names: by name of each projection that is left, its name in the smaller model.
+        shapes: by the same names, its shape there.
+    """
+
+    model: PreTrainedModel
+    names: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
 
 
 def rebuilt(
@@ -36,30 +70,35 @@ def rebuilt(
     return whole
 
 
-def check_shrinkable(layout: DecoderLayout, settings: PruningConfig) -> None:
+def fixed_shrinkage(layout: DecoderLayout, settings: PruningConfig) -> Shrinkage:
+    """What the settings' shares remove. Which blocks leave is not known before a run: the last ones stand for them."""
+    blocks = len(layout.blocks)
+    return Shrinkage(
+        settings.kept("neurons", layout.units) if "neurons" in settings.removed_shares else None,
+        settings.kept("heads", layout.heads) if "heads" in settings.removed_shares else None,
+        frozenset(range(settings.kept("blocks", blocks), blocks)),
+    )
+
+
+def check_shrinkable(layout: DecoderLayout, shrinkage: Shrinkage) -> None:
     """Refuse, before any long work, a model whose configuration could not say what is left of it.
 
     Raises:
         UserError: no change of the configuration gives the shapes that a smaller model would have.
     """
-    if settings.removes_neurons:
-        width = layout.networks[0].roles["down"].shape[1]
-        keep = torch.arange(width) < settings.kept_units(width)
-        _narrower_config(layout, _kept_entries(layout, [keep] * len(layout.networks)), int(keep.sum()))
-    elif settings.removes_blocks:
-        blocks = len(layout.blocks)
-        _shallower_config(layout, range(settings.kept_blocks(blocks)))
+    units = [_first(network.roles["down"].shape[1], shrinkage.units) for network in layout.networks]
+    heads = [_first(attention.removable, shrinkage.heads) for attention in _attentions(layout)]
+    left = [block.index for block in layout.blocks if block.index not in shrinkage.blocks]
+    _smaller_config(layout, shrinkage, _cut_units(layout, units), _cut_heads(layout, heads), left)
 
 
-def shrink(
-    layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str, Tensor] | None = None
-) -> PreTrainedModel:
-    """A dense model without the hidden units or blocks that are zero. Its outputs are those of the model with the zeros.
+def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str, Tensor] | None = None) -> Smaller:
+    """A dense model without what the settings' pattern removes. Its outputs are those of the model with zeros in its place.
 
     LoRA adapters are merged.
 
     Args:
-        layout: of the model.
+        layout: of the model. Its zeros say what leaves.
         settings: with which it was pruned.
         state_dict: whole weights of a model that is sharded over ranks. None: the model's own.
 
@@ -69,41 +108,72 @@ def shrink(
     state_dict = layout.model.state_dict() if state_dict is None else state_dict
     if has_adapters(layout.model):
         state_dict = merged_state(layout.model, state_dict)
-    return (_shallower if settings.removes_blocks else _narrower)(layout, settings, state_dict)
+    names = unwrapped_names(layout.model)
 
+    def matrix(p: Projection) -> Tensor:
+        return p.of(state_dict[f"{names[p.module]}.{p.parameter_name}"])
 
-def _narrower(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str, Tensor]) -> PreTrainedModel:
-    units = settings.kept_units(layout.networks[0].roles["down"].shape[1])
-    names, kept = unwrapped_names(layout.model), []
-    for network in layout.networks:
-        p = network.roles["down"]
-        zero = ~p.of(state_dict[f"{names[p.module]}.{p.parameter_name}"]).any(0)
-        # Those that left are zero. A unit that is zero besides may leave as well as they.
-        order = zero.to(torch.uint8).argsort(stable=True)
-        kept.append(torch.zeros_like(zero).index_fill_(0, order[:units], True))
-    entries = _kept_entries(layout, kept)
+    empty = [not any(bool(matrix(p).any()) for p in block.projections()) for block in layout.blocks]
+    left = [b.index for b in layout.blocks if not ("blocks" in settings.removes and empty[b.index])]
+    units = [matrix(network.roles["down"]).any(0) for network in layout.networks]
+    heads = [matrix(a.output).any(0).view(a.removable, -1).any(1) for a in _attentions(layout)]
+    number = _most(units) if "neurons" in settings.removes else None
+    if number is not None:  # a unit that is zero besides may stay, so that the width stays divisible
+        number = min(-(-number // settings.round_to) * settings.round_to, len(units[0]))
+    shrinkage = Shrinkage(
+        number,
+        _most(heads) if "heads" in settings.removes else None,
+        frozenset(b.index for b in layout.blocks) - {*left},
+    )
+    of_units = _cut_units(layout, [_chosen(kept, shrinkage.units) for kept in units])
+    of_heads = _cut_heads(layout, [_chosen(kept, shrinkage.heads) for kept in heads])
+    config, cut = _smaller_config(layout, shrinkage, of_units, of_heads, left), of_units | of_heads
     smaller = {
-        name: tensor.index_select(entries[name][0], entries[name][1].nonzero().flatten().to(tensor.device))
-        if name in entries
+        name: tensor.index_select(cut[name][0], cut[name][1].nonzero().flatten().to(tensor.device))
+        if name in cut
         else tensor
         for name, tensor in state_dict.items()
     }
-    return rebuilt(layout.model, smaller, _narrower_config(layout, entries, units))
+    model = rebuilt(layout.model, _renumbered(layout, left, smaller), config)
+    blocks = [layout.blocks[index] for index in left]
+    places = {
+        p.name: (layout.blocks[place], block, p) for place, block in enumerate(blocks) for p in block.projections()
+    }
+    return Smaller(
+        model,
+        {name: place.name + name.removeprefix(block.name) for name, (place, block, _) in places.items()},
+        {name: _shape(p, cut.get(f"{names[p.module]}.{p.parameter_name}")) for name, (_, _, p) in places.items()},
+    )
 
 
-def _shallower(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str, Tensor]) -> PreTrainedModel:
-    names = unwrapped_names(layout.model)
+def _attentions(layout: DecoderLayout) -> list[Attention]:
+    return [block.attention for block in layout.blocks if block.attention is not None]
 
-    def left(index: int) -> bool:
-        tensors = [
-            p.of(state_dict[f"{names[p.module]}.{p.parameter_name}"]) for p in layout.blocks[index].projections()
-        ]
-        return not any(bool(tensor.any()) for tensor in tensors)
 
-    zero = [left(block.index) for block in layout.blocks]
-    # Those that left are zero.
-    kept = sorted(sorted(range(len(zero)), key=lambda index: zero[index])[: settings.kept_blocks(len(zero))])
-    return rebuilt(layout.model, _renumbered(layout, kept, state_dict), _shallower_config(layout, kept))
+def _most(kept: Sequence[Tensor]) -> int | None:
+    """The largest number of entries that any of these keeps. None if each keeps all."""
+    number = max((int(mask.sum()) for mask in kept), default=0)
+    return None if all(bool(mask.all()) for mask in kept) else number
+
+
+def _chosen(kept: Tensor, number: int | None) -> Tensor:
+    """``number`` entries, (n,) bool: those that are kept, and then the first of the others. None: all entries."""
+    order = (~kept).to(torch.uint8).argsort(stable=True)
+    return torch.zeros_like(kept).index_fill_(0, order[: len(kept) if number is None else number], True)
+
+
+def _first(size: int, number: int | None) -> Tensor:
+    return torch.arange(size) < (size if number is None else number)
+
+
+def _shape(p: Projection, cut: tuple[int, Tensor] | None) -> tuple[int, int]:
+    """The shape that a projection has in the smaller model."""
+    if cut is None:
+        return p.shape
+    axis, kept = cut
+    rows = (axis == 0) != p.transposed
+    number = int((kept[slice(*p.rows)] if rows and p.rows is not None else kept).sum())
+    return (number, p.shape[1]) if rows else (p.shape[0], number)
 
 
 def _renumbered(layout: DecoderLayout, kept: Sequence[int], by_name: dict[str, Any]) -> dict[str, Any]:
@@ -120,79 +190,138 @@ def _renumbered(layout: DecoderLayout, kept: Sequence[int], by_name: dict[str, A
     return found
 
 
-def _kept_entries(layout: DecoderLayout, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
-    """Of each weight and bias that loses entries: the axis, and a bool for each entry along it.
-
-    Args:
-        layout: of the model.
-        kept: of each feed-forward network, (f,) bool.
-    """
-    names = unwrapped_names(layout.model)
-    found: dict[str, tuple[int, Tensor]] = {}
+def _cut_units(layout: DecoderLayout, kept: Sequence[Tensor]) -> Cut:
+    """The entries that weights and biases keep, given those of the hidden units of each feed-forward network, (f,) bool."""
+    names, found = unwrapped_names(layout.model), Cut()
     for network, units in zip(layout.networks, kept, strict=True):
-        down = network.roles["down"]
-        found[f"{names[down.module]}.{down.parameter_name}"] = (0 if down.transposed else 1, units)
-        for p in network.first:
-            name = f"{names[p.module]}.{p.parameter_name}"
-            rows = slice(None) if p.rows is None else slice(*p.rows)
-            total = len(units) if p.rows is None else 2 * len(units)  # gate and up in one matrix
-            axis, entries = found.get(name, (1 if p.transposed else 0, torch.zeros(total, dtype=torch.bool)))
-            entries[rows] = units.cpu()
-            found[name] = axis, entries
-            found[f"{names[p.module]}.bias"] = 0, entries
+        if not units.all():
+            _keep_columns(found, names, network.roles["down"], units)
+            for p in network.first:
+                _keep_rows(found, names, p, units)
     return found
 
 
-def _narrower_config(layout: DecoderLayout, entries: dict[str, tuple[int, Tensor]], units: int) -> PretrainedConfig:
-    """The configuration with fewer hidden units.
+def _cut_heads(layout: DecoderLayout, kept: Sequence[Tensor]) -> Cut:
+    """Likewise, given the heads of each attention, (removable,) bool."""
+    names, found = unwrapped_names(layout.model), Cut()
+    for attention, heads in zip(_attentions(layout), kept, strict=True):
+        if not heads.all():
+            _keep_columns(found, names, attention.output, attention.columns(heads))
+            by_name = {p.name: p for p in attention.projections}
+            for name, rows in attention.rows(heads).items():
+                _keep_rows(found, names, by_name[name], rows)
+    return found
 
-    The setting of the width is found by trial: each that has the width as its value, or no value, is changed. The model that
-    results must have the expected shapes.
-    """
-    model, width = layout.model, layout.networks[0].roles["down"].shape[1]
-    expected = _shapes(_without_weights(model, model.config))
-    for name, (axis, kept) in entries.items():
-        if name in expected:
-            shape = list(expected[name])
-            shape[axis] = int(kept.sum())
-            expected[name] = torch.Size(shape)
-    settings = model.config.get_text_config(decoder=True).to_dict()
+
+def _keep_columns(cut: Cut, names: dict[nn.Module, str], p: Projection, kept: Tensor) -> None:
+    cut[f"{names[p.module]}.{p.parameter_name}"] = (int(not p.transposed), kept.cpu())
+
+
+def _keep_rows(cut: Cut, names: dict[nn.Module, str], p: Projection, kept: Tensor) -> None:
+    name = f"{names[p.module]}.{p.parameter_name}"
+    total = len(kept) if p.rows is None else 2 * len(kept)  # gate and up in one matrix
+    axis, entries = cut.get(name, (int(p.transposed), torch.zeros(total, dtype=torch.bool)))
+    entries[slice(None) if p.rows is None else slice(*p.rows)] = kept.cpu()
+    cut[name] = axis, entries
+    cut[f"{names[p.module]}.{p.bias_name}"] = 0, entries
+
+
+def _smaller_config(
+    layout: DecoderLayout, shrinkage: Shrinkage, of_units: Cut, of_heads: Cut, left: Sequence[int]
+) -> PretrainedConfig:
+    """The configuration of the smaller model, found by trial: a model that is made from it must have the expected shapes."""
+    config = layout.model.config
+    shapes = _shapes(_without_weights(layout.model, config))
+    if shrinkage.units is not None:
+        shapes = _resized(shapes, of_units)
+        config = _narrower_config(layout, config, shapes, shrinkage.units)
+    if shrinkage.heads is not None:
+        shapes = _resized(shapes, of_heads)
+        config = _config_with_heads(layout, config, shapes, shrinkage.heads)
+    if shrinkage.blocks:
+        config = _shallower_config(layout, config, _renumbered(layout, left, shapes), left)
+    return config
+
+
+def _resized(shapes: Shapes, cut: Cut) -> Shapes:
+    def resized(shape: torch.Size, axis: int, kept: Tensor) -> torch.Size:
+        return torch.Size([*shape[:axis], int(kept.sum()), *shape[axis + 1 :]])
+
+    return {name: resized(shape, *cut[name]) if name in cut else shape for name, shape in shapes.items()}
+
+
+def _narrower_config(layout: DecoderLayout, config: PretrainedConfig, expected: Shapes, units: int) -> PretrainedConfig:
+    """The configuration with fewer hidden units. Each setting that has their number as its value, or no value, is tried."""
+    width = layout.networks[0].roles["down"].shape[1]
+    settings = config.get_text_config(decoder=True).to_dict()
     same = [name for name, value in settings.items() if value == width and type(value) is int]
     lists = [name for name, value in settings.items() if isinstance(value, list) and {*map(str, value)} == {str(width)}]
     unset = [name for name, value in settings.items() if value is None]
-    for name in same + lists + unset:
-        config = _changed(model.config, {name: [units] * len(settings[name]) if name in lists else units})
-        if config is not None and _has_shapes(model, config, expected):
-            return config
-    raise UserError(
-        f"Pattern neurons needs a configuration that says how many hidden units there are, but that of {type(model).__name__} "
-        f"has no such setting: {width} is fixed in its code. Use another pattern."
-    )
+    changes = ({name: [units] * len(settings[name]) if name in lists else units} for name in same + lists + unset)
+    found = _fitting(layout.model, config, expected, changes)
+    if found is None:
+        raise UserError(
+            f"Pattern neurons needs a configuration that says how many hidden units there are, but that of "
+            f"{type(layout.model).__name__} has no such setting: {width} is fixed in its code. Use another pattern."
+        )
+    return found
 
 
-def _shallower_config(layout: DecoderLayout, kept: Sequence[int]) -> PretrainedConfig:
+def _config_with_heads(
+    layout: DecoderLayout, config: PretrainedConfig, expected: Shapes, kept: int
+) -> PretrainedConfig:
+    """The configuration with fewer heads of the same size."""
+    attention = _attentions(layout)[0]
+    settings = config.get_text_config(decoder=True).to_dict()
+    heads = attention.heads * kept // attention.removable
+    changes = {"num_attention_heads": heads}
+    if "num_key_value_heads" in settings:
+        changes["num_key_value_heads"] = kept if attention.groups > 1 else 1
+    found = _fitting(layout.model, config, expected, (changes, {**changes, "head_dim": attention.head_size}))
+    if found is None:
+        raise UserError(
+            f"Pattern heads needs a configuration that can say that {heads} of {attention.heads} heads of "
+            f"{attention.head_size} features are left, but that of {type(layout.model).__name__} cannot. Choose another "
+            "sparsity or another pattern."
+        )
+    return found
+
+
+def _shallower_config(
+    layout: DecoderLayout, config: PretrainedConfig, expected: Shapes, kept: Sequence[int]
+) -> PretrainedConfig:
     """The configuration with fewer blocks. Lists with an entry a block lose those of the blocks that left."""
-    model, blocks = layout.model, len(layout.blocks)
-    settings = model.config.get_text_config(decoder=True).to_dict()
+    blocks = len(layout.blocks)
+    settings = config.get_text_config(decoder=True).to_dict()
     changes: dict[str, Any] = {
         name: [value[index] for index in kept]
         for name, value in settings.items()
         if isinstance(value, list) and len(value) == blocks and not name.endswith(("_id", "_ids"))
     }
-    config = _changed(model.config, {**changes, "num_hidden_layers": len(kept)})
-    expected = _renumbered(layout, kept, _shapes(_without_weights(model, model.config)))
-    if config is None or not _has_shapes(model, config, expected) or not _alike(layout, kept, config):
+    found = _fitting(layout.model, config, expected, [{**changes, "num_hidden_layers": len(kept)}])
+    if found is None or not _alike(layout, kept, config, found):
         raise UserError(
-            f"Pattern blocks needs a configuration that says which blocks there are, but that of {type(model).__name__} cannot "
-            f"say that {len(kept)} of {blocks} are left. Use another pattern."
+            f"Pattern blocks needs a configuration that says which blocks there are, but that of {type(layout.model).__name__} "
+            f"cannot say that {len(kept)} of {blocks} are left. Use another pattern."
         )
-    return config
+    return found
 
 
-def _alike(layout: DecoderLayout, kept: Sequence[int], config: PretrainedConfig) -> bool:
-    """Whether the blocks that a configuration gives have the settings of those that are kept, such as attention windows."""
-    old = _without_weights(layout.model, layout.model.config)
-    new = _without_weights(layout.model, config)
+def _fitting(
+    model: PreTrainedModel, config: PretrainedConfig, expected: Shapes, changes: Iterable[dict[str, Any]]
+) -> PretrainedConfig | None:
+    """The first changed configuration of which a model has the expected shapes. None if there is none."""
+    for change in changes:
+        changed = _changed(config, change)
+        if changed is not None and _has_shapes(model, changed, expected):
+            return changed
+    return None
+
+
+def _alike(layout: DecoderLayout, kept: Sequence[int], before: PretrainedConfig, after: PretrainedConfig) -> bool:
+    """Whether the blocks of a configuration have the settings of those that are kept, such as attention windows."""
+    old = _without_weights(layout.model, before)
+    new = _without_weights(layout.model, after)
     return all(
         list(_settings(old.get_submodule(layout.blocks[index].name)))
         == list(_settings(new.get_submodule(layout.blocks[place].name)))
@@ -215,7 +344,10 @@ def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
     try:
         for name, value in changes.items():
             setattr(text, name, value)
-    except (ValueError, TypeError, AttributeError):
+        validate = getattr(text, "validate", None)
+        if validate is not None:  # as from_pretrained does
+            validate()
+    except Exception:  # huggingface_hub's validation has classes of its own
         return None
     return changed
 

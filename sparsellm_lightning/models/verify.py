@@ -148,8 +148,8 @@ def _compare_sparsity(layout: DecoderLayout, report: dict[str, Any]) -> Iterator
 
 def _has_pattern(projection: Projection, pattern: str) -> bool:
     """Whether every group of an N:M pattern has its zeros. True for patterns without groups."""
-    config = PruningConfig(pattern=pattern, sparsity=None if ":" in pattern else 0.5)
-    if config.group == 1:
+    if ":" not in pattern:
         return True
+    config = PruningConfig(pattern=pattern)
     zeros = (projection.matrix == 0).unfold(1, config.group, config.group).sum(-1)
     return bool((zeros >= round(config.group * config.requested_sparsity)).all())

@@ -28,9 +28,7 @@ from sparsellm_lightning.solvers import (
     Solution,
     TokenBuffer,
     check_finite,
-    remove_units,
     solve_locally,
-    with_zeros,
 )
 
 Alternate = Callable[..., Solution]
@@ -70,8 +68,7 @@ def solve_block(
         if isinstance(unit, Linears):
             _solve_linears(context, solver, unit, calibrate(context, block, cache, unit), result)
         elif isinstance(unit, Network):
-            solve = _remove_units if context.config.removes_neurons else _solve_network
-            solve(context, solver, block, unit, cache, alternate, target, on_iteration, result)
+            _solve_network(context, solver, block, unit, cache, alternate, target, on_iteration, result)
         else:
             _solve_experts(context, solver, block, unit, cache, alternate, on_iteration, result)
     return result
@@ -133,63 +130,14 @@ def _solve_network(
     name = f"{block.name}: "
     if alternate is None:
         chunks = cache.chunks()[: cache.chunks_of(cache.fitted)]
-        x = _fitted_input(context, block, network, cache)
+        x = fitted_input(context, block, network, cache)
         solution = _solve_locally(context, feed_forward, x, prune, chunks=chunks, name=name)
     else:
-        x, y = _feed_forward_data(context, block, network, cache, target)
+        x, y = feed_forward_data(context, block, network, cache, target)
         with phase("alternation"):
             solution = alternate(feed_forward, x, y, prune, name=name, on_iteration=on_iteration)
         result.errors, result.held_out_errors = solution.errors, solution.held_out_errors
     _write_network(context, solver, network, feed_forward, solution, result)
-
-
-def _remove_units(
-    context: Context,
-    solver: LayerSolver,
-    block: Block,
-    network: Network,
-    cache: ActivationCache,
-    alternate: Alternate | None,
-    target: FeedForwardTarget | None,
-    on_iteration: Callable[[int, float], None] | None,
-    result: BlockResult,
-) -> None:
-    """Remove hidden units of a feed-forward network. The alternation then fits the smaller one, in which nothing is pruned."""
-    dense, name = feed_forward_of(context, network), f"{block.name}: "
-    if alternate is None:
-        x, y = _fitted_input(context, block, network, cache), None
-    else:
-        x, y = _feed_forward_data(context, block, network, cache, target)
-    chunks = cache.chunks()[: cache.chunks_of(cache.fitted)]
-    with phase("local_solve"):
-        fitted, keep = x[: sum(chunks)], context.config.kept_units(dense.down.shape[1])
-        removal = remove_units(
-            *(dense, fitted, keep, solver.name),
-            damping=context.config.damping,
-            ranks=context.ranks,
-            chunks=chunks,
-            name=name,
-        )
-    small = removal.small
-    if alternate is not None:
-        down = network.roles["down"]
-
-        def stored(rows: dict[str, Tensor], inputs: InputStatistics) -> dict[str, Tensor]:
-            return {role: weight.to(down.parameter.dtype).float() for role, weight in rows.items()}
-
-        with phase("alternation"):
-            solution = alternate(small, x, y, stored, name=name, on_iteration=on_iteration)
-        small, result.errors, result.held_out_errors = (
-            solution.feed_forward,
-            solution.errors,
-            solution.held_out_errors,
-        )
-    weights = with_zeros(small, removal.kept)
-    for role, p in network.roles.items():
-        context.adapter.write_whole(p, weights[role])
-    mine = context.ranks.local_rows(len(dense.down))
-    error = solver.error(dense.down[mine], weights["down"][mine], removal.hidden)
-    result.layer_errors[network.roles["down"].name] = error
 
 
 def _solve_experts(
@@ -286,14 +234,14 @@ def _write_network(
             result.layer_errors[p.name] = solver.error(mine[role], solved, inputs)
 
 
-def _fitted_input(context: Context, block: Block, network: Network, cache: ActivationCache) -> Tensor:
-    """Input of a feed-forward network, (fitted tokens, d)."""
+def fitted_input(context: Context, block: Block, network: Network, cache: ActivationCache) -> Tensor:
+    """Input of a feed-forward network, (fitted tokens, d). For arguments see :func:`calibrate`."""
     x = TokenBuffer(cache.fitted_tokens, network.roles["up"].shape[1], cache.storage)
     observe_input(context, block, cache, network, x.add)
     return x.filled()
 
 
-def _feed_forward_data(
+def feed_forward_data(
     context: Context, block: Block, network: Network, cache: ActivationCache, target: FeedForwardTarget | None
 ) -> tuple[Tensor, Tensor]:
     """Input of a feed-forward network, and the output that it should give, (tokens, d) each."""

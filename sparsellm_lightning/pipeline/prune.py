@@ -122,7 +122,7 @@ def prune_model(
     return PruningReport(
         model=model.config.name_or_path or type(model).__name__,
         method=config.method,
-        pattern=config.pattern,
+        pattern=config.pattern_name,
         sparsity={"requested": config.requested_sparsity, "achieved": achieved},
         perplexity={"dense": None, "pruned": None},
         layers=layers,

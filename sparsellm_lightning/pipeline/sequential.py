@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.allocation import allocate, choose_blocks, leave_out
+from sparsellm_lightning.allocation import allocate, choose_shrinkage, leave_out
 from sparsellm_lightning.architecture import Block, Network
 from sparsellm_lightning.calibration import (
     ActivationCache,
@@ -27,8 +27,10 @@ from sparsellm_lightning.calibration import (
     run_block,
 )
 from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.models import Shrinkage
 from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, solve_block
 from sparsellm_lightning.pipeline.resume import Journal
+from sparsellm_lightning.pipeline.shrink import shrink_block
 from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
 from sparsellm_lightning.reporting import BlockResult
 from sparsellm_lightning.runtime import Placement, Sizes, explaining_memory, phase, place, return_free_memory
@@ -70,14 +72,16 @@ def prune_blocks(
     placement = place(context.config.memory, sizes, context.device)
     cache.move_to(placement.activations)
     solver = LayerSolver(context)
-    removed: set[int] = set()
-    uneven = context.config.allocation != "uniform" or context.config.removes_blocks
-    if uneven and context.config.requested_sparsity > 0:
+    shrinkage = None
+    if context.config.requested_sparsity > 0:
         with phase("allocation"), explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation")):
-            if context.config.removes_blocks:
-                removed = choose_blocks(context, cache, batches)
-            else:
+            if context.config.removes:
+                shrinkage = _shrinkage(context, cache, batches, journal)
+            elif context.config.allocation != "uniform":
                 solver = LayerSolver(context, allocate(context, cache, batches))
+    removed = frozenset() if shrinkage is None else shrinkage.blocks
+    # Blocks before the first that changes are still exact.
+    first = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
     alternate = _alternation(context, cache, windows, placement)
     # The dense model's activations advance beside the pruned model's only if they are a target.
     dense = cache.copy() if context.config.target == "model" else None
@@ -93,17 +97,16 @@ def prune_blocks(
             result = None if journal is None else journal.restore(block)
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
-                # Blocks that leave are not tuned, nor those before the first of them, which are still exact.
-                untouched = block.index in removed or (removed and block.index + 1 < min(removed))
+                untouched = block.index in removed or block.index < first
                 tuning = None if untouched else _plan_tuning(context, block, cache, dense)
-                if context.config.removes_blocks:
+                alternation = alternate if alternates else None
+                if block.index in removed:
+                    leave_out(context, block)
                     result = BlockResult(block.index)
-                    if block.index in removed:
-                        leave_out(context, block)
+                elif shrinkage is not None:
+                    result = shrink_block(context, solver, shrinkage, block, cache, alternation, target, after)
                 else:
-                    result = solve_block(
-                        context, solver, block, cache, alternate if alternates else None, target, after
-                    )
+                    result = solve_block(context, solver, block, cache, alternation, target, after)
                 if tuning is not None:
                     cache.replay_inputs.clear()  # tuning changes what is before them
                     error = _tune(context, block, *tuning, result)
@@ -121,12 +124,25 @@ def prune_blocks(
         yield result
 
 
+def _shrinkage(
+    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], journal: Journal | None
+) -> Shrinkage:
+    """What leaves. It is noted, because a run that goes on measures other seconds."""
+
+    def choose() -> Tensor:
+        found = choose_shrinkage(context, cache, batches)
+        return torch.tensor([found.units or 0, found.heads or 0, *sorted(found.blocks)])
+
+    units, heads, *blocks = (choose() if journal is None else journal.remember("shrinkage", choose)).tolist()
+    return Shrinkage(units or None, heads or None, frozenset(blocks))
+
+
 def _after_iteration(on_iteration: OnIteration, block: int, iteration: int, error: float) -> None:
     return_free_memory()
     on_iteration(block, iteration, error)
 
 
-def _pass_removed(context: Context, first: int, removed: set[int], dense: ActivationCache | None) -> None:
+def _pass_removed(context: Context, first: int, removed: Set[int], dense: ActivationCache | None) -> None:
     """Move the dense model's activations behind the blocks from ``first`` on that will leave, up to the first that stays.
 
     So the block in front of them is tuned to give what they gave.

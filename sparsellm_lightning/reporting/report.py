@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sparsellm_lightning.architecture import DecoderLayout
-from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.models import Smaller
 
 _PACKAGES = ("sparsellm-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics")
 
@@ -182,38 +182,19 @@ def layer_rows(
     return layers, sum(zeros.values()) / sum(p.size for p in projections)
 
 
-def rows_of_smaller(
-    layout: DecoderLayout, layers: list[dict[str, Any]], settings: PruningConfig
-) -> tuple[list[dict[str, Any]], float]:
-    """The report's ``layers``, and the sparsity over all of them, after hidden units or blocks that left are cut out.
+def rows_of_smaller(layers: list[dict[str, Any]], smaller: Smaller) -> tuple[list[dict[str, Any]], float]:
+    """The report's ``layers``, and the sparsity over all of them, after what left is cut out.
 
     Args:
-        layout: of the model with zeros in their place.
-        layers: likewise.
-        settings: with which it was pruned.
+        layers: of the model with zeros in its place.
+        smaller: the model without it.
     """
-    shapes: dict[str, tuple[int, int]] = {}
-    names = {p.name: p.name for p in layout.projections()}
-    if settings.removes_neurons:
-        for network in layout.networks:
-            units = settings.kept_units(network.roles["down"].shape[1])
-            for role, p in network.roles.items():
-                shapes[p.name] = (p.shape[0], units) if role == "down" else (units, p.shape[1])
-    else:
-        shares = {row["name"]: row["sparsity"] for row in layers}
-        left = [block for block in layout.blocks if any(shares[p.name] < 1 for p in block.projections())]
-        names = {
-            p.name: layout.blocks[place].name + p.name.removeprefix(block.name)
-            for place, block in enumerate(left)
-            for p in block.projections()
-        }
     rows, zeros, total = [], 0, 0
-    for row in (row for row in layers if row["name"] in names):
-        before = math.prod(row["shape"])
-        shape = shapes.get(row["name"], row["shape"])
+    for row in (row for row in layers if row["name"] in smaller.names):
+        before, shape = math.prod(row["shape"]), smaller.shapes[row["name"]]
         size = math.prod(shape)
         kept_zeros = round(row["sparsity"] * before) - (before - size)
-        rows.append({**row, "name": names[row["name"]], "shape": list(shape), "sparsity": kept_zeros / size})
+        rows.append({**row, "name": smaller.names[row["name"]], "shape": list(shape), "sparsity": kept_zeros / size})
         zeros, total = zeros + kept_zeros, total + size
     return rows, zeros / total
 

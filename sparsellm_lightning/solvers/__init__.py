@@ -10,6 +10,7 @@ from sparsellm_lightning.solvers.activations import (
 )
 from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.auxiliaries import Penalties
+from sparsellm_lightning.solvers.columns import choose_columns, refit_columns, refits, surgeon
 from sparsellm_lightning.solvers.errors import NumericalError
 from sparsellm_lightning.solvers.factorization import Factor, factorize, spd_inverse
 from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
@@ -52,6 +53,7 @@ __all__ = [
     "Unstructured",
     "admm",
     "check_finite",
+    "choose_columns",
     "count",
     "counted_by",
     "empty",
@@ -60,6 +62,8 @@ __all__ = [
     "magnitude",
     "moved",
     "preactivation_step",
+    "refit_columns",
+    "refits",
     "relative_error",
     "remove_units",
     "solve_feed_forward",
@@ -69,6 +73,7 @@ __all__ = [
     "sparsegpt",
     "spd_inverse",
     "split_sizes",
+    "surgeon",
     "wanda",
     "with_zeros",
     "without_units",

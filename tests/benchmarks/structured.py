@@ -36,6 +36,8 @@ UNIT_ROWS: dict[str, dict[str, Any]] = {
     "balanced, method=sparsellm": {"preset": "balanced", "method": "sparsellm"},
     "best": {"preset": "best"},
 }
+BUDGETS = {"80 % of parameters": 0.8, "70 % of parameters": 0.7}
+BUDGET_ROWS: dict[str, Any] = {"units": "neurons", "blocks": "blocks", "mixture": "parameters"}
 DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "ShortGPT": {},
     "paper": {"preset": "paper"},
@@ -83,12 +85,19 @@ def baseline_job(job: Job) -> Job:
 
 def flap(model: Any, windows: Tensor, share: float) -> None:
     """FLAP with equally many units a block, block after block on what the pruned blocks before give."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    first = model.model.layers[0]
+    hook = first.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
+    for batch in windows.split(8):
+        model.model(input_ids=batch)
+    hook.remove()
+    states = [hidden for hidden, _ in calls]
     for layer in model.model.layers:
         down = layer.mlp.down_proj
         seen: list[Tensor] = []
         hook = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
-        for batch in windows.split(8):
-            model.model(input_ids=batch)
+        for hidden, (_, kwargs) in zip(states, calls, strict=True):
+            layer(hidden, **kwargs)
         hook.remove()
         h = torch.cat(seen)
         scores_of_units = h.var(0) * down.weight.square().sum(0)
@@ -97,6 +106,7 @@ def flap(model: Any, windows: Tensor, share: float) -> None:
         down.weight[:, gone] = 0
         layer.mlp.gate_proj.weight[gone] = 0
         layer.mlp.up_proj.weight[gone] = 0
+        states = [layer(hidden, **kwargs) for hidden, (_, kwargs) in zip(states, calls, strict=True)]
 
 
 def shortgpt(model: Any, windows: Tensor, count: int) -> None:

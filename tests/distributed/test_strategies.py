@@ -133,7 +133,14 @@ def test_same_answer_on_any_number_of_ranks(
 
 @pytest.mark.parametrize(
     ("name", "pattern", "strategy"),
-    [("llama", "neurons", "fsdp2"), ("gpt2", "neurons", "ddp"), ("gpt2", "blocks", "fsdp2")],
+    [
+        ("llama", {"neurons": 0.4, "heads": 0.5}, "fsdp2"),
+        ("gpt2", "neurons", "ddp"),
+        ("gpt2", "blocks", "fsdp2"),
+        pytest.param("llama", {"neurons": 0.4, "heads": 0.5, "blocks": 1}, "ddp", marks=pytest.mark.slow),
+        pytest.param("llama", {"parameters": 0.6}, "ddp", marks=pytest.mark.slow),
+        pytest.param("llama", {"parameters": 0.6}, "fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_smaller_models(
     tmp_path: Path,
@@ -141,14 +148,14 @@ def test_smaller_models(
     ranks: Callable[[int], RankPool],
     alone: Callable[..., Exported],
     name: str,
-    pattern: str,
+    pattern: str | dict[str, float],
     strategy: str,
 ) -> None:
-    """Two ranks remove the same units and blocks as one, and export the same weights. Nothing is tuned here."""
+    """Two ranks remove the same units, heads and blocks as one, and export the same weights. Nothing is tuned here."""
     pruner = {
         "preset": "paper",
         "pattern": pattern,
-        "sparsity": 0.4,
+        "sparsity": 0.4 if isinstance(pattern, str) else None,
         "round_to": 16,
         "num_calibration_samples": WINDOWS,
     }

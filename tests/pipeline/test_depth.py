@@ -52,7 +52,7 @@ def test_greedy_choice() -> None:
     windows = calibration_batches(batches)
     with torch.no_grad():
         cache = capture(context, windows, 8)
-        found = choose_blocks(context, cache, windows)
+        found = choose_blocks(context, cache, windows, number=3)
 
         def log_probabilities(model: PreTrainedModel) -> Tensor:
             # The probe looks at every token of these few windows that counts.
@@ -71,7 +71,8 @@ def test_greedy_choice() -> None:
                 if index not in expected
             }
             expected.add(min(divergences, key=lambda index: divergences[index]))
-    assert found == expected
+    assert set(found) == expected
+    assert list(found.values()) == sorted(found.values())
 
 
 @pytest.mark.parametrize(

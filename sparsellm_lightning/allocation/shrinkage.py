@@ -1,0 +1,236 @@
+"""What leaves a model as a whole: hidden units, heads, decoder blocks, or a mixture that meets a budget."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sparsellm_lightning.allocation.depth import choose_blocks
+from sparsellm_lightning.allocation.divergence import OutputProbe
+from sparsellm_lightning.allocation.sensitivity import BlockStatistics, depth_discount, sample_of
+from sparsellm_lightning.architecture import Block, Projection
+from sparsellm_lightning.calibration import ActivationCache, Context, run_block
+from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import Shrinkage, check_shrinkable, fixed_shrinkage
+from sparsellm_lightning.solvers import refit_columns, surgeon
+
+_TIMINGS = 5  # forwards of a block, of whose seconds the median counts
+
+Damage = Callable[[int], float]
+"""Number of units or heads that leave every block -> divergence of the output, by block summed."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of a decoder block, or seconds of a forward of it.
+
+    Args:
+        units: of what falls with the number of hidden units.
+        heads: of what falls with the number of heads.
+        rest: of what is left.
+    """
+
+    units: float
+    heads: float
+    rest: float
+
+    def of(self, units: float, heads: float) -> float:
+        """With these shares of the units and heads."""
+        return self.units * units + self.heads * heads + self.rest
+
+
+def choose_shrinkage(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Shrinkage:
+    """What the settings' pattern removes. Which blocks, and how a budget is divided, is measured on the dense model.
+
+    Args:
+        context: of the run.
+        cache: activations in front of the first block.
+        batches: this rank's calibration windows, those of the cache.
+
+    Raises:
+        UserError: a budget that cannot be met; see also :func:`~sparsellm_lightning.allocation.choose_blocks`.
+    """
+    if context.config.budget is not None:
+        return _spend(context, cache, batches)
+    found = fixed_shrinkage(context.layout, context.config)
+    if not found.blocks:
+        return found
+    return replace(found, blocks=frozenset(choose_blocks(context, cache, batches, len(found.blocks))))
+
+
+def _spend(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Shrinkage:
+    """The mixture of units, heads and blocks of least damage that meets the budget.
+
+    Damages are measured one by one and taken to add up: of units and heads, each block's alone, at the number that would meet
+    the budget, and at other numbers in proportion to the local error; of blocks, in the order in which they leave. They are
+    discounted by depth as in :func:`~sparsellm_lightning.allocation.allocate`.
+    """
+    config, layout = context.config, context.layout
+    assert config.budget is not None
+    name, share = config.budget
+    costs = [_parameters(block) for block in layout.blocks]
+    if name == "latency":
+        costs = _seconds(context, sample_of(context, cache))
+    limit = share * sum(cost.of(1, 1) for cost in costs)
+    total = len(layout.blocks)
+    damage_of_units, damage_of_heads = _damages(context, cache, batches, 1 - share)
+    try:
+        leaving = choose_blocks(context, cache, batches, min(math.ceil((1 - share) * total), total - 1))
+    except UserError:  # blocks that are more than a sum: units and heads have to do
+        leaving = {}
+    found: list[tuple[float, Shrinkage]] = []
+    depth_damage, before, gone = 0.0, 0.0, []
+    for block in [None, *leaving]:
+        if block is not None:
+            gone.append(block)
+            depth_damage += depth_discount(block, total, config) * max(leaving[block] - before, 0.0)
+            before = leaving[block]
+        left = [cost for index, cost in enumerate(costs) if index not in gone]
+        for heads in range(layout.heads, 0, -1) if layout.heads else [0]:
+            units = _units_within(left, limit, heads / (layout.heads or 1), layout.units, config.round_to)
+            if units is not None:
+                damage = depth_damage + damage_of_units(layout.units - units) + damage_of_heads(layout.heads - heads)
+                shrinkage = Shrinkage(
+                    units if units < layout.units else None,
+                    heads if heads < layout.heads else None,
+                    frozenset(gone),
+                )
+                found.append((damage, shrinkage))
+    for _, shrinkage in sorted(found, key=lambda pair: pair[0]):
+        try:
+            check_shrinkable(layout, shrinkage)
+        except UserError:  # such as a number of heads that the configuration refuses
+            continue
+        return shrinkage
+    raise UserError(
+        f"A budget must be met by leaving out hidden units, heads and blocks, but no mixture brings "
+        f"{type(layout.model).__name__} to {share:g} of its {name}. Raise the share, lower round_to, or choose another pattern."
+    )
+
+
+def _units_within(left: Sequence[Cost], limit: float, heads: float, width: int, step: int) -> int | None:
+    """The largest number of hidden units, a multiple of ``step`` or all, that keeps the cost within a limit."""
+    choices = [width, *range((width - 1) // step * step, 0, -step)]
+    cost = {units: sum(cost.of(units / (width or 1), heads) for cost in left) for units in choices}
+    return next((units for units in choices if cost[units] <= limit * (1 + 1e-9)), None)
+
+
+def _parameters(block: Block) -> Cost:
+    units = sum(p.size for network in block.networks for p in network.projections)
+    heads = 0 if block.attention is None else _head_parameters(block)
+    total = sum(p.size for p in block.projections())
+    return Cost(units, heads, total - units - heads)
+
+
+def _head_parameters(block: Block) -> int:
+    assert block.attention is not None
+    return block.attention.output.size + sum(rows * p.shape[1] for p, _, rows in block.attention.spans())
+
+
+def _seconds(context: Context, sample: ActivationCache) -> list[Cost]:
+    """Median seconds of a forward of each block over one batch, mean over ranks."""
+    one, found = sample.part([0]), []
+    for block in context.layout.blocks:
+        of_units = {p.module for network in block.networks for p in network.projections}
+        of_heads = {p.module for p in block.attention.projections} if block.attention else set()
+        runs = []
+        for _ in range(_TIMINGS):
+            clock = _Clock(context.device)
+            with ExitStack() as hooks:
+                for module in of_units | of_heads:
+                    hooks.callback(module.register_forward_pre_hook(clock.start).remove)
+                    hooks.callback(module.register_forward_hook(clock.stop).remove)
+                start = clock.now()
+                hidden = run_block(context, block, one)
+                total = clock.now() - start
+            units = sum(clock.seconds.get(module, 0.0) for module in of_units)
+            heads = sum(clock.seconds.get(module, 0.0) for module in of_heads)
+            runs.append((units, heads, total - units - heads))
+        one.hidden = hidden
+        medians = torch.tensor(
+            [statistics.median(column) for column in zip(*runs, strict=True)],
+            dtype=torch.float64,
+            device=context.device,
+        )
+        context.ranks.sum_(medians)
+        found.append(Cost(*medians.tolist()))
+    return found
+
+
+class _Clock:
+    """Seconds inside modules, by hooks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[nn.Module, float] = {}
+        self._started = 0.0
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def start(self, module: nn.Module, args: Any) -> None:
+        self._started = self.now()
+
+    def stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.seconds[module] = self.seconds.get(module, 0.0) + self.now() - self._started
+
+
+def _damages(
+    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], share: float
+) -> tuple[Damage, Damage]:
+    """Damage of removing a number of units, and of heads, from every block."""
+    config, layout = context.config, context.layout
+    sample, probe = sample_of(context, cache), OutputProbe(context, batches)
+    by_units = np.zeros(layout.units + 1)
+    by_heads = np.zeros(layout.heads + 1)
+    for block in layout.blocks:
+        inputs = BlockStatistics(context, block, sample)
+        weight = depth_discount(block.index, len(layout.blocks), config)
+        if layout.units:
+            (network,) = block.networks
+            by_units += weight * _curve(context, probe, block, network.roles["down"], inputs, layout.units, share)
+        if layout.heads and block.attention is not None:
+            by_heads += weight * _curve(context, probe, block, block.attention.output, inputs, layout.heads, share)
+        probe.advance(block)
+    return lambda number: float(by_units[number]), lambda number: float(by_heads[number])
+
+
+def _curve(
+    context: Context,
+    probe: OutputProbe,
+    block: Block,
+    p: Projection,
+    inputs: BlockStatistics,
+    groups: int,
+    share: float,
+) -> NDArray[np.float64]:
+    """Damage of removing 0 to ``groups`` groups of columns of a projection. The output is measured at ``share`` of them."""
+    statistics, weight = inputs[p.name], context.adapter.whole(p)
+    at = min(max(round(share * groups), 1), groups - 1)
+    if at < 1:
+        return np.zeros(groups + 1)
+    size = p.shape[1] // groups
+    order, errors = surgeon(weight, statistics, groups - 1, size)
+    kept = torch.ones(groups, dtype=torch.bool, device=weight.device).index_fill_(0, order[:at], False)
+    columns = kept.repeat_interleave(size)
+    without = torch.zeros_like(weight)
+    without[:, columns] = refit_columns(weight, statistics, columns)
+    context.adapter.write_whole(p, without)
+    divergence = probe.divergence(block)
+    context.adapter.write_whole(p, weight)
+    counts, values = ([pair[i] for pair in errors] for i in (0, 1))
+    curve: NDArray[np.float64] = np.interp(np.arange(groups + 1), counts, values)
+    return divergence * curve / (curve[at] or 1.0)

@@ -1,0 +1,135 @@
+"""Groups of columns of a matrix: which to remove, and the other columns that make up for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.solvers.factorization import factorize
+from sparsellm_lightning.solvers.flops import count
+from sparsellm_lightning.solvers.statistics import InputStatistics
+
+_STEPS = 512  # largest number of times that the scores are computed anew
+
+
+def choose_columns(
+    weight: Tensor, inputs: InputStatistics, keep: int, solver: str, magnitudes: Tensor, size: int = 1
+) -> Tensor:
+    """Groups of ``size`` neighbouring columns to keep, by the criterion of a local solver.
+
+    ``magnitude``: the largest ``magnitudes``. ``wanda``: the largest sums of ``|W_ij| ‖x_j‖`` (Wanda-sp). ``sparsegpt`` and
+    ``admm``: optimal brain surgeon, see :func:`columns_by_surgeon`.
+
+    Args:
+        weight: W, (rows, columns) float32, whole.
+        inputs: statistics of its input.
+        keep: number of groups to keep.
+        solver: name.
+        magnitudes: (columns / size,), of whatever leaves with each group.
+        size: of a group.
+
+    Returns:
+        (columns / size,) bool, True = kept.
+    """
+    if refits(solver):
+        return columns_by_surgeon(weight, inputs, keep, size)
+    if solver == "wanda":
+        magnitudes = (weight.abs().sum(0) * inputs.gram.diagonal().clamp(min=0).sqrt()).view(-1, size).sum(1)
+    kept = torch.zeros_like(magnitudes, dtype=torch.bool)
+    kept[magnitudes.argsort(descending=True, stable=True)[:keep]] = True
+    return kept
+
+
+def refits(solver: str) -> bool:
+    """Whether a solver changes the columns that are left."""
+    return solver in ("sparsegpt", "admm")
+
+
+def columns_by_surgeon(weight: Tensor, inputs: InputStatistics, keep: int, size: int = 1) -> Tensor:
+    """Remove, one after the other, the group of columns without which the others can best give the output.
+
+    Args:
+        weight, inputs, size: see :func:`surgeon`.
+        keep: number of groups to keep.
+
+    Returns:
+        (columns / size,) bool, True = kept.
+    """
+    groups = weight.shape[1] // size
+    order, _ = surgeon(weight, inputs, groups - keep, size)
+    return torch.ones(groups, dtype=torch.bool, device=weight.device).index_fill_(0, order, False)
+
+
+def surgeon(
+    weight: Tensor, inputs: InputStatistics, remove: int, size: int = 1
+) -> tuple[Tensor, list[tuple[int, float]]]:
+    """The order in which optimal brain surgeon removes groups of columns, and the error after each step.
+
+    With ``H = XᵀX / n + λI``, the squared error of removing the columns j, the others making up for it as well as they can, is
+
+        ``tr(W_j ((H⁻¹)_jj)⁻¹ W_jᵀ)``
+
+    Then ``W −= W_j ((H⁻¹)_jj)⁻¹ (H⁻¹)_j``, and the same for ``H⁻¹``. Of more than
+    512 groups to remove, several leave at a time, which do not see each other.
+
+    Args:
+        weight: W, (rows, columns) float32.
+        inputs: statistics of its input, whose damping gives λ.
+        remove: number of groups to remove.
+        size: number of columns in a group.
+
+    Returns:
+        (remove,) indices of groups; and pairs of a number of removed groups, ascending from 0, and the squared error
+        ``‖X(W − Ŵ)ᵀ‖² / n + λ‖W − Ŵ‖²``, Ŵ having made up for them.
+    """
+    upper = inputs.factor.upper
+    inverse, weight = upper.T @ upper, weight.masked_fill(inputs.factor.dead, 0)
+    groups = torch.arange(len(inverse), device=weight.device).view(-1, size)
+    left = torch.ones(len(groups), dtype=torch.bool, device=weight.device)
+    order, errors = [], [(0, 0.0)]
+    for step in range(min(_STEPS, remove)):
+        together = remove * (step + 1) // min(_STEPS, remove) - remove * step // min(_STEPS, remove)
+        scores = torch.full(left.shape, torch.inf, device=weight.device)
+        scores[left] = _losses(weight, inverse, groups[left])
+        leaving = scores.topk(together, largest=False).indices
+        left[leaving] = False
+        order.append(leaving)
+        columns = groups[leaving].flatten()
+        solved = torch.linalg.solve(
+            inverse[columns][:, columns], torch.cat([inverse[columns], weight[:, columns].T], 1)
+        )
+        solved, compensated = solved.split([len(inverse), len(weight)], 1)
+        errors.append((errors[-1][0] + together, errors[-1][1] + float((weight[:, columns] * compensated.T).sum())))
+        weight -= weight[:, columns] @ solved
+        inverse -= inverse[:, columns] @ solved
+        count(2 * len(columns) * (weight.numel() + inverse.numel()))
+    return torch.cat(order) if order else left.new_zeros(0, dtype=torch.long), errors
+
+
+def _losses(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
+    """Squared error of removing each group, (groups,). ``groups`` has the columns of each, (groups, size)."""
+    if groups.shape[1] == 1:
+        columns = groups.flatten()
+        return weight.square().sum(0)[columns] / inverse.diagonal()[columns].clamp(min=1e-30)
+    blocks = inverse[groups[:, :, None], groups[:, None, :]]
+    parts = weight.T[groups]
+    solved: Tensor = torch.linalg.solve(blocks, parts)
+    return (parts * solved).sum((1, 2))
+
+
+def refit_columns(weight: Tensor, inputs: InputStatistics, kept: Tensor) -> Tensor:
+    """The kept columns K that give the output best without the removed ones R, (rows, |K|).
+
+    With ``H = XᵀX / n + λI`` it is ``W_K + W_R H_RK (H_KK)⁻¹``.
+
+    Args:
+        weight: W, (rows, columns) float32.
+        inputs: statistics of its input, whose damping gives λ.
+        kept: (columns,) bool.
+    """
+    gram = inputs.gram[kept][:, kept]
+    # λ stays that of the whole matrix.
+    damping = inputs.damping * float(inputs.gram.diagonal().mean()) / (float(gram.diagonal().mean()) or 1.0)
+    factor = factorize(gram, damping, inputs.name)
+    count(2 * weight.shape[0] * inputs.gram.numel())
+    return weight[:, kept] + factor.solve(weight[:, ~kept] @ inputs.gram[~kept][:, kept])

@@ -1,0 +1,140 @@
+"""Patterns of several shares, and budgets that are divided over units, heads and blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.batches import random_batches
+from support.models import VOCABULARY, build_model
+from support.runs import calibration_batches, make_context
+from support.training import OwnModule, trainer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
+from sparsellm_lightning.allocation import choose_shrinkage
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.calibration import capture
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.models import verify_export
+
+SETTINGS: dict[str, Any] = {"round_to": 16, "num_calibration_samples": 8, "reconstruction_steps": 3}
+
+
+def block_parameters(model: PreTrainedModel) -> int:
+    return sum(p.size for p in describe(model).projections())
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("llama", {"neurons": 0.25, "heads": 0.5, "blocks": 1}),
+        ("llama", {"parameters": 0.6}),
+        ("llama", {"latency": 0.6}),
+        ("gemma3", {"neurons": 0.5, "heads": 0, "blocks": 0.3}),
+        ("gemma3", {"parameters": 0.5}),
+        ("phi3", {"neurons": 0.5, "heads": 0.5}),
+        ("gpt2", {"parameters": 0.7}),  # its heads cannot leave
+        ("opt-350m", {"parameters": 0.8}),  # nor can blocks with a norm behind the sum
+        ("mixtral", {"parameters": 0.6}),  # nor experts' units
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}{v:g}" for k, v in value.items()),
+)
+def test_the_export_is_smaller_and_gives_the_same_logits(name: str, pattern: dict[str, float], tmp_path: Path) -> None:
+    pruner = SparseLLMCallback(
+        **SETTINGS, pattern=pattern, finetune=name == "llama", export_dir=str(tmp_path / "out"), measure=False
+    )
+    model, dense = build_model(name), build_model(name)
+    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner, max_steps=3).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert verify_export(tmp_path / "out") == []
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    assert report["sparsity"]["exported"] == 0
+    found, full = describe(smaller), describe(dense)
+    share = block_parameters(smaller) / block_parameters(dense)
+    if "parameters" in pattern:
+        assert 0.6 * pattern["parameters"] < share <= pattern["parameters"]
+    else:
+        assert share < 1
+    if "neurons" in pattern:
+        assert found.units == round((1 - pattern["neurons"]) * full.units / 16) * 16
+        attentions = [model.blocks[0].attention for model in (found, full)]
+        assert attentions[0] is not None
+        assert attentions[1] is not None
+        assert attentions[0].groups == round((1 - pattern.get("heads", 0)) * attentions[1].groups)
+        gone = pattern.get("blocks", 0)
+        assert len(found.blocks) == len(full.blocks) - (gone if gone >= 1 else round(gone * len(full.blocks)))
+
+
+def test_a_budget_is_spent_on_what_matters_least(
+    trained: Callable[[str], PreTrainedModel], text: TextDataModule
+) -> None:
+    """The mixture loses no more than any single pattern with as few parameters."""
+    dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
+    patterns: dict[str, dict[str, float]] = {
+        "budget": {"parameters": 0.7},
+        "neurons": {"neurons": 0.47},
+        "heads": {"heads": 0.5, "neurons": 0.15},
+        "blocks": {"blocks": 1},
+    }
+    for name, pattern in patterns.items():
+        model = trained("llama")
+        config = PruningConfig(pattern=pattern, round_to=4, preset="paper", num_calibration_samples=128)
+        prune_model(model, text.train_dataloader(), config)
+        lost[name] = math.log(perplexity(model, text.val_dataloader()) / dense)
+    assert lost["budget"] <= 1.01 * min(lost["neurons"], lost["heads"], lost["blocks"])
+
+
+def test_a_budget_leaves_the_model_as_it_was_until_it_is_spent() -> None:
+    model = build_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    context = make_context(model, PruningConfig(**SETTINGS, pattern={"parameters": 0.6}))
+    windows = calibration_batches(random_batches())
+    with torch.no_grad():
+        choose_shrinkage(context, capture(context, windows, 8), windows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({}, "pattern must give neurons, heads and blocks"),
+        ({"neurons": 0.2, "parameters": 0.5}, "pattern must give neurons, heads and blocks"),
+        ({"layers": 0.2}, "pattern's names must be one of neurons, heads, blocks, parameters, latency, got 'layers'"),
+        ({"neurons": 1.5}, "neurons must be a share below 1, got 1.5"),
+        ({"blocks": 2.5}, "blocks must be a share below 1 or a number of blocks, got 2.5"),
+        ({"parameters": 0}, "parameters must be a share below 1, got 0"),
+        ("layers", "pattern must be 'unstructured', 'neurons', 'heads', 'blocks', kept:group"),
+    ],
+)
+def test_patterns_that_are_none(pattern: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PruningConfig(pattern=pattern)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match="gives the shares, got sparsity 0.5 too"):
+        PruningConfig(pattern={"neurons": 0.2}, sparsity=0.5)
+    with pytest.raises(UserError, match=r"keep some of 3 blocks, but 3 blocks keep"):
+        describe(build_model("llama"), PruningConfig(pattern={"blocks": 3}))
+    with pytest.raises(UserError, match="no mixture brings LlamaForCausalLM to 0.01 of its parameters"):
+        prune_model(build_model("llama"), random_batches(), PruningConfig(**SETTINGS, pattern={"parameters": 0.01}))
+
+
+def test_shares_of_0_remove_nothing() -> None:
+    model = build_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prune_model(model, random_batches(), PruningConfig(**SETTINGS, pattern={"neurons": 0.0, "heads": 0}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,91 @@
+"""Removing groups of columns, against brute force and closed forms in float64."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.solvers import SINGLE, Gram, InputStatistics, choose_columns, refit_columns, surgeon
+
+ROWS, GROUPS, TOKENS, DAMPING = 7, 6, 60, 1e-3
+
+
+def problem(size: int, seed: int = 0) -> tuple[Tensor, InputStatistics, Tensor]:
+    """A weight, statistics of its input, and ``H = XᵀX / n + λI`` in float64. Inputs are correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = GROUPS * size
+    x = torch.randn(TOKENS, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    gram = Gram(columns)
+    gram.add(x)
+    weight = torch.randn(ROWS, columns, generator=generator)
+    statistics = InputStatistics(gram.mean(SINGLE), DAMPING)
+    exact = x.double().T @ x.double() / TOKENS
+    return weight, statistics, exact + DAMPING * exact.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+
+
+def best_error(weight: Tensor, h: Tensor, kept: Tensor) -> float:
+    """``min tr((W − V) H (W − V)ᵀ)`` over V that is zero in the columns that are not kept."""
+    removed = weight.double()[:, ~kept]
+    schur = h[~kept][:, ~kept] - h[~kept][:, kept] @ torch.linalg.solve(h[kept][:, kept], h[kept][:, ~kept])
+    return float((removed @ schur @ removed.T).trace())
+
+
+def columns_of(groups: Tensor, size: int) -> Tensor:
+    return groups.repeat_interleave(size)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_errors_are_those_of_the_best_refit(size: int) -> None:
+    weight, statistics, h = problem(size)
+    order, errors = surgeon(weight, statistics, GROUPS - 1, size)
+    assert sorted(order.tolist()) == sorted({*order.tolist()})
+    assert [number for number, _ in errors] == list(range(GROUPS))
+    for number, error in errors[1:]:
+        kept = torch.ones(GROUPS, dtype=torch.bool).index_fill_(0, order[:number], False)
+        assert error == pytest.approx(best_error(weight, h, columns_of(kept, size)), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_group_is_the_best_one_and_several_are_nearly(size: int) -> None:
+    best = {1: 0.0, 3: 0.0}
+    found = dict.fromkeys(best, 0.0)
+    for seed in range(6):
+        weight, statistics, h = problem(size, seed)
+        for number in best:
+            choices = [
+                torch.ones(GROUPS, dtype=torch.bool).index_fill_(0, torch.tensor(removed), False)
+                for removed in combinations(range(GROUPS), number)
+            ]
+            best[number] += min(best_error(weight, h, columns_of(kept, size)) for kept in choices)
+            kept = choose_columns(weight, statistics, GROUPS - number, "sparsegpt", torch.zeros(GROUPS), size)
+            assert int(kept.sum()) == GROUPS - number
+            found[number] += best_error(weight, h, columns_of(kept, size))
+    assert found[1] == pytest.approx(best[1], rel=1e-6)
+    assert found[3] < 1.25 * best[3]
+
+
+def test_wanda_and_magnitude_add_up_over_a_group() -> None:
+    weight, statistics, _ = problem(3)
+    scores = (weight.abs() * statistics.gram.diagonal().sqrt()).sum(0).view(GROUPS, 3).sum(1)
+    magnitudes = torch.arange(GROUPS).float()
+    for solver, expected in (("wanda", scores), ("magnitude", magnitudes)):
+        kept = choose_columns(weight, statistics, 2, solver, magnitudes, 3)
+        assert set(kept.nonzero().flatten().tolist()) == set(expected.topk(2).indices.tolist())
+
+
+def test_refit_is_the_least_squares_solution() -> None:
+    weight, statistics, h = problem(1)
+    kept = torch.tensor([True, False, True, True, False, True])
+    expected = weight.double() @ h[:, kept] @ torch.linalg.inv(h[kept][:, kept])
+    torch.testing.assert_close(refit_columns(weight, statistics, kept).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_are_not_changed() -> None:
+    weight, statistics, _ = problem(3)
+    before = weight.clone(), statistics.gram.clone()
+    surgeon(weight, statistics, 4, 3)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(statistics.gram, before[1])
