@@ -36,14 +36,19 @@ UNIT_ROWS: dict[str, dict[str, Any]] = {
     "balanced, method=sparsellm": {"preset": "balanced", "method": "sparsellm"},
     "best": {"preset": "best"},
 }
-BUDGETS = {"80 % of parameters": 0.8, "70 % of parameters": 0.7}
-BUDGET_ROWS: dict[str, Any] = {"units": "neurons", "blocks": "blocks", "mixture": "parameters"}
 DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "ShortGPT": {},
     "paper": {"preset": "paper"},
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
+}
+
+
+# With as many parameters as the budget at most: three quarters of a block of SmolLM2 are its feed-forward network.
+BUDGETS: dict[str, dict[str, dict[str, float]]] = {
+    "80 % of parameters": {"units": {"neurons": 0.29}, "blocks": {"blocks": 6}, "mixture": {"parameters": 0.8}},
+    "70 % of parameters": {"units": {"neurons": 0.41}, "blocks": {"blocks": 9}, "mixture": {"parameters": 0.7}},
 }
 
 
@@ -58,6 +63,9 @@ def cells(blocks: int) -> dict[str, Job]:
         for row, config in DEPTH_ROWS.items():
             settings = {"config": {**config, "pattern": "blocks", "sparsity": count / blocks}}
             found[f"{row}, {column}"] = settings if config else {"shortgpt": count}
+    for column, patterns in BUDGETS.items():
+        for row, pattern in patterns.items():
+            found[f"{row}, {column}"] = {"config": {"preset": "balanced", "pattern": pattern}}
     return found
 
 
@@ -167,6 +175,8 @@ def main() -> None:
             f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",
             table(known, UNIT_ROWS, UNITS),
             table(known, DEPTH_ROWS, DEPTHS),
+            "Preset `balanced`, one pattern or a mixture, with at most as many parameters in the decoder blocks:",
+            table(known, dict.fromkeys(("units", "blocks", "mixture")), BUDGETS),
         ]
     )
     if options.results:

@@ -129,7 +129,7 @@ def test_refusals() -> None:
         PruningConfig(pattern={"neurons": 0.2}, sparsity=0.5)
     with pytest.raises(UserError, match=r"keep some of 3 blocks, but 3 blocks keep"):
         describe(build_model("llama"), PruningConfig(pattern={"blocks": 3}))
-    with pytest.raises(UserError, match="no mixture brings LlamaForCausalLM to 0.01 of its parameters"):
+    with pytest.raises(UserError, match=r"no mixture brings LlamaForCausalLM to 0\.01 of its parameters"):
         prune_model(build_model("llama"), random_batches(), PruningConfig(**SETTINGS, pattern={"parameters": 0.01}))
 
 
