@@ -1,9 +1,11 @@
 """Do the tests of the solvers notice a wrong sign, factor, transpose or comparison?
 
     python tests/benchmarks/mutants.py [--modules admm sparsegpt] [--jobs 2] [--out mutants.json]
+        [--results recipes/RESULTS.md]
 
 Every mutant changes one place of one module. It survives if all tests of that module pass. Each mutant runs in a fork of one
-process that has imported the libraries, on its own copy of the package. Survivors are listed with file, line and change.
+process that has imported the libraries, on its own copy of the package. Survivors are listed with file, line, change and the
+reason, from :data:`SAME` and :data:`SEARCH`; ``--results`` writes them into a section of a Markdown file.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from common import write_section
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "sparsellm_lightning"
@@ -34,6 +37,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "feed_forward": ("test_sparsellm.py",),
     "local": LOCAL,
     "magnitude": LOCAL,
+    "columns": ("test_columns.py", "test_neurons.py"),
     "neurons": ("test_neurons.py",),
     "patterns": ("test_patterns.py", "test_containing.py", "test_ranks.py"),
     "ranks": ("test_ranks.py", "test_patterns.py"),
@@ -41,6 +45,84 @@ TESTS: dict[str, tuple[str, ...]] = {
     "sparsellm": ("test_sparsellm.py",),
     "statistics": ("test_statistics.py", "test_local.py"),
     "wanda": LOCAL,
+}
+# Reasons by module and the beginning of "before -> after". First: changes that no caller sees.
+_TIE = "equal values may be taken either way"
+_PIECES = "size of the pieces of a computation"
+_MESSAGE = "which of two exact exchanges between ranks, or its padding"
+_RANKING = "the same ranking"
+SAME: dict[str, dict[str, str]] = {
+    "activations": {
+        "2 -> 4": _PIECES,
+        "15 -> 30": _PIECES,
+        "first.device.type": "in pieces on an accelerator, whole on a CPU",
+        "candidate_cost < cost": _TIE,
+        "cost_positive < cost_negative": _TIE,
+        "m + fraction * radius": "the fractions lie on both sides",
+        "exact > 0.1 * gauss_newton -> exact >=": _TIE,
+    },
+    "admm": {
+        "w.square -> w.abs": _RANKING,
+        "t.square -> t.abs": _RANKING,
+        "squares > least": _TIE,
+        "curvature > ": _TIE,
+        "share > above": _TIE,
+    },
+    "auxiliaries": {
+        "4 -> 8": "entries that are not used",
+        "squares[:4] / squares[4]": "only ratios of scales are used",
+    },
+    "columns": {"2 * len": "count of operations"},
+    "factorization": {
+        "4 / 3": "count of operations",
+        "4 -> 8": "count of operations",
+        "3 -> 6": "count of operations",
+        "size <= _LEAF": _PIECES,
+        "2 -> 4": _PIECES,
+    },
+    "local": {"errors[0] > errors[1]": _TIE, "errors[0] <= _CLEARLY": _TIE},
+    "patterns": {
+        "2 -> 4": _MESSAGE,
+        "20 -> 40": _MESSAGE,
+        "ranks.size * sum": _MESSAGE,
+        "m.shape[1] * rows": _MESSAGE,
+        "-rows // self.ranks.size": _MESSAGE,
+        "flat.device.type": "by partition on a CPU, by sorting on an accelerator",
+        "count - 1 -> count + 1": "runs on accelerators only; tests/accelerator compares",
+        "1 -> 2": "runs on accelerators only, or a limit that is not reached",
+        "wanted_ties < ties": "all ties are wanted then",
+        "bins - 1": "a limit that is not reached",
+    },
+    "sparsegpt": {
+        "columns > leaf": _PIECES,
+        "high < columns": "a product without columns",
+        "i + 1": "a product without columns",
+        "columns // group": _PIECES,
+        "-rows // _ROW_MULTIPLE": "padding",
+        "2 -> 4": _PIECES,
+    },
+    "sparsellm": {"criterion < best_error": _TIE},
+    "statistics": {"ranks.size > 1": "one rank takes the way of several"},
+}
+# Then: changes of a search, which ends as near to the minimum by another way.
+_START = "a starting point among ten"
+_STEP = "length of a step that is taken only if it lowers the objective"
+_PENALTY = "when, or how fast, the penalty grows"
+SEARCH: dict[str, dict[str, str]] = {
+    "activations": {
+        "-0.5": _START,
+        "-1.0": _START,
+        "1 -> 2": f"{_START}; {_STEP}",
+        "0.1": _STEP,
+    },
+    "admm": {
+        "changed / max": _PENALTY,
+        "iteration + 1": _PENALTY,
+        "2 * kept": _PENALTY,
+        "1 -> 2": _PENALTY,
+        "2 -> 4": _PENALTY,
+        "direction.square": "from where a row's refinement stops",
+    },
 }
 TIMEOUT = 120  # seconds after which a mutant counts as noticed: it loops
 
@@ -75,6 +157,15 @@ class Mutant:
     before: str
     after: str
     survived: bool = False
+
+    @property
+    def change(self) -> str:
+        return f"{self.before} -> {self.after}"
+
+    def reason(self, reasons: dict[str, dict[str, str]]) -> str | None:
+        """The reason given for the longest beginning of the change. None if there is none."""
+        found = [start for start in reasons.get(self.module, {}) if self.change.startswith(start)]
+        return reasons[self.module][max(found, key=len)] if found else None
 
 
 def mutants(module: str) -> Iterator[tuple[Mutant, str]]:
@@ -156,6 +247,27 @@ def start(mutant: Mutant, source: str) -> tuple[int, Path]:
     os._exit(int(status != 0))
 
 
+def summary(mutants: list[Mutant]) -> str:
+    """How many survived, and each survivor with its reason, as Markdown."""
+    survivors = sorted((m for m in mutants if m.survived), key=lambda m: (m.module, m.line))
+    same = [m for m in survivors if m.reason(SAME)]
+    search = [m for m in survivors if not m.reason(SAME) and m.reason(SEARCH)]
+    noticed = [m for m in survivors if m not in same]
+    lines = [
+        f"{len(mutants)} changes, of which {len(same)} change nothing that a caller sees. Of the other "
+        f"{len(mutants) - len(same)}, {len(noticed)} survive ({100 * len(noticed) / max(len(mutants) - len(same), 1):.1f} %): "
+        f"{len(search)} inside searches, {len(noticed) - len(search)} without a reason.",
+        "",
+        "| survivor | change | why |",
+        "|---|---|---|",
+    ]
+    for m in survivors:
+        why = m.reason(SAME) or m.reason(SEARCH) or "**none**"
+        kind = "search: " if m in search else ""
+        lines.append(f"| `{m.module}.py` | `{m.before[:60]}` → `{m.after[:60]}` | {kind}{why} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -163,6 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="number of mutants at once")
     parser.add_argument("--out", type=Path, help="JSON file of all mutants")
+    parser.add_argument("--results", type=Path, help="Markdown file whose section mutants is replaced")
     options = parser.parse_args()
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -190,11 +303,11 @@ def main() -> None:
         mutant.survived = status == 0
         done.append(mutant)
         if mutant.survived:
-            print(f"survived: {mutant.module}.py:{mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
-    counts, survivors = (Counter(m.module for m in chosen) for chosen in (done, [m for m in done if m.survived]))
-    for module, total in counts.items():
-        print(f"{module}: {survivors[module]} of {total} survived")
-    print(f"{sum(survivors.values())} of {len(done)} survived, {time.monotonic() - began:.0f} seconds")
+            print(f"survived: {mutant.module}.py:{mutant.line}: {mutant.change}", flush=True)
+    text = summary(done)
+    print(f"{text}\n{time.monotonic() - began:.0f} seconds")
+    if options.results:
+        write_section(options.results, "mutants", text)
     if options.out:
         options.out.write_text(json.dumps([asdict(mutant) for mutant in done], indent=1))
 

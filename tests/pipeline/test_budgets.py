@@ -125,7 +125,7 @@ def test_patterns_that_are_none(pattern: Any, message: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="gives the shares, got sparsity 0.5 too"):
+    with pytest.raises(UserError, match=r"gives the shares, got sparsity 0\.5 too"):
         PruningConfig(pattern={"neurons": 0.2}, sparsity=0.5)
     with pytest.raises(UserError, match=r"keep some of 3 blocks, but 3 blocks keep"):
         describe(build_model("llama"), PruningConfig(pattern={"blocks": 3}))

@@ -71,8 +71,12 @@ def test_the_others_make_up_for_those_that_leave() -> None:
     assert torch.equal(removal.small.gate_bias, block.gate_bias[removal.kept])  # type: ignore[arg-type,index]
 
 
-def test_wanda_and_magnitude_leave_weights_as_they_are() -> None:
-    block, x = problem()
+@pytest.mark.parametrize("seed", range(4))
+def test_wanda_and_magnitude_leave_weights_as_they_are(seed: int) -> None:
+    block, x = problem(seed=seed)
+    # So that absolute values rank otherwise than squares.
+    spread = torch.linspace(0, 3, DIM).exp()
+    block = replace(block, up=block.up * spread, down=block.down * spread[:, None])
     h = block.hidden(x)
     for method, scores in (
         ("wanda", block.down.abs().sum(0) * h.norm(dim=0)),

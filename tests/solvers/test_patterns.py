@@ -54,6 +54,14 @@ def test_unstructured(kind: str, sparsity: float) -> None:
     assert torch.equal(per_row, torch.stack(expected))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4_000, 9_999])
+def test_many_scores(count: int) -> None:
+    """A partition sorts few scores as a whole, so that a wrong place in it shows only among many."""
+    scores = torch.rand(100, 100, generator=torch.Generator().manual_seed(count))
+    pruned = ~Unstructured(count / 10_000).select(scores)
+    assert torch.equal(scores[pruned].sort().values, scores.flatten().sort().values[:count])
+
+
 def test_scores_may_be_a_view() -> None:
     scores = make_scores("random", 12, 7).T
     assert torch.equal(Unstructured(0.6).select(scores), keep_largest(scores.clone(), 0.6))

@@ -491,6 +491,19 @@ def test_stops_at_error_zero() -> None:
     assert solution.errors == [0.0]
 
 
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
+def test_units_of_the_output_do_not_matter(scale: float) -> None:
+    """More outputs than hidden units, so that ``W_d W_dᵀ`` is singular and its least ridge decides."""
+    block = make_block(dim=24, width=8)
+    x, y = make_tokens(block, n=200)
+    prune = prune_with(Unstructured(0.5))
+    errors = [
+        solve_feed_forward(replace(block, down=block.down * by), x, y * by, prune, damping=1e-9, iterations=3).errors
+        for by in (1.0, scale)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
 def test_an_activation_that_returns_its_argument() -> None:
     """A bilinear gated block. Its activation ``linear`` returns its argument itself, not a copy."""
     x, y = make_tokens(make_block("linear"), n=200)

@@ -124,6 +124,9 @@ def test_dead_features_do_not_touch_the_others(damping: float) -> None:
     expected = torch.linalg.inv(damped[live][:, live])
     torch.testing.assert_close(inverse[live][:, live], expected, rtol=1e-4, atol=1e-5)
     assert (inverse[1].nonzero().flatten().tolist(), inverse[4].nonzero().flatten().tolist()) == ([1], [4])
+    # In their place the damped matrix has the mean diagonal, plus damping.
+    mean = float(gram.diagonal().mean())
+    torch.testing.assert_close(inverse[[1, 4], [1, 4]], torch.tensor([1 / (mean + damping * mean)] * 2).double())
 
 
 def test_all_features_dead() -> None:
@@ -155,6 +158,15 @@ def test_damping_is_raised_with_a_warning(gram: Tensor, damping: float, final: f
     assert torch.equal(gram, before)
     inverse = (factor.upper.T @ factor.upper).double()
     torch.testing.assert_close(inverse, inverse_of(gram, final), rtol=1e-3, atol=1e-3)
+
+
+def test_every_raise_is_tried_before_the_error() -> None:
+    with (
+        pytest.warns(UserWarning, match="Cholesky") as record,
+        pytest.raises(NumericalError, match=r"raised to 1e\+06"),
+    ):
+        factorize(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), 1.0)
+    assert len(record) == 6
 
 
 @pytest.mark.parametrize("where", [10, 90, 190])
