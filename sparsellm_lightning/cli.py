@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -20,7 +20,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
-from sparsellm_lightning.models import CausalLM, inspect_model, measure_speed, verify_export
+from sparsellm_lightning.models import CausalLM, add_to_report, inspect_model, measure_speed, verify_export
 from sparsellm_lightning.pipeline import estimate_work
 from sparsellm_lightning.reporting import format_table, layer_rows, speed_table, structure
 from sparsellm_lightning.runtime import gemm_peak
@@ -122,7 +122,7 @@ def inspect(
 def benchmark(
     model: str, against: str | None = None, prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5
 ) -> None:
-    """Print a model's speed and size on this machine, beside another's.
+    """Print a model's speed and size on this machine, beside another's. An export's report gets them too, as ``speed``.
 
     Args:
         model: a folder, or what model.pretrained takes.
@@ -132,6 +132,7 @@ def benchmark(
         repeats: repetitions, of which medians are shown.
     """
     speeds = measure_speed([name for name in (model, against) if name], prompt_tokens, new_tokens, repeats)
+    add_to_report(model, speed=[asdict(speed) for speed in speeds])
     print(speed_table(speeds))
 
 

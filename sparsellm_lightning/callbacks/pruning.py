@@ -68,6 +68,8 @@ class SparseLLMCallback(SparseFinetuning):
         resume_dir: folder where every finished block is noted. A run that was killed while pruning and is started again goes
             on at the first unfinished block. With ``schedule``, one folder inside for each stage. None: no notes.
         overwrite: replace the contents of ``export_dir``.
+        pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
+            :mod:`sparsellm_lightning.models.packed`).
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
@@ -89,6 +91,7 @@ class SparseLLMCallback(SparseFinetuning):
         export_dir: str | None = None,
         resume_dir: str | None = None,
         overwrite: bool = False,
+        pack: bool = False,
         measure: bool = True,
         model_attribute: str | None = None,
         **settings: Any,
@@ -102,6 +105,7 @@ class SparseLLMCallback(SparseFinetuning):
         self.export_dir = export_dir
         self.resume_dir = resume_dir
         self.overwrite = overwrite
+        self.pack = pack
         self.measure = measure
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
@@ -312,6 +316,7 @@ class SparseLLMCallback(SparseFinetuning):
                 state_dict=state,
                 report=content,
                 more=partial(save_plots_if_possible, report),
+                pack=self.pack,
             )
             export_or_rescue(export, Path(self.export_dir), self.overwrite)
         trainer.strategy.barrier()

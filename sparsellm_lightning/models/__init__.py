@@ -3,7 +3,13 @@
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
-from sparsellm_lightning.models.export import REPORT_NAME, check_export_dir, export_model, export_or_rescue
+from sparsellm_lightning.models.export import (
+    REPORT_NAME,
+    add_to_report,
+    check_export_dir,
+    export_model,
+    export_or_rescue,
+)
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
@@ -17,6 +23,7 @@ __all__ = [
     "Shrinkage",
     "Smaller",
     "Speed",
+    "add_to_report",
     "check_export_dir",
     "check_inputs",
     "check_shrinkable",

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.packed import pack_folder
 from sparsellm_lightning.models.smaller import rebuilt
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
@@ -71,6 +72,7 @@ def export_model(
     state_dict: dict[str, Tensor] | None = None,
     report: Callable[[], Mapping[str, Any]] | None = None,
     more: Callable[[Path], object] | None = None,
+    pack: bool = False,
 ) -> Path:
     """Write config, safetensors and tokenizer, for ``AutoModelForCausalLM.from_pretrained``, and ``pruning_report.json``.
 
@@ -86,6 +88,8 @@ def export_model(
         report: returns the content of ``pruning_report.json``, called after all other files are written. Their names are
             added as ``"files"``. None: the names only.
         more: writes further files into a folder, such as plots.
+        pack: write the zeros away, see :mod:`~sparsellm_lightning.models.packed`. Then :func:`~sparsellm_lightning.load_model`
+            reads the folder, but plain ``transformers`` does not. The report gets ``"files_bytes"``.
 
     Raises:
         UserError: see :func:`check_export_dir`.
@@ -103,11 +107,23 @@ def export_model(
             tokenizer.save_pretrained(partial)
         if more is not None:
             more(partial)
+        sizes = {"files_bytes": pack_folder(partial)} if pack else {}
         files = sorted({REPORT_NAME, *(entry.name for entry in partial.iterdir())})
-        content = json.dumps({**(report() if report else {}), "files": files}, indent=2, allow_nan=False)
+        content = json.dumps({**(report() if report else {}), **sizes, "files": files}, indent=2, allow_nan=False)
         (partial / REPORT_NAME).write_text(content + "\n")
         _put_in_place(partial, target)
     return target
+
+
+def add_to_report(folder: str | Path, **entries: Any) -> None:
+    """Add entries to an export's report. Nothing happens if the folder is no export."""
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        return
+    content = json.dumps(json.loads(path.read_text()) | entries, indent=2, allow_nan=False)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    new.write_text(content + "\n")
+    new.replace(path)
 
 
 def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:

@@ -11,9 +11,18 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.packed import is_packed, read_packed
 
 PACKAGE_PREFIX = "package:"
 
@@ -23,7 +32,8 @@ _Loaded = TypeVar("_Loaded")
 def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model with plain dense weights, on the CPU unless ``kwargs`` say otherwise.
 
-    GGUF weights are dequantised. The result is an ordinary model: ``save_pretrained`` works, and tied weights stay tied.
+    GGUF weights are dequantised, packed ones (:mod:`~sparsellm_lightning.models.packed`) unpacked. The result is an ordinary
+    model: ``save_pretrained`` works, and tied weights stay tied.
 
     Args:
         pretrained: hub id, local folder, ``.gguf`` file, or ``package:NAME`` for a model inside the installed Python package
@@ -41,7 +51,10 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
 
     def load(**extra: Any) -> PreTrainedModel:
         options = {**kwargs, **extra, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
+        if gguf_file is None and is_packed(source):
+            loaded: Any = _from_packed(source, **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
         return model
@@ -74,6 +87,17 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
     return or_user_error(pretrained, load)
+
+
+def _from_packed(folder: str, **options: Any) -> Any:
+    """``from_pretrained`` for a folder with packed weights."""
+    config = AutoConfig.from_pretrained(folder)  # nosec B615
+    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = plain.from_pretrained(None, config=config, state_dict=read_packed(folder), **options)  # nosec B615
+    loaded[0].config.name_or_path = folder
+    if (Path(folder) / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(folder)  # nosec B615
+    return loaded
 
 
 def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.errors import UserError
@@ -33,6 +34,7 @@ class Speed:
         load: seconds of loading, one for each repetition.
         prefill: tokens a second of a forward over the prompt, likewise.
         decode: tokens a second of greedy generation with a cache, likewise.
+        kernels: ``2:4`` if sparse tensor cores are used, otherwise ``dense``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Speed:
     load: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    kernels: str = "dense"
 
     def median(self, figure: str) -> float:
         """Median over repetitions of ``load``, ``prefill`` or ``decode``."""
@@ -59,6 +62,9 @@ def measure_speed(
     names: Sequence[str], prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5, dtype: str = "auto"
 ) -> list[Speed]:
     """Measure models, one after the other within every repetition.
+
+    On a CUDA GPU a model with 2:4 zeros and 16-bit weights is measured once more with torch's semi-structured tensors, which
+    use sparse tensor cores.
 
     Args:
         names: as for :func:`~sparsellm_lightning.load_model`.
@@ -91,6 +97,11 @@ def measure_speed(
             )
         )
         models.append(model)
+        if device.type == "cuda":
+            sparse = copy.deepcopy(model)
+            if use_semi_structured(sparse):
+                found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))
+                models.append(sparse)
     for repetition in range(repeats + 1):
         for speed, model in zip(found, models, strict=True):
             load = _seconds(partial(load_model, speed.name, dtype), device)
@@ -101,6 +112,23 @@ def measure_speed(
                 speed.prefill.append(prefill)
                 speed.decode.append(decode)
     return found
+
+
+def use_semi_structured(model: PreTrainedModel) -> int:
+    """Replace 16-bit weights of linear layers that have 2:4 zeros by torch's semi-structured tensors. Returns their number."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype in (torch.float16, torch.bfloat16):
+            weight = module.weight.detach()
+            # The shapes that torch's kernels take.
+            if weight.shape[0] % 32 == weight.shape[1] % 64 == 0 and _is_two_of_four(weight):
+                module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
+                found += 1
+    return found
+
+
+def _is_two_of_four(weight: Tensor) -> bool:
+    return bool(((weight == 0).view(-1, 4).sum(1) >= 2).all())
 
 
 def _prefill(model: PreTrainedModel, tokens: int) -> None:

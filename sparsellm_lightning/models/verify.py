@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
 from sparsellm_lightning.models.loading import load_model
+from sparsellm_lightning.models.packed import is_packed, read_packed
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -47,8 +48,14 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         for name in report["files"]
         if not (path / name).exists()
     ]
-    stored = _Stored(path)
-    found += stored.damaged
+    if is_packed(path):
+        try:
+            stored: Mapping[str, Tensor] = read_packed(path)
+        except (ValueError, OSError, SafetensorError) as error:
+            return [*found, str(error)]
+    else:
+        stored = _Stored(path)
+        found += stored.damaged
     found += [f"{name}: holds NaN or infinity" for name in stored if not bool(torch.isfinite(stored[name]).all())]
     try:
         model = load_model(str(path)).eval()
@@ -66,7 +73,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     return found
 
 
-class _Stored:
+class _Stored(Mapping[str, Tensor]):
     """The tensors in the safetensors files of a folder.
 
     Attributes:
@@ -92,6 +99,9 @@ class _Stored:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as opened:

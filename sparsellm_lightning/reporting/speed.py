@@ -12,7 +12,7 @@ def speed_table(speeds: Sequence[Speed]) -> str:
     """One row for each figure, one column for each model, and how many times the last model's the first one's is."""
     first, last = speeds[0], speeds[-1]
     rows: list[tuple[str, ...]] = [
-        ("", *(speed.name for speed in speeds)),
+        ("", *(s.name if s.kernels == "dense" else f"{s.name}, {s.kernels} kernels" for s in speeds)),
         ("parameters", *(f"{speed.parameters:,}" for speed in speeds)),
         ("zeros", *(f"{100 * speed.zeros / speed.parameters:.1f} %" for speed in speeds)),
         ("memory, MiB", *(f"{speed.memory_bytes / 2**20:.1f}" for speed in speeds)),

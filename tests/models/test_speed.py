@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.models import build_model
 
 from sparsellm_lightning import UserError
 from sparsellm_lightning.cli import main
 from sparsellm_lightning.models import Speed, measure_speed
+from sparsellm_lightning.models.speed import use_semi_structured
 from sparsellm_lightning.reporting import speed_table
 
 
@@ -39,6 +42,41 @@ def test_table_compares_pair_by_pair() -> None:
     assert lines["zeros"][1:] == ["0.0", "%", "10.0", "%"]
     assert lines["file, MiB"][2:] == ["1.0", "-"]
     assert lines["decode, tokens/s"][2:] == ["30.0", "11.0", "2.00"]
+
+
+def test_weights_that_sparse_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers in 16 bits with 2:4 zeros, in the shapes of the kernels; the head is dense. Their call is a stand-in."""
+    model = build_model("llama").bfloat16()
+    for name, parameter in model.model.layers.named_parameters():
+        if parameter.dim() == 2 and "down" not in name:
+            parameter.data.view(-1, 4)[:, 1:3] = 0
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: taken.append(weight) or weight)
+    assert use_semi_structured(model) == len(taken) == 3 * 6
+    assert use_semi_structured(build_model("llama")) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with sparse tensor cores")
+def test_sparse_kernels(tmp_path: Path) -> None:
+    model = build_model("llama").bfloat16()
+    for parameter in model.model.layers.parameters():
+        if parameter.dim() == 2:
+            parameter.data.view(-1, 4)[:, 1:3] = 0
+    model.save_pretrained(tmp_path)
+    dense, sparse = measure_speed([str(tmp_path)], prompt_tokens=16, new_tokens=4, repeats=1)
+    assert (dense.kernels, sparse.kernels) == ("dense", "2:4")
+    assert min(sparse.prefill + sparse.decode) > 0
+
+
+def test_an_export_keeps_its_speed_in_its_report(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "pruning_report.json").write_text('{"files": []}')
+    main(["benchmark", str(tmp_path), "--prompt_tokens", "8", "--new_tokens", "2", "--repeats", "1"])
+    report = json.loads((tmp_path / "pruning_report.json").read_text())
+    assert report["files"] == []
+    assert report["speed"][0]["name"] == str(tmp_path)
+    assert len(report["speed"][0]["decode"]) == 1
+    assert len(list(tmp_path.glob("*report*"))) == 1
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
