@@ -134,7 +134,7 @@ class CausalLM(pl.LightningModule):
 
     def _evaluation_step(self, batch: dict[str, Tensor], name: str) -> None:
         check_inputs(self.model, batch)
-        update(self.perplexity, self(batch), labels_of(batch))
+        update(self.perplexity, self.model, labels_of(batch), lambda: self(batch))
         self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,15 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
+from sparsellm_lightning.architecture import patched_forward
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
+LOGITS = (
+    2**25
+)  # largest number of logits in memory at once, if they are those of several positions. torchmetrics copies them
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
 
 
@@ -86,19 +93,71 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     return labels if mask is None or mask.dim() != 2 else labels.masked_fill(mask == 0, IGNORED)
 
 
-def update(metric: Perplexity, logits: Tensor, labels: Tensor) -> None:
-    """Add the next-token likelihoods of a batch.
+def update(
+    metric: Perplexity, model: PreTrainedModel, labels: Tensor, call: Callable[[], Tensor | None], ranks: Ranks = SINGLE
+) -> None:
+    """Add the next-token likelihoods of a batch. The logits of a few positions at a time are in memory.
 
     Args:
         metric: from :func:`new_metric`.
-        logits: (batch, sequence, vocabulary), any dtype. Cast to float32, because torchmetrics takes the softmax in the dtype
-            it is given.
+        model: of which ``call`` is a forward.
         labels: (batch, sequence). The logits at t − 1 predict position t.
+        call: returns logits, (batch, sequence, vocabulary), or None if this rank has no part of the batch.
+        ranks: that call the model together, because its weights are split over them.
     """
-    # One window at a time, because torchmetrics holds several copies of its arguments.
-    for window_logits, window_labels in zip(logits, labels, strict=True):
-        if bool((window_labels[1:] != IGNORED).any()):
-            metric.update(window_logits[None, :-1].float(), window_labels[None, 1:])
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    for positions, logits in _logits_in_slices(model, call, labels.shape, ranks):
+        targets = following[:, positions]
+        if bool((targets != IGNORED).any()):
+            metric.update(logits.float(), targets)  # torchmetrics takes the softmax in the dtype that it is given
+
+
+def _logits_in_slices(
+    model: PreTrainedModel, call: Callable[[], Tensor | None], shape: tuple[int, ...], ranks: Ranks
+) -> Iterator[tuple[slice, Tensor]]:
+    """Logits by slices of positions. The decoder runs once, what follows it once for each slice.
+
+    A model whose forward does not call its decoder once, for as many positions as there are tokens, gives all logits at once.
+
+    Args:
+        model: of which ``call`` is a forward.
+        call: returns logits.
+        shape: (batch, sequence) of the tokens. An empty batch: this rank calls the model only because others do.
+        ranks: see :func:`update`.
+    """
+    decoder: Any = model.get_decoder()
+    forward = decoder.forward
+    found: list[Any] = []
+    width = LOGITS // model.config.get_text_config().vocab_size
+
+    def sliced(output: Any, index: int) -> Any:
+        hidden = output.last_hidden_state
+        size = max(width // len(hidden), 1)
+        piece = copy.copy(output)
+        # A rank with fewer slices repeats its first one.
+        start = index * size if index * size < hidden.shape[1] else 0
+        piece.last_hidden_state = hidden[:, start : start + size]
+        return piece
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or (shape[0] and hidden.shape[:2] != shape):
+            return output
+        found.append(output)
+        return sliced(output, 0)
+
+    with patched_forward(decoder, run):
+        logits = call()
+    hidden = found[0].last_hidden_state if len(found) == 1 else None
+    size = 0 if hidden is None else max(width // len(hidden), 1)
+    pieces = 1 if hidden is None else -(-hidden.shape[1] // size)
+    for index in range(ranks.largest(pieces)):
+        if index:
+            with patched_forward(decoder, lambda *_, index=index, **__: sliced(found[0], index)):
+                logits = call()
+        if logits is not None and index < pieces:
+            yield slice(index * size, index * size + size) if size else slice(None), logits
 
 
 @torch.no_grad()
@@ -124,9 +183,9 @@ def perplexity(
             check_inputs(model, whole)
             inputs = {key: value[rank::size].to(device) for key, value in whole.items()}
             labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None
-            logits = adapter.logits(model, inputs)
-            if logits is not None:
-                update(metric, logits, labels_of(inputs | ({} if labels is None else {"labels": labels})))
+            targets = labels_of(inputs | ({} if labels is None else {"labels": labels}))
+            together = adapter.ranks if adapter.forward_is_collective else SINGLE
+            update(metric, model, targets, partial(adapter.logits, model, inputs), together)
     adapter.finish(model)
     return float(metric.compute())
 

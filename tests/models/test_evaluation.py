@@ -1,0 +1,78 @@
+"""Perplexity from logits of a few positions at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.batches import random_batches
+from support.models import CONFIGS, VOCABULARY, build_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    GraniteConfig,
+    PreTrainedModel,
+    XGLMConfig,
+    XLNetConfig,
+)
+
+from sparsellm_lightning import perplexity
+from sparsellm_lightning.models import evaluation
+
+MORE = {
+    # Logits behind the head are scaled, capped or divided.
+    "granite": GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        logits_scaling=8.0,
+    ),
+    "cohere2": Cohere2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        logit_scale=0.25,
+    ),
+    "xglm": XGLMConfig(vocab_size=VOCABULARY, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4),
+    "xlnet": XLNetConfig(vocab_size=VOCABULARY, d_model=64, d_inner=128, n_layer=2, n_head=4),
+}
+
+
+def made(name: str) -> PreTrainedModel:
+    if name in CONFIGS:
+        return build_model(name)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(MORE[name]).eval()
+    return model
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> float:
+    losses = []
+    for batch in batches:
+        log_probabilities = model(**batch, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
+        chosen = log_probabilities.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        losses.append(-chosen[batch["attention_mask"][:, 1:] != 0])
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
+@pytest.mark.parametrize("positions", [1, 5, 1000])
+def test_slices_give_the_perplexity_of_all_logits(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = made(name), random_batches()
+    largest = max(len(batch["input_ids"]) for batch in batches)
+    monkeypatch.setattr(evaluation, "LOGITS", positions * largest * VOCABULARY)
+    seen: list[int] = []
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
+    found = perplexity(model, batches)
+    assert max(seen) <= positions * largest * VOCABULARY
+    assert (len(seen) > len(batches)) == (positions < 1000)
+    assert found == pytest.approx(plain(model, batches), rel=1e-4)
