@@ -28,6 +28,7 @@ _PAPER: dict[str, Any] = {
     "allocation": "uniform",
     "reconstruction_steps": 0,
     "continuations": 0,
+    "distillation_steps": 0,
     "damping": 0.01,
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -78,6 +79,8 @@ class PruningConfig:
             output when that projection alone is pruned. Unstructured patterns only.
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
             fixed. 0: none.
+        distillation_steps: Adam steps of 2,048 tokens that tune all kept weights together at the end, on the dense model's
+            next-token distributions over the fitted windows. They need memory as training does. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. They are fitted too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
@@ -111,6 +114,7 @@ class PruningConfig:
     target: Target = None  # type: ignore[assignment]
     allocation: Allocation = None  # type: ignore[assignment]
     reconstruction_steps: int = None  # type: ignore[assignment]
+    distillation_steps: int = None  # type: ignore[assignment]
     continuations: int = None  # type: ignore[assignment]
     damping: float = None  # type: ignore[assignment]
     alternation_blocks: str | list[int] = "all"
@@ -204,7 +208,7 @@ class PruningConfig:
     def _check_numbers(self) -> None:
         for name in ("num_iterations", "num_calibration_samples", "round_to"):
             _integer(name, getattr(self, name), 1)
-        for name in ("reconstruction_steps", "continuations"):
+        for name in ("reconstruction_steps", "distillation_steps", "continuations"):
             _integer(name, getattr(self, name), 0)
         if self.memory != "auto":
             _integer("memory", self.memory, 1, "'auto' or a number of bytes")
@@ -305,7 +309,8 @@ class PruningConfig:
         alternates = (
             self.method == "sparsellm" and self.num_iterations > 1 and self.alternation_blocks not in ("none", [])
         )
-        return self.calibration_val_fraction if alternates or self.reconstruction_steps else 0.0
+        tunes = self.reconstruction_steps or self.distillation_steps
+        return self.calibration_val_fraction if alternates or tunes else 0.0
 
     def build_pattern(
         self,

@@ -27,6 +27,7 @@ GIVEN: dict[str, Any] = {
     "target": "model",
     "allocation": "owl",
     "reconstruction_steps": 3,
+    "distillation_steps": 2,
     "continuations": 5,
     "damping": 0.05,
 }
@@ -118,7 +119,7 @@ def test_defaults_of_settings_that_no_preset_decides() -> None:
 
 
 INTEGERS_FROM_1 = ("num_iterations", "num_calibration_samples", "memory")
-INTEGERS_FROM_0 = ("reconstruction_steps", "continuations")
+INTEGERS_FROM_0 = ("reconstruction_steps", "distillation_steps", "continuations")
 REFUSED: list[tuple[str, Any]] = [
     *(("sparsity", value) for value in (-0.1, 1, 1.0, 70, NAN, INF)),
     *(("pattern", value) for value in ("4:2", "2:2", "0:4", "-1:4", "2:4:8", "2:", ":4", " 2:4", "2:4\n", "2/4", "")),

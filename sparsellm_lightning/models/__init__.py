@@ -2,7 +2,7 @@
 
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
-from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity
+from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
 from sparsellm_lightning.models.export import (
     REPORT_NAME,
     add_to_report,
@@ -10,6 +10,7 @@ from sparsellm_lightning.models.export import (
     export_model,
     export_or_rescue,
 )
+from sparsellm_lightning.models.head import decoder_output, logits_at
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
@@ -27,15 +28,18 @@ __all__ = [
     "check_export_dir",
     "check_inputs",
     "check_shrinkable",
+    "decoder_output",
     "export_model",
     "export_or_rescue",
     "fixed_shrinkage",
     "inspect_model",
     "load_model",
     "load_tokenizer",
+    "logits_at",
     "measure_speed",
     "model_inputs",
     "perplexity",
+    "positions_together",
     "put_back",
     "shrink",
     "unsaved_float32_buffers",

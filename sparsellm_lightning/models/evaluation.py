@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import patched_forward
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
@@ -93,71 +92,46 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     return labels if mask is None or mask.dim() != 2 else labels.masked_fill(mask == 0, IGNORED)
 
 
-def update(
-    metric: Perplexity, model: PreTrainedModel, labels: Tensor, call: Callable[[], Tensor | None], ranks: Ranks = SINGLE
-) -> None:
+def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: Forward, ranks: Ranks = SINGLE) -> None:
     """Add the next-token likelihoods of a batch. The logits of a few positions at a time are in memory.
 
     Args:
         metric: from :func:`new_metric`.
-        model: of which ``call`` is a forward.
+        model: with a language-model head.
         labels: (batch, sequence). The logits at t − 1 predict position t.
-        call: returns logits, (batch, sequence, vocabulary), or None if this rank has no part of the batch.
+        forward: of the model, over the batch. It is called several times.
         ranks: that call the model together, because its weights are split over them.
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    for positions, logits in _logits_in_slices(model, call, labels.shape, ranks):
+    for positions, logits in _logits_in_slices(model, forward, labels.shape, ranks):
         targets = following[:, positions]
         if bool((targets != IGNORED).any()):
             metric.update(logits.float(), targets)  # torchmetrics takes the softmax in the dtype that it is given
 
 
 def _logits_in_slices(
-    model: PreTrainedModel, call: Callable[[], Tensor | None], shape: tuple[int, ...], ranks: Ranks
+    model: PreTrainedModel, forward: Forward, shape: tuple[int, ...], ranks: Ranks
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits by slices of positions. The decoder runs once, what follows it once for each slice.
+    """Logits by slices of positions. For arguments see :func:`update`; ``shape`` is (batch, sequence)."""
+    output = decoder_output(model, forward, shape)
+    if output is None:
+        logits = forward()
+        if logits is not None:
+            yield slice(None), logits
+        return
+    hidden = output.last_hidden_state
+    pieces = positions_together(model, len(hidden), hidden.shape[1])
+    for index in range(ranks.largest(len(pieces))):
+        positions = pieces[index] if index < len(pieces) else pieces[0]  # because others call the model once more
+        logits = logits_at(model, forward, output, hidden[:, positions])
+        if logits is not None and index < len(pieces):
+            yield positions, logits
 
-    A model whose forward does not call its decoder once, for as many positions as there are tokens, gives all logits at once.
 
-    Args:
-        model: of which ``call`` is a forward.
-        call: returns logits.
-        shape: (batch, sequence) of the tokens. An empty batch: this rank calls the model only because others do.
-        ranks: see :func:`update`.
-    """
-    decoder: Any = model.get_decoder()
-    forward = decoder.forward
-    found: list[Any] = []
-    width = LOGITS // model.config.get_text_config().vocab_size
-
-    def sliced(output: Any, index: int) -> Any:
-        hidden = output.last_hidden_state
-        size = max(width // len(hidden), 1)
-        piece = copy.copy(output)
-        # A rank with fewer slices repeats its first one.
-        start = index * size if index * size < hidden.shape[1] else 0
-        piece.last_hidden_state = hidden[:, start : start + size]
-        return piece
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        hidden = getattr(output, "last_hidden_state", None)
-        if not isinstance(hidden, Tensor) or (shape[0] and hidden.shape[:2] != shape):
-            return output
-        found.append(output)
-        return sliced(output, 0)
-
-    with patched_forward(decoder, run):
-        logits = call()
-    hidden = found[0].last_hidden_state if len(found) == 1 else None
-    size = 0 if hidden is None else max(width // len(hidden), 1)
-    pieces = 1 if hidden is None else -(-hidden.shape[1] // size)
-    for index in range(ranks.largest(pieces)):
-        if index:
-            with patched_forward(decoder, lambda *_, index=index, **__: sliced(found[0], index)):
-                logits = call()
-        if logits is not None and index < pieces:
-            yield slice(index * size, index * size + size) if size else slice(None), logits
+def positions_together(model: PreTrainedModel, windows: int, length: int) -> list[slice]:
+    """Slices of a window's positions, of which the logits of all windows are at most :data:`LOGITS`, or one position."""
+    size = max(LOGITS // (windows * model.config.get_text_config().vocab_size), 1)
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from sparsellm_lightning.data import (
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
+from sparsellm_lightning.pipeline.distil import Distiller
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
@@ -91,6 +92,7 @@ def prune_model(
     writes = resume_dir is not None and adapter.ranks.rank == 0
     claim = claimed(resume_dir or "", "resume_dir") if writes else nullcontext()
     with adapter.ranks.failing_together(), claim, adapter.calibrating(model), profile.collecting(), shown.bar:
+        tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(
@@ -99,7 +101,7 @@ def prune_model(
             adapter.ranks,
             context.device,
             sharded=sharded,
-            batch_tokens=BATCH_TOKENS // adapter.ranks.size if config.reconstruction_steps else None,
+            batch_tokens=BATCH_TOKENS // adapter.ranks.size if tunes else None,
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
@@ -110,9 +112,17 @@ def prune_model(
             batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
         _warn_of_dense_layers(context)
+        distiller = None
+        if config.distillation_steps and config.requested_sparsity > 0:
+            with phase("distillation"):
+                distiller = Distiller(context, batches, fitted)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
+        distillation = None
+        if distiller is not None:
+            with phase("distillation"):
+                distillation = distiller.tune(config.distillation_steps)
         adapter.finish(model)
         seconds = time.perf_counter() - start
         dtypes = {dtype for counts in profile.work.values() for dtype in counts}
@@ -130,6 +140,7 @@ def prune_model(
             {k: v for k, v in asdict(result).items() if k != "layer_errors"} | {"dense": block.dense}
             for result, block in zip(results, context.layout.blocks, strict=True)
         ],
+        distillation=distillation,
         calibration={
             "windows": windows,
             "held_out": held_out_windows(windows, config.held_out_fraction),

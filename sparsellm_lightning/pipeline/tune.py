@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of, hidden_states
 from sparsellm_lightning.calibration import ActivationCache, Context
-from sparsellm_lightning.distributed import local_tensor
+from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
 BATCH_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 MAX_CHECKS = 4  # of the held-out error while tuning, besides the one before
 STEPS_A_CHECK = 16  # smallest number of steps between two checks, each of which costs several steps
-WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
-LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
-BETAS = (0.9, 0.95)  # of Adam. The usual 0.999 averages over more steps than there are
 
 
 class Reconstructor:
@@ -33,12 +30,7 @@ class Reconstructor:
     where h are the hidden states in front of block B and g the goal behind it. Dividing by the goal's size measures a token's
     error as the next block's norm sees it. Otherwise the few tokens with huge hidden states would dominate the sum.
 
-    A parameter's learning rate rises during :data:`WARM_UP` to ``learning_rate · rms / ρ`` and falls along a half cosine. rms
-    is the root mean square of its kept entries, ρ their share. So the rate fits the scale of the weights, and is larger where
-    fewer weights are left.
-
-    Gradients are summed over ranks, each of which has its own tokens. Parameters below float32 have float32 masters. Sharded
-    parameters are tuned shard by shard.
+    For learning rates, ranks and shards see :class:`~sparsellm_lightning.pipeline.kept.KeptParameters`.
 
     Args:
         context: of the run. The settings give the number of steps and the seed of the order of batches.
@@ -60,27 +52,14 @@ class Reconstructor:
     ) -> None:
         self.context, self.block, self.cache, self.goal = context, block, cache, goal
         self.adapter, self.ranks = context.adapter, context.ranks
-        self.learning_rate, self.batch_tokens = learning_rate, batch_tokens
+        self.batch_tokens = batch_tokens
         self.device = device_of(block.module)
         self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
-        weights = {id(p.parameter) for p in block.projections()}
-        self.parameters = [
-            parameter
-            for name, parameter in block.module.named_parameters()
-            if id(parameter) in weights or "lora_" not in name
-        ]
-        pruned = {id(p.parameter) for p in block.projections() if p.pruned}
-        self.locals = [local_tensor(parameter) for parameter in self.parameters]
-        self.masters = [local.float() for local in self.locals]  # shares the memory of a float32 parameter
-        self.kept = [
-            local != 0 if id(parameter) in pruned else None
-            for local, parameter in zip(self.locals, self.parameters, strict=True)
-        ]
+        self.parameters = KeptParameters(context, [block], learning_rate, context.config.reconstruction_steps)
         self.fitted = cache.fitted_by_batch()
         self.tokens = cache.fitted_tokens_by_batch()
         self.guarded = self.ranks.total(sum(cache.windows[cache.fitted :])) != [0]
-        exact = any(local.dtype != torch.float32 for local in self.locals)
-        self.autocast_dtype = None if exact else context.autocast_dtype
+        self.autocast_dtype = None if self.parameters.below_float32 else context.autocast_dtype
 
     def tune(self) -> tuple[list[tuple[float, float]], int]:
         """Tune the block in place and keep the best of the checked states.
@@ -93,30 +72,19 @@ class Reconstructor:
             one that wrongly gets the huge hidden state of an attention sink would outweigh thousands of others.
         """
         steps = self.context.config.reconstruction_steps
-        groups = [
-            {"params": [master], "lr": self.learning_rate * scale}
-            for master, scale in zip(self.masters, self._scales(), strict=True)
-        ]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
         before = best_errors = self.errors()
         checks = min(MAX_CHECKS, max(steps // STEPS_A_CHECK, 1)) if self.guarded else 1
-        best, best_step = [master.clone() for master in self.masters], 0
-        with self._trainable():
+        best, best_step = self.parameters.state(), 0
+        with self.parameters.trainable([self.block.module]):
             for step, batches in zip(range(steps), self._batches(), strict=False):
-                for master, gradient in zip(self.masters, self._gradients(batches), strict=True):
-                    master.grad = gradient
-                optimizer.step()
-                schedule.step()
-                self._store()
+                self._add_gradients(batches)
+                self.parameters.step()
                 if (step + 1) * checks // steps > step * checks // steps:
                     errors = self.errors(held_out_only=self.guarded and step + 1 < steps)
                     if errors[int(self.guarded)] < best_errors[int(self.guarded)]:  # False for NaN
                         best_errors, best_step = errors, step + 1
-                        best = [master.clone() for master in self.masters]
-        for master, kept in zip(self.masters, best, strict=True):
-            master.copy_(kept)
-        self._store()
+                        best = self.parameters.state()
+        self.parameters.restore(best)
         return [before, self.errors() if 0 < best_step < steps else best_errors], best_step
 
     @torch.no_grad()
@@ -171,8 +139,8 @@ class Reconstructor:
             chosen, queue = queue[:together], queue[together:]
             yield chosen
 
-    def _gradients(self, batches: list[int]) -> list[Tensor]:
-        """Gradients of the mean relative error of these batches' fitted tokens over all ranks, float32, this rank's part."""
+    def _add_gradients(self, batches: list[int]) -> None:
+        """Add the gradient of the mean relative error, over all ranks, of this rank's fitted tokens in these batches."""
         (tokens,) = self.ranks.total(sum(self.tokens[index] for index in batches))
         # FSDP averages gradients over ranks when it scatters them.
         scale = (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
@@ -182,18 +150,6 @@ class Reconstructor:
                 self._count(index, 3)  # the backward has two products for each product of the forward
             with torch.enable_grad():
                 (self._distances(output, index, slice(self.fitted[index])).sum() * scale).backward()
-        gradients = []
-        for parameter, kept in zip(self.parameters, self.kept, strict=True):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradient = local_tensor(gradient).float()
-            parameter.grad = None
-            gradients.append(gradient if kept is None else gradient.mul_(kept))  # masked_fill_ takes four times as long
-        if self.ranks.size > 1 and not self.adapter.weights_are_split:
-            message = torch.cat([gradient.flatten() for gradient in gradients])
-            self.ranks.sum_(message)
-            for gradient, summed in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
-        return gradients
 
     def _count(self, index: int, forwards: int) -> None:
         tokens = self.cache.hidden[index].shape[:2].numel()
@@ -202,45 +158,6 @@ class Reconstructor:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
-
-    def _scales(self) -> list[float]:
-        """``rms / ρ`` of each parameter, over all of its shards."""
-        sums = [
-            [
-                float(master.square().sum(dtype=torch.float64)),
-                float(master.numel() if kept is None else kept.sum()),
-                master.numel(),
-            ]
-            for master, kept in zip(self.masters, self.kept, strict=True)
-        ]
-        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        if self.adapter.weights_are_split:
-            self.ranks.sum_(totals)
-        squares, entries, size = totals.clamp(min=1e-30).T
-        scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
-        return scales
-
-    def _store(self) -> None:
-        """Copy masters into parameters below float32."""
-        for local, master in zip(self.locals, self.masters, strict=True):
-            if master is not local:
-                local.copy_(master)
-
-    @contextmanager
-    def _trainable(self) -> Iterator[None]:
-        """Only the tuned parameters get gradients. Flags and gradients of all parameters are restored at the end."""
-        everything = list(self.block.module.parameters())
-        before = [(parameter.requires_grad, parameter.grad) for parameter in everything]
-        tuned = {id(parameter) for parameter in self.parameters}
-        for parameter in everything:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in tuned)
-        try:
-            yield
-        finally:
-            for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
 
 
 def batches_of_interest(context: Context, cache: ActivationCache, batch_tokens: int = BATCH_TOKENS) -> list[int]:
@@ -265,8 +182,3 @@ def _batches_of_a_step(context: Context, cache: ActivationCache, batch_tokens: i
     largest, batches = zip(*shapes, strict=True)
     # All ranks make equally many forwards. The rank with most batches sees none twice in a step.
     return mine, min(max(1, round(batch_tokens / max(sum(largest), 1))), max(batches))
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """The learning rate at a step, as a fraction of the largest one."""
-    return min((step + 1) / max(WARM_UP * steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * step / steps))

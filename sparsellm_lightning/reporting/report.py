@@ -64,7 +64,7 @@ class PruningReport:
             text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
             block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
-            In a Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
+            ``distillation``. In a Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
@@ -74,6 +74,8 @@ class PruningReport:
         added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
         versions: of Python and of the packages that decide the result.
         config: the settings.
+        distillation: ``{"steps", "divergence"}``: steps that were kept, and the mean KL divergence from the dense model's
+            next-token distributions before and after, on held-out windows if there are any. None if there were no steps.
         mask_check: after fine-tuning, ``{"checks", "layers", "zeros", "broken"}``: number of comparisons with the masks,
             layers and zeros compared, and zeros that changed. A run with a changed zero stops.
         stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``, with the perplexity before and after the stage.
@@ -95,6 +97,7 @@ class PruningReport:
     work: dict[str, dict[str, float]] = field(default_factory=dict)
     gemm_peak: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    distillation: dict[str, Any] | None = None
     mask_check: dict[str, int] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
 

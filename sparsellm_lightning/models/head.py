@@ -1,0 +1,60 @@
+"""A causal language model in two parts: its decoder once, and what follows the decoder on some positions at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import patched_forward
+
+Forward = Callable[[], Tensor | None]
+"""A forward of the whole model: its logits, or None if this rank has no part of the batch."""
+
+
+def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, ...]) -> Any | None:
+    """The output of the model's decoder in a forward, with ``last_hidden_state`` (batch, sequence, d), which has its gradient.
+
+    What follows the decoder runs on one position only. None if the forward does not call the decoder once, for as many
+    positions as there are tokens: then it ran as a whole.
+
+    Args:
+        model: with a language-model head.
+        forward: of the model.
+        shape: (batch, sequence) of its tokens. Of an empty batch, any.
+    """
+    decoder: Any = model.get_decoder()
+    run, found = decoder.forward, []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        output = run(*args, **kwargs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or (shape[0] and hidden.shape[:2] != shape):
+            return output
+        found.append(output)
+        return _at(output, hidden[:, :1])
+
+    with patched_forward(decoder, record):
+        forward()
+    return found[0] if len(found) == 1 else None
+
+
+def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Tensor) -> Tensor | None:
+    """Logits for some positions, (batch, positions, vocabulary). The decoder does not run.
+
+    Args:
+        model, forward: as for :func:`decoder_output`.
+        output: of the decoder.
+        hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
+    """
+    with patched_forward(model.get_decoder(), lambda *_, **__: _at(output, hidden)):
+        return forward()
+
+
+def _at(output: Any, hidden: Tensor) -> Any:
+    piece = copy.copy(output)
+    piece.last_hidden_state = hidden
+    return piece

@@ -1,0 +1,209 @@
+"""Distillation at the end of pruning, against plain Adam on the whole model, and what it must not change."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.batches import random_batches
+from support.models import VOCABULARY, build_model
+from support.ranks import on_ranks
+from support.runs import calibration_batches, make_context
+from torch import Tensor
+from transformers import LlamaModel, PreTrainedModel
+
+from sparsellm_lightning import PruningConfig, TextDataModule, UserError, perplexity, prune_model
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.models import evaluation
+from sparsellm_lightning.pipeline import distil
+from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.solvers import Ranks
+
+ONE: dict[str, Any] = {
+    "preset": "paper",
+    "method": "magnitude",
+    "num_calibration_samples": 8,
+    "calibration_val_fraction": 0.0,
+}
+
+
+def prune_by_magnitude(model: PreTrainedModel) -> None:
+    for p in describe(model).projections():
+        entries = p.parameter.detach().abs().flatten()
+        p.parameter.data.masked_fill_(p.parameter.abs() <= entries.kthvalue(len(entries) // 2).values, 0)
+
+
+def divergences(model: PreTrainedModel, dense: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """KL of each token that counts, from whole logits."""
+    with torch.no_grad():
+        p = dense(**batch, use_cache=False).logits.log_softmax(-1)
+    q = model(**batch, use_cache=False).logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)[batch["attention_mask"].bool()]
+
+
+def adam_by_hand(model: PreTrainedModel, dense: PreTrainedModel, steps: int, rate: float) -> None:
+    """Adam on all tokens, everything but the blocks frozen. Pruned weights are set to zero after every step."""
+    layout = describe(model)
+    pruned = {id(p.parameter) for p in layout.projections()}
+    parameters = [parameter for block in layout.blocks for parameter in block.module.parameters()]
+    masks = [parameter != 0 if id(parameter) in pruned else torch.ones_like(parameter) for parameter in parameters]
+    groups = []
+    for parameter, mask in zip(parameters, masks, strict=True):
+        share = float(mask.float().mean())
+        size = float(parameter.detach().square().sum() / mask.sum()) ** 0.5
+        groups.append({"params": [parameter], "lr": rate * max(size, 1e-3) / share})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / max(0.1 * steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.cat([divergences(model, dense, batch) for batch in random_batches()]).mean().backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for parameter, mask in zip(parameters, masks, strict=True):
+                parameter.mul_(mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "mixtral"])
+@pytest.mark.parametrize("positions", [7, 1000])
+def test_steps_are_those_of_plain_adam(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All windows in one step, logits of a few positions at a time or of all."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 10_000)
+    monkeypatch.setattr(evaluation, "LOGITS", positions * 3 * VOCABULARY)
+    dense, model = build_model(name), build_model(name)
+    context = make_context(model, PruningConfig(**ONE, distillation_steps=5, solver_precision="float32"))
+    distiller = Distiller(context, calibration_batches(random_batches()), 8)
+    prune_by_magnitude(model)
+    plain = copy.deepcopy(model)
+    found = distiller.tune(5)
+    adam_by_hand(plain, dense, 5, distil.LEARNING_RATE)
+    for (key, tensor), expected in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-5, msg=key)
+    assert found["steps"] == 5
+    with torch.no_grad():
+        after = float(torch.cat([divergences(model, dense, batch) for batch in random_batches()]).mean())
+    assert found["divergence"][1] == pytest.approx(after, rel=1e-3)
+    assert after < found["divergence"][0]
+
+
+def test_the_best_state_on_held_out_windows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama")
+    context = make_context(model, PruningConfig(**ONE, distillation_steps=8, solver_precision="float32"))
+    distiller = Distiller(context, calibration_batches(random_batches()), 5)
+    prune_by_magnitude(model)
+    states: list[dict[str, Tensor]] = []
+    falling = iter([3.0, 2.0, 1.0, 2.5, float("nan")])
+
+    def divergence(self: Distiller) -> float:
+        states.append(copy.deepcopy(model.state_dict()))
+        return next(falling)
+
+    monkeypatch.setattr(Distiller, "divergence", divergence)
+    assert distiller.tune(8) == {"steps": 4, "divergence": [3.0, 1.0]}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, states[2][name])
+    assert not all(torch.equal(tensor, states[3][name]) for name, tensor in model.state_dict().items())
+
+
+def test_held_out_windows_are_not_fitted() -> None:
+    """Other tokens in the held-out windows choose another state at most; here one state is checked."""
+    results = []
+    for seed in (0, 1):
+        batches = random_batches()
+        held_out = torch.Generator().manual_seed(seed)
+        for row in (2,):
+            batches[1]["input_ids"][row] = torch.randint(0, VOCABULARY, (32,), generator=held_out)
+        batches[2]["input_ids"][:] = torch.randint(0, VOCABULARY, (2, 32), generator=held_out)
+        model = build_model("llama")
+        context = make_context(model, PruningConfig(**ONE, distillation_steps=1, solver_precision="float32"))
+        distiller = Distiller(context, calibration_batches(batches), 5)
+        prune_by_magnitude(model)
+        distiller.tune(1)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_ranks_take_the_same_steps() -> None:
+    """Three ranks with a batch each, and one without windows."""
+    batches = random_batches()
+    models = [build_model("llama") for _ in range(4)]
+
+    def on_rank(ranks: Ranks) -> tuple[list[float], dict[str, Tensor]]:
+        model = models[ranks.rank]
+        context = make_context(
+            model, PruningConfig(**ONE, distillation_steps=3, solver_precision="float32"), ranks=ranks
+        )
+        mine = batches[ranks.rank : ranks.rank + 1]
+        distiller = Distiller(context, calibration_batches(mine), 8)
+        prune_by_magnitude(model)
+        return distiller.tune(3)["divergence"], model.state_dict()
+
+    shared = on_ranks(4, on_rank)
+    model = build_model("llama")
+    context = make_context(model, PruningConfig(**ONE, distillation_steps=3, solver_precision="float32"))
+    distiller = Distiller(context, calibration_batches(batches), 8)
+    prune_by_magnitude(model)
+    alone = distiller.tune(3)["divergence"]
+    for divergence, state in shared:
+        assert divergence == pytest.approx(alone, rel=1e-3)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "neurons", "blocks"])
+def test_zeros_stay(pattern: str) -> None:
+    """Also the biases of blocks that left."""
+    zeros = []
+    for steps in (0, 4):
+        model = build_model("opt")
+        settings = {**ONE, "method": "sparsegpt", "pattern": pattern, "round_to": 16}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = prune_model(model, random_batches(), PruningConfig(**settings, distillation_steps=steps))
+        zeros.append({p.name: p.matrix == 0 for p in describe(model).projections()})
+        if pattern == "blocks":
+            gone = [b for b in describe(model).blocks if not any(bool(p.matrix.any()) for p in b.projections())]
+            assert gone
+            assert not any(bool(p.bias.any()) for b in gone for p in b.projections() if p.bias is not None)
+    assert all(torch.equal(mask, zeros[1][name]) for name, mask in zeros[0].items())
+    assert report.distillation is not None
+    assert report.phases["distillation"] > 0
+    assert report.work["distillation"]
+
+
+def test_only_the_blocks_change() -> None:
+    model, before = build_model("llama"), build_model("llama").state_dict()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("layers" not in name), name
+    assert all(p.requires_grad and torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())  # type: ignore[arg-type]
+
+
+def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
+    """At 70 %, a quarter of the loss at least is made up for, on text that was not seen."""
+    dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
+    for steps in (0, 48):
+        model = trained("llama")
+        config = PruningConfig(
+            sparsity=0.7, preset="paper", method="sparsegpt", num_calibration_samples=128, distillation_steps=steps
+        )
+        prune_model(model, text.train_dataloader(), config)
+        lost[steps] = math.log(perplexity(model, text.val_dataloader()) / dense)
+    assert 0 < lost[48] < 0.75 * lost[0]
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaModel(build_model("llama").config)
+    with pytest.raises(UserError, match="distillation_steps compare next-token distributions, but LlamaModel has no"):
+        prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2))
