@@ -17,27 +17,28 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsellm_lightning.sparsity import pack, unpack
+
 _PLAIN, _PACKED = "model", "packed"
 
 
-def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+def pack_tensor(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Bits and kept entries of a tensor, of any floating-point dtype. None if they would take no less memory."""
     flat = tensor.detach().cpu().reshape(-1)
     mask = flat != 0
     size = math.ceil(len(flat) / 8) + int(mask.sum()) * flat.element_size()
     if size >= len(flat) * flat.element_size():
         return None
-    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")), flat[mask]
+    return pack(mask), flat[mask]
 
 
-def unpack(bits: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of :func:`pack`.
+def unpack_tensor(bits: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of :func:`pack_tensor`.
 
     Raises:
         ValueError: bits, entries and shape do not belong together.
@@ -45,7 +46,7 @@ def unpack(bits: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or len(bits) != math.ceil(size / 8):
         raise ValueError(f"{size} entries need {math.ceil(size / 8)} bytes of bits, got {len(bits)} of {bits.dtype}")
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=size, bitorder="little")).bool()
+    mask = unpack(bits, torch.Size([size]))
     if int(mask.sum()) != len(kept):
         raise ValueError(f"the bits keep {int(mask.sum())} entries, but there are {len(kept)}")
     return kept.new_zeros(size).masked_scatter_(mask, kept).view(shape)
@@ -70,7 +71,7 @@ def pack_folder(folder: Path) -> dict[str, int | None]:
         with safe_open(plain, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no dictionary
                 tensor = file.get_tensor(name)
-                found = pack(tensor) if tensor.is_floating_point() else None
+                found = pack_tensor(tensor) if tensor.is_floating_point() else None
                 if found is None:
                     tensors[name] = tensor
                 else:
@@ -103,7 +104,9 @@ def read_packed(folder: str | Path) -> dict[str, Tensor]:
                 raise ValueError(f"{path.name}: lacks {min(missing)}")
             for name, shape in shapes.items():
                 try:
-                    state[name] = unpack(file.get_tensor(f"{name}.bits"), file.get_tensor(f"{name}.kept"), tuple(shape))
+                    state[name] = unpack_tensor(
+                        file.get_tensor(f"{name}.bits"), file.get_tensor(f"{name}.kept"), tuple(shape)
+                    )
                 except ValueError as error:
                     raise ValueError(f"{path.name}: {name}: {error}") from None
             for name in {*file.keys()} - parts:

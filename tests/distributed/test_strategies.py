@@ -181,6 +181,7 @@ def test_reconstruction_and_measured_budgets(
     Batches of three windows are spread unevenly: one rank has two windows of a batch, and the other one.
     """
     pruner = {**SPARSELLM, "method": "sparsegpt", "target": "model", "allocation": "kl", "reconstruction_steps": 24}
+    pruner["distillation_steps"] = 8
     options = {"model": folder_of("llama"), "pruner": pruner, "batch_size": 3}
     expected = alone(**options)[1]
     observed = ranks(2).run("prune", tmp_path, strategy=strategy, **options)
@@ -198,6 +199,9 @@ def test_reconstruction_and_measured_budgets(
         before, after = found["held_out"]
         assert after < before
         assert after == pytest.approx(reference["held_out"][1], rel=0.05)
+    before, after = report["distillation"]["divergence"]
+    assert after < before
+    assert after == pytest.approx(expected["distillation"]["divergence"][1], rel=0.1)
     # Before the first block is tuned, the runs differ by rounding only.
     assert tuned[0]["held_out"][0] == pytest.approx(wanted[0]["held_out"][0], rel=0.02)
     if strategy == "ddp":

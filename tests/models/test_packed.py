@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import SparseLLMCallback, UserError, load_model
 from sparsellm_lightning.models import verify_export
-from sparsellm_lightning.models.packed import pack, pack_folder, unpack
+from sparsellm_lightning.models.packed import pack_folder, pack_tensor, unpack_tensor
 
 
 def sparse(shape: tuple[int, ...], share: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,28 +33,28 @@ def sparse(shape: tuple[int, ...], share: float, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("shape", [(3,), (7, 5), (2, 3, 11), (64, 64)])
 def test_what_is_packed_is_unpacked(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = sparse(shape, 0.6, dtype)
-    found = pack(tensor)
+    found = pack_tensor(tensor)
     assert found is not None
     bits, kept = found
     entries = tensor.flatten().tolist()
     assert [bool(bits[i // 8] >> (i % 8) & 1) for i in range(len(entries))] == [entry != 0 for entry in entries]
     assert kept.tolist() == [entry for entry in entries if entry]
-    assert torch.equal(unpack(bits, kept, shape), tensor)
+    assert torch.equal(unpack_tensor(bits, kept, shape), tensor)
 
 
 def test_dense_tensors_are_not_packed() -> None:
-    assert pack(torch.ones(64, 64)) is None
-    assert pack(torch.zeros(64, 64)) is not None
+    assert pack_tensor(torch.ones(64, 64)) is None
+    assert pack_tensor(torch.zeros(64, 64)) is not None
 
 
 def test_parts_that_do_not_belong_together() -> None:
-    found = pack(sparse((8, 8), 0.5))
+    found = pack_tensor(sparse((8, 8), 0.5))
     assert found is not None
     bits, kept = found
     with pytest.raises(ValueError, match=r"the bits keep \d+ entries, but there are"):
-        unpack(bits, kept[:-1], (8, 8))
+        unpack_tensor(bits, kept[:-1], (8, 8))
     with pytest.raises(ValueError, match="128 entries need 16 bytes of bits, got 8"):
-        unpack(bits, kept, (8, 16))
+        unpack_tensor(bits, kept, (8, 16))
 
 
 def exported(folder: Path, name: str, **settings: Any) -> Any:
