@@ -1,5 +1,6 @@
 """What keeps zeros in training: masks of weights, and of LoRA adapters."""
 
+from sparsellm_lightning.sparsity.hold import holding_zeros
 from sparsellm_lightning.sparsity.lora import LoraOptions, add_adapters, has_adapters, keep_zeros, merged_state
 from sparsellm_lightning.sparsity.masks import Masks, left_out_biases, linear_layers, pack, unpack, zero_shares
 
@@ -8,6 +9,7 @@ __all__ = [
     "Masks",
     "add_adapters",
     "has_adapters",
+    "holding_zeros",
     "keep_zeros",
     "left_out_biases",
     "linear_layers",

@@ -1,0 +1,31 @@
+"""Keeping zeros under Hugging Face's Trainer, and the trainers that derive from it (TRL)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from sparsellm_lightning.sparsity import holding_zeros
+
+
+class KeepZeros(TrainerCallback):
+    """Keep the zeros of a sparse model that ``transformers.Trainer`` or TRL's ``SFTTrainer`` trains.
+
+    ``Trainer(model, ..., callbacks=[KeepZeros()])``. See :func:`~sparsellm_lightning.holding_zeros`, which it enters when
+    training begins, and leaves when it ends. A training that an exception ends leaves its hooks on the model; to be free of
+    them, run ``trainer.train()`` inside ``holding_zeros(model)`` instead of using the callback.
+    """
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self._held.close()
+        assert model is not None
+        self._held.enter_context(holding_zeros(model))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._held.close()

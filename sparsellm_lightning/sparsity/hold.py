@@ -1,0 +1,59 @@
+"""Keeping zeros in training that no Lightning Trainer runs: a plain loop, Hugging Face's Trainer, TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.sparsity.lora import keep_zeros
+from sparsellm_lightning.sparsity.masks import Masks, linear_layers, zero_shares
+
+
+@contextmanager
+def holding_zeros(model: nn.Module) -> Iterator[Masks]:
+    """Keep the zeros of a sparse model's linear layers while it is trained by any ``torch.optim`` optimizer.
+
+    ::
+
+        with holding_zeros(model):
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Gradients of pruned weights are zero as soon as they are there, and pruned weights are zero after every optimizer step. LoRA
+    adapters (``peft``) on sparse layers are masked, in training as in every later merge. At the end the zeros are compared with
+    the masks.
+
+    Args:
+        model: sparse, on one device or wrapped by DDP. For FSDP use :class:`~sparsellm_lightning.SparseFinetuning`.
+
+    Yields:
+        the masks.
+
+    Raises:
+        UserError: no linear layer has zeros.
+        MaskError: at the end, if something other than an optimizer changed the zeros.
+    """
+    layers = linear_layers(model)
+    shares = zero_shares(layers, StrategyAdapter())
+    sparse = [p for p in layers if 0 < shares[p.name] < 1]
+    if not sparse:
+        raise UserError(
+            f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any. Load a "
+            "pruned model."
+        )
+    masks = Masks(sparse, StrategyAdapter())
+    keep_zeros(model, {p.module for p in sparse})
+    with ExitStack() as hooks:
+        for parameter in {p.parameter for p in masks.projections if p.parameter.requires_grad}:
+            hook = parameter.register_post_accumulate_grad_hook(lambda changed: masks.mask_gradients([changed]))
+            hooks.callback(hook.remove)
+        hooks.callback(register_optimizer_step_post_hook(lambda *_: masks.apply()).remove)
+        yield masks
+    masks.check()

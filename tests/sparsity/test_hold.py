@@ -1,0 +1,122 @@
+"""Zeros outside Lightning: a plain loop, Hugging Face's Trainer, and a plain merge of LoRA adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import VOCABULARY, build_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from sparsellm_lightning import KeepZeros, LoraOptions, MaskError, PruningConfig, UserError, holding_zeros, prune_model
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.sparsity import add_adapters
+
+IDS = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def sparse(name: str = "llama") -> PreTrainedModel:
+    model = build_model(name)
+    prune_model(model, [IDS], PruningConfig(sparsity=0.6, preset="paper", method="magnitude"))
+    return model
+
+
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {p.name: p.matrix == 0 for p in describe(model).projections()}  # type: ignore[arg-type]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(mask, b[name]) for name, mask in a.items())
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_plain_loop(name: str, optimizer: str) -> None:
+    model = sparse(name)
+    before, start = zeros(model), {k: v.clone() for k, v in model.state_dict().items()}
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-2)
+    with holding_zeros(model):
+        for _ in range(3):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            for p in describe(model).projections():
+                assert not bool(p.of(p.parameter.grad)[p.matrix == 0].any())  # type: ignore[arg-type]
+            made.step()
+            made.zero_grad()
+    assert same(before, zeros(model))
+    assert any(not torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
+    # Outside, nothing is held any more.
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    made.step()
+    assert not same(before, zeros(model))
+
+
+def test_changes_by_other_means_are_noticed() -> None:
+    model = sparse()
+    with pytest.raises(MaskError, match="must keep the"), holding_zeros(model):
+        model.model.layers[0].mlp.up_proj.weight.data.add_(1)
+    with (
+        pytest.raises(UserError, match=r"no linear layer of LlamaForCausalLM has any"),
+        holding_zeros(build_model("llama")),
+    ):
+        pass
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hugging_face_trainer(held: bool, accumulation: int, tmp_path: Path) -> None:
+    model = sparse()
+    before = zeros(model)
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, gradient_accumulation_steps=accumulation),
+        train_dataset=data,
+        callbacks=[KeepZeros()] if held else [],
+    )
+    trainer.train()
+    assert same(before, zeros(model)) == held
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_plain_merge_of_adapters(held: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = sparse()
+    before = zeros(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = Trainer(
+        model=adapted, args=arguments(tmp_path), train_dataset=data, callbacks=[KeepZeros()] if held else []
+    )
+    trainer.train()
+    with torch.no_grad():
+        trained = adapted.eval()(input_ids=IDS).logits
+    merged = adapted.merge_and_unload()
+    assert same(before, zeros(merged)) == held
+    torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_alone_are_trained() -> None:
+    model = sparse()
+    add_adapters(model, LoraOptions(rank=4))
+    base = {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with holding_zeros(model):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        made.step()
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.items())
