@@ -35,6 +35,8 @@ UNIT_ROWS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "balanced, method=sparsellm": {"preset": "balanced", "method": "sparsellm"},
     "best": {"preset": "best"},
+    "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
+    "balanced, distillation_steps=32": {"preset": "balanced", "distillation_steps": 32},
 }
 DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "ShortGPT": {},
@@ -42,6 +44,8 @@ DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
+    "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
+    "balanced, distillation_steps=32": {"preset": "balanced", "distillation_steps": 32},
 }
 
 
