@@ -1,6 +1,61 @@
-"""``python -m sparsellm_lightning`` is ``sparsellm``."""
+"""The ``sparsellm`` command. What it shows without a model needs no other package, so that it comes at once."""
 
-from sparsellm_lightning.cli import main
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from sparsellm_lightning.shorthand import catalogue
+
+COMMANDS = {
+    "prune": "prune a model, measure it before and after, and write it to a folder",
+    "fit": "prune and fine-tune, or fine-tune a sparse model, with the zeros kept",
+    "evaluate": "perplexity and sparsity of any causal language model",
+    "verify": "compare an exported folder with its report",
+    "inspect": "show what would be pruned in a model, and what that takes",
+    "benchmark": "speed and size of a model, beside another",
+    "recipes": "list the recipes that come with the package",
+    "validate": "Lightning's validation loop",
+    "test": "Lightning's test loop",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``sparsellm``."""
+    arguments = [*sys.argv[1:]] if args is None else [*args]
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command == "recipes":
+        print(catalogue())
+    elif command not in COMMANDS and not command.startswith("-"):
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
+        print(f"sparsellm: there is no command {command!r}. {hint}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        from sparsellm_lightning.cli import main as run
+
+        run(None if args is None else arguments)
+
+
+def overview() -> str:
+    """The commands, one line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sparsellm COMMAND [MODEL] [--config FILE or recipe:NAME] [--pruner.SETTING VALUE] ...",
+            "",
+            "Prune causal language models. MODEL is a hub id, a folder, a GGUF file, or package:NAME.",
+            "",
+            *lines,
+            "",
+            "sparsellm COMMAND --help shows the settings of a command.",
+        ]
+    )
+
 
 if __name__ == "__main__":
     main()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -20,10 +23,12 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
+from sparsellm_lightning.mistakes import brief
 from sparsellm_lightning.models import CausalLM, add_to_report, inspect_model, measure_speed, verify_export
 from sparsellm_lightning.pipeline import estimate_work
 from sparsellm_lightning.reporting import format_table, layer_rows, speed_table, structure
 from sparsellm_lightning.runtime import gemm_peak
+from sparsellm_lightning.shorthand import expanded
 
 
 class PruningTrainer(pl.Trainer):
@@ -31,8 +36,12 @@ class PruningTrainer(pl.Trainer):
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure the dense model, prune it, measure again, export, and print a table."""
-        if _pruner(self).finetune:
+        pruner = _pruner(self)
+        if pruner.finetune:
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
+        if pruner.export_dir is None:
+            name = str(getattr(model, "pretrained", None) or type(model).__name__)
+            pruner.export_dir = str(default_export_dir(name, pruner.config, pruner.overwrite))
         self.num_sanity_val_steps = 0  # the pruner measures the dense model on every window
         self.fit(model, datamodule=datamodule)
         show_report(self)
@@ -49,6 +58,20 @@ class PruningTrainer(pl.Trainer):
                 (name, f"{100 * sparsity:.2f} %", f"{results[0]['test_perplexity']:.2f}"),
             ]
             print(format_table(rows))
+
+
+def default_export_dir(model: str, config: PruningConfig, overwrite: bool = False) -> Path:
+    """``outputs/MODEL-SPARSITY``, with a number behind it if that is taken and must not be replaced."""
+    name = Path(model.removeprefix("package:")).name.removesuffix(".gguf")
+    what = config.pattern_name if isinstance(config.pattern, dict) or ":" in config.pattern else ""
+    if not what:
+        kind = "" if config.pattern == "unstructured" else f"{config.pattern}-"
+        what = f"{kind}{100 * config.requested_sparsity:g}"
+    folder = Path("outputs") / re.sub(r"[^\w.]+", "-", f"{name}-{what}").strip("-")
+    taken, number = folder, 2
+    while not overwrite and taken.is_dir() and any(taken.iterdir()):
+        taken, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return taken
 
 
 def _pruner(trainer: pl.Trainer) -> SparseLLMCallback:
@@ -136,6 +159,17 @@ def benchmark(
     print(speed_table(speeds))
 
 
+class Parser(LightningArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        print(f"sparsellm: error: {brief(message, parser._option_string_actions)}", file=sys.stderr)
+        self.exit(2)
+
+
 class SparseLLMCLI(LightningCLI):
     """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
 
@@ -157,8 +191,19 @@ class SparseLLMCLI(LightningCLI):
         """Show the report, as ``prune`` does."""
         show_report(self.trainer)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._prunes = subcommand in ("prune", "fit")
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The pruner first, because that is what ``--help`` is asked for; Lightning's Trainer last."""
+        if self._prunes:
+            parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]
+        else:  # a configuration file of `prune` is accepted, options are not, see main
+            parser.add_argument("--pruner", type=dict | None, help=argparse.SUPPRESS)
+        parser.add_lightning_class_args(self._datamodule_class, "data")
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
@@ -174,8 +219,13 @@ def main(args: Any = None) -> None:
 
     A user's mistake ends it with one message and status 1, Ctrl-C with status 130 and SIGTERM with status 143.
     """
-    arguments = sys.argv[1:] if args is None else args
+    arguments = expanded(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.argv[1:] = arguments  # LightningCLI warns of arguments that are given in another way
     try:
+        given = next((a.partition("=")[0] for a in arguments if a.startswith("--pruner")), None)
+        if given is not None and arguments[0] in ("evaluate", "validate", "test"):
+            _end(f"error: {arguments[0]} prunes nothing, so there is no option {given}.", 2)
         command: Any = {"verify": verify, "inspect": inspect, "benchmark": benchmark}.get(
             arguments[0] if arguments else ""
         )
@@ -189,12 +239,8 @@ def main(args: Any = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigBesideLogs,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "description": "Prune causal language models. `sparsellm verify DIR` checks an export, "
-                "`sparsellm inspect --model.pretrained X` shows what would be pruned, `sparsellm benchmark DIR --against X` "
-                "compares speed and size."
-            },
-            args=args,
+            parser_class=Parser,
+            args=None if args is None else arguments,
         )
     except (UserError, NumericalError, PeerError, MisconfigurationException) as error:
         _end(f"error: {error}", 1)

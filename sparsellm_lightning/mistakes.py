@@ -1,0 +1,58 @@
+"""A parser's error about the command line or a configuration file, in one line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Collection
+
+_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text"}
+
+
+def brief(message: str, options: Collection[str]) -> str:
+    """What is wrong, the value, and what may have been meant.
+
+    Args:
+        message: of jsonargparse or argparse.
+        options: that exist, such as ``--pruner.sparsity``.
+    """
+    names = [option.removeprefix("--") for option in options]
+    unknown = re.search(r"nrecognized arguments: (\S+)", message)
+    if unknown:
+        name = unknown[1].partition("=")[0].removeprefix("--")
+        return f"there is no option --{name}.{_meant(name, names, '--')} `--help` shows all."
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    unexpected = re.search(r"[Kk]ey '([\w.]+)' is not expected|Option '([\w.]+)' is not accepted", message)
+    if unexpected:
+        inside = f"{key[1]}." if key else ""
+        name = inside + (unexpected[1] or unexpected[2])
+        return f"there is no setting {name}.{_meant(name, names)}"
+    if key and value:
+        allowed = [choice for found in re.findall(r"Literal\[(.*?)\]", message) for choice in _choices(found)]
+        if allowed:
+            meant = _meant(value[1], allowed)
+            return f"--{key[1]} must be one of {', '.join(dict.fromkeys(allowed))}, got {value[1]}.{meant}"
+        kinds = [
+            kind for kind in re.findall(r"<class '([\w.]+)'>", re.split("Given|Got", message)[0]) if kind != "NoneType"
+        ]
+        if kinds:
+            number = re.fullmatch(r"([\d.]+) ?%", value[1])
+            meant = f" Write {float(number[1]) / 100:g}." if number else ""
+            wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
+            return f"--{key[1]} must be {wanted}, got {value[1]}.{meant}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines)[:400]
+
+
+def _choices(inside: str) -> list[str]:
+    try:
+        return [str(choice) for choice in ast.literal_eval(f"[{inside}]")]
+    except (ValueError, SyntaxError):
+        return []
+
+
+def _meant(name: str, names: Collection[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""

@@ -1,0 +1,51 @@
+"""What the command line understands besides options: recipes by name, and a model without its option."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PREFIX = "recipe:"
+TAKES_A_MODEL = ("prune", "fit", "evaluate", "inspect")
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes by name, such as ``finetune/one-shot``."""
+    inside = Path(__file__).parent / "recipes"
+    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"  # of a source tree
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def catalogue() -> str:
+    """The names of the recipes, and the first line of each."""
+    found = recipes()
+    width = max(map(len, found), default=0)
+    lines = [f"  {name:<{width}}  {_purpose(path)}" for name, path in found.items()]
+    use = "Use one by its name, also on top of another: sparsellm prune --config recipe:quickstart --config recipe:2-4"
+    return "\n".join([*lines, "", use])
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a model behind the command has its option, and ``recipe:NAME`` is the path of the recipe."""
+    given, found = [*arguments], recipes()
+    if len(given) > 1 and given[0] in TAKES_A_MODEL and not given[1].startswith("-"):
+        given[1:2] = ["--model.pretrained", given[1]]
+
+    def path_of(name: str) -> str:
+        if name not in found:
+            print(f"sparsellm: there is no recipe {name!r}. Choose one of {', '.join(found)}.", file=sys.stderr)
+            sys.exit(2)
+        return str(found[name])
+
+    changed = []
+    for argument in given:
+        before, prefix, name = argument.partition(PREFIX)
+        takes = prefix and before in ("", "--config=", "-c=")
+        changed.append(before + path_of(name) if takes else argument)
+    return changed
+
+
+def _purpose(path: Path) -> str:
+    first = path.read_text().splitlines()[0]
+    return first.removeprefix("#").strip()
