@@ -42,7 +42,7 @@ from sparsellm_lightning.reporting import (
     layer_rows,
     report_of_sparse,
     rows_of_smaller,
-    save_plots_if_possible,
+    save_companions,
 )
 from sparsellm_lightning.runtime import Profile, claimed
 from sparsellm_lightning.sparsity import has_adapters, left_out_biases
@@ -315,7 +315,7 @@ class SparseLLMCallback(SparseFinetuning):
                 tokenizer=getattr(pl_module, "tokenizer", None),
                 state_dict=state,
                 report=content,
-                more=partial(save_plots_if_possible, report),
+                more=partial(save_companions, report),
                 pack=self.pack,
             )
             export_or_rescue(export, Path(self.export_dir), self.overwrite)

@@ -1,6 +1,6 @@
 """What a run reports: errors, sparsity, perplexity and seconds, as JSON, tables and plots."""
 
-from sparsellm_lightning.reporting.files import save_plots_if_possible
+from sparsellm_lightning.reporting.files import save_companions
 from sparsellm_lightning.reporting.inspection import structure
 from sparsellm_lightning.reporting.report import (
     BlockResult,
@@ -20,7 +20,7 @@ __all__ = [
     "layer_rows",
     "report_of_sparse",
     "rows_of_smaller",
-    "save_plots_if_possible",
+    "save_companions",
     "speed_table",
     "structure",
     "versions",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsellm_lightning.reporting.card import model_card
 from sparsellm_lightning.reporting.report import PruningReport
 
 
-def save_plots_if_possible(report: PruningReport, folder: Path) -> None:
-    """Write the report's plots into a folder, if matplotlib is installed."""
+def save_companions(report: PruningReport, folder: Path) -> None:
+    """Write the model card into a folder, and the report's plots if matplotlib is installed."""
+    images: list[str] = []
     try:
         from sparsellm_lightning.reporting.plots import save_plots
     except ImportError:
-        return
-    save_plots(report, folder)
+        pass
+    else:
+        images = [path.name for path in save_plots(report, folder)]
+    (folder / "README.md").write_text(model_card(report, images))

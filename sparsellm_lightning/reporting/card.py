@@ -1,0 +1,119 @@
+"""The model card of an export: what was pruned, how, from which text, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.reporting.report import PruningReport
+
+
+def model_card(report: PruningReport, images: Sequence[str] = ()) -> str:
+    """``README.md`` of an exported folder.
+
+    Args:
+        report: of the run.
+        images: names of the plots in the folder.
+    """
+    smaller = "exported" in report.sparsity
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- pruning\n- sparsellm_lightning\n---",
+        f"# {report.model}, {_pattern(report)}",
+        _perplexities(report),
+        _sparsity(report),
+        "## What is smaller or faster\n\n" + (_SMALLER if smaller else _ZEROS),
+        _calibration(report),
+        _repeat(report),
+        "\n\n".join(f"![{name}]({name})" for name in images),
+        "`pruning_report.json` holds every measurement; `sparsellm verify DIR` compares it with the files.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_SMALLER = (
+    "Hidden units, heads or blocks have left the matrices and the configuration. This is a smaller dense model: any engine "
+    "runs it, and `sparsellm benchmark` measures how much faster."
+)
+_ZEROS = (
+    "The weights hold zeros. Engines without sparse kernels run them at dense speed, and plain files are as large as the dense "
+    "model's. Zeros pay where 2:4 kernels or compressed files use them."
+)
+
+
+def _pattern(report: PruningReport) -> str:
+    achieved = f"{100 * report.sparsity['achieved']:.2f} % zeros"
+    return achieved if report.pattern == "unstructured" else f"{report.pattern}, {achieved}"
+
+
+def _perplexities(report: PruningReport) -> str:
+    known = {name: value for name, value in report.perplexity.items() if value is not None}
+    if not known:
+        return ""
+    dense = known.get("dense")
+    lines = ["| | perplexity | ln(perplexity / dense) |", "|---|---|---|"]
+    for name, value in known.items():
+        gap = f"{math.log(value / dense):.3f}" if dense and name != "dense" else ""
+        lines.append(f"| {name} | {value:.2f} | {gap} |")
+    return "\n".join(lines)
+
+
+def _sparsity(report: PruningReport) -> str:
+    """Zeros by kind of layer, the last part of a projection's name."""
+    sizes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for layer in report.layers:
+        size = math.prod(layer["shape"])
+        counts = sizes[layer["name"].rsplit(".", 1)[-1]]
+        counts[0] += layer["sparsity"] * size
+        counts[1] += size
+    lines = ["| projections | weights | zeros |", "|---|---|---|"]
+    for kind, (zeros, size) in sizes.items():
+        lines.append(f"| {kind} | {size:,.0f} | {100 * zeros / size:.2f} % |")
+    total = [sum(column) for column in zip(*sizes.values(), strict=True)] if sizes else [0.0, 1.0]
+    lines.append(f"| all decoder blocks | {total[1]:,.0f} | {100 * total[0] / total[1]:.2f} % |")
+    return "\n".join(["## Sparsity", "", *lines])
+
+
+def _calibration(report: PruningReport) -> str:
+    found = report.calibration
+    if not found.get("windows"):
+        return ""
+    text = f"text `{found['source']}`" if "source" in found else "the caller's windows"
+    held_out = f", {found['held_out']} of them held out" if found.get("held_out") else ""
+    written = f", and {found['written']} windows that the dense model wrote" if found.get("written") else ""
+    return f"## Calibration\n\n{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens."
+
+
+def _repeat(report: PruningReport) -> str:
+    """The settings that differ from the preset's and the defaults."""
+    if not report.config:
+        return ""
+    preset = report.config.get("preset", "balanced")
+    usual: dict[str, Any] = asdict(PruningConfig(preset=preset))
+    changed = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in report.config.items()
+        if name in usual and value != usual[name]
+    }
+    lines = [f"  {name}: {json.dumps(value)}" for name, value in {"preset": preset, **changed}.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return "\n".join(
+        [
+            "## How",
+            "",
+            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings:",
+            "",
+            "```yaml",
+            "model:",
+            f"  pretrained: {json.dumps(report.model)}",
+            "pruner:",
+            *lines,
+            "```",
+            "",
+            f"{report.wall_seconds:.0f} seconds. {versions}.",
+        ]
+    )
