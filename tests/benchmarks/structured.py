@@ -178,7 +178,7 @@ def main() -> None:
             f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",
             table(known, UNIT_ROWS, UNITS),
             table(known, DEPTH_ROWS, DEPTHS),
-            "Preset `fast` with 32 steps of distillation, one pattern or a mixture, the share of the blocks' parameters at most:",
+            "Preset `fast`, 32 steps of distillation: one pattern or a mixture of at most so many of the blocks' parameters:",
             table(known, dict.fromkeys(("units", "blocks", "mixture")), BUDGETS),
         ]
     )
