@@ -10,7 +10,7 @@ from sparsellm_lightning.models.export import (
     export_model,
     export_or_rescue,
 )
-from sparsellm_lightning.models.head import decoder_output, logits_at
+from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
@@ -21,6 +21,7 @@ __all__ = [
     "REPORT_NAME",
     "Buffers",
     "CausalLM",
+    "Forward",
     "Shrinkage",
     "Smaller",
     "Speed",

@@ -14,7 +14,7 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import decoder_output, logits_at, positions_together
+from sparsellm_lightning.models import Forward, decoder_output, logits_at, positions_together
 from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.solvers import count
 
@@ -54,6 +54,7 @@ class Distiller:
                 f"distillation_steps compare next-token distributions, but {type(self.model).__name__} has no language-model "
                 "head. Set distillation_steps to 0."
             )
+        self._output: Any = None  # of the decoder: the form in which other hidden states are put
         self.fitted: list[int] = []  # windows of each batch that are fitted
         for batch in batches:
             self.fitted.append(min(max(fitted, 0), batch.windows))
@@ -92,8 +93,7 @@ class Distiller:
             rows = slice(fitted, None) if held_out else slice(fitted)
             used = len(range(*rows.indices(self.batches[index].windows)))
             if used or self.adapter.forward_is_collective:
-                output = self._decode(self.batches[index])
-                for part in self._divergences(index, output, output.last_hidden_state):
+                for part in self._divergences(index):
                     totals[0] += part[rows].sum()
                 totals[1] += self._valid(index)[rows].sum()
         self.ranks.sum_(totals)
@@ -105,12 +105,8 @@ class Distiller:
         scale = (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
         for index in chosen:
             with torch.enable_grad():
-                output = self._decode(self.batches[index])
-                hidden = output.last_hidden_state
-                leaf = hidden.detach().requires_grad_()
-                for part in self._divergences(index, output, leaf):
+                for part in self._divergences(index):
                     (part[: self.fitted[index]].sum() * scale).backward()
-                hidden.backward(leaf.grad)
             self._count(self.batches[index])
 
     def _count(self, batch: CalibrationBatch) -> None:
@@ -120,21 +116,36 @@ class Distiller:
         tokens = batch.windows * batch.length
         count(tokens * (3 * blocks + 6 * head.weight.numel()), self.autocast_dtype or torch.float32)
 
-    def _divergences(self, index: int, output: Any, hidden: Tensor) -> Iterator[Tensor]:
-        """Divergences of the tokens of a batch, a few positions at a time, (windows, positions). 0 for padding."""
-        batch = self.batches[index]
-        forward = partial(self.adapter.logits, self.model, batch.inputs)
-        valid = self._valid(index)
-        pieces = positions_together(self.model, batch.windows, batch.length)
-        for piece in range(self.ranks.largest(len(pieces)) if self.adapter.forward_is_collective else len(pieces)):
-            positions = pieces[min(piece, len(pieces) - 1)]
+    def _divergences(self, index: int) -> Iterator[Tensor]:
+        """Divergences of the tokens of a batch, (windows, positions), a few positions at a time. 0 for padding.
+
+        After the caller has taken the gradient of every part, this takes that of the decoder. Sharded weights need one whole
+        forward and backward instead.
+        """
+        batch, goal = self.batches[index], self.goals[index].to(self.context.device)
+        forward, valid = partial(self.adapter.logits, self.model, batch.inputs), self._valid(index)
+        if self.adapter.forward_is_collective:
+            dense = self._log_probabilities(forward, goal)
             with self._autocast():
-                with torch.no_grad():
-                    goal = self.goals[index][:, positions].to(hidden)
-                    dense = _log_probabilities(logits_at(self.model, forward, output, goal))
-                found = _log_probabilities(logits_at(self.model, forward, output, hidden[:, positions]))
-            part = (dense.exp() * (dense - found)).sum(-1) * valid[:, positions]
-            yield part if piece < len(pieces) else part * 0
+                logits = forward()
+            assert logits is not None
+            yield _divergence(dense, torch.log_softmax(logits.float(), -1)) * valid
+            return
+        hidden = self._decode(batch).last_hidden_state
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        for positions in positions_together(self.model, batch.windows, batch.length):
+            with torch.no_grad():
+                dense = self._log_probabilities(forward, goal[:, positions])
+            yield _divergence(dense, self._log_probabilities(forward, leaf[:, positions])) * valid[:, positions]
+        if hidden.requires_grad:
+            hidden.backward(leaf.grad)
+
+    def _log_probabilities(self, forward: Forward, hidden: Tensor) -> Tensor:
+        """Of the next token, for the decoder's output at some positions."""
+        with self._autocast():
+            logits = logits_at(self.model, forward, self._output, hidden)
+        assert logits is not None  # every batch has windows
+        return torch.log_softmax(logits.float(), -1)
 
     def _decode(self, batch: CalibrationBatch) -> Any:
         forward = partial(self.adapter.logits, self.model, batch.inputs)
@@ -145,6 +156,7 @@ class Distiller:
                 f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
                 "not. Set distillation_steps to 0."
             )
+        self._output = self._output or output
         return output
 
     def _choices(self) -> Iterator[list[int]]:
@@ -182,6 +194,6 @@ class Distiller:
         return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)
 
 
-def _log_probabilities(logits: Tensor | None) -> Tensor:
-    assert logits is not None  # every batch has windows
-    return torch.log_softmax(logits.float(), -1)
+def _divergence(dense: Tensor, found: Tensor) -> Tensor:
+    """``Σ_v p_v (log p_v − log q_v)`` of each token, from log-probabilities."""
+    return (dense.exp() * (dense - found)).sum(-1)
