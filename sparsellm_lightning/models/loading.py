@@ -93,7 +93,7 @@ def _from_packed(folder: str, **options: Any) -> Any:
     """``from_pretrained`` for a folder with packed weights."""
     config = AutoConfig.from_pretrained(folder)  # nosec B615
     plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loaded = plain.from_pretrained(None, config=config, state_dict=read_packed(folder), **options)  # nosec B615
+    loaded = plain.from_pretrained(None, config=config, state_dict=read_packed(folder), **options)
     loaded[0].config.name_or_path = folder
     if (Path(folder) / "generation_config.json").is_file():
         loaded[0].generation_config = GenerationConfig.from_pretrained(folder)  # nosec B615

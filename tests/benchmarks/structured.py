@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,23 +134,25 @@ def shortgpt(model: Any, windows: Tensor, count: int) -> None:
             projection.weight.zero_()
 
 
-def table(known: dict[str, Job], rows: dict[str, Any], columns: dict[str, Any]) -> str:
+def table(known: dict[str, Job], rows: Iterable[str], columns: Iterable[str]) -> str:
+    """Perplexities on all texts and the gap on the first, without rows and columns that are not known."""
     dense = known["dense"]["perplexity"]
     texts = list(dense)
-    lines = ["| | " + " | ".join(f"{column}: {' / '.join(texts)}, gap, seconds" for column in columns) + " |"]
+    columns = [column for column in columns if any(f"{row}, {column}" in known for row in rows)]
+    lines = ["| | " + " | ".join(f"{column}: {' / '.join(texts)} (gap)" for column in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for row in rows:
-        shown = []
-        for column in columns:
-            found = known.get(f"{row}, {column}")
-            if found is None:
-                shown.append("")
-                continue
-            gap = math.log(found["perplexity"][texts[0]] / dense[texts[0]])
-            seconds = f", {found['seconds']:.0f} s" if "seconds" in found else ""
-            shown.append(" / ".join(f"{found['perplexity'][text]:.1f}" for text in texts) + f" ({gap:.2f}){seconds}")
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        found = [known.get(f"{row}, {column}", {}).get("perplexity") for column in columns]
+        shown = [
+            ""
+            if cell is None
+            else " / ".join(f"{cell[text]:,.1f}" for text in texts)
+            + f" ({math.log(cell[texts[0]] / dense[texts[0]]):.2f})"
+            for cell in found
+        ]
+        if any(shown):
+            lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) if columns else ""
 
 
 def main() -> None:
@@ -173,15 +176,16 @@ def main() -> None:
                 file.write_text(json.dumps(known, indent=1))
                 print(name, known[name], file=sys.stderr, flush=True)
     dense = ", ".join(f"{value:.1f} on {name}" for name, value in known["dense"]["perplexity"].items())
-    text = "\n\n".join(
-        [
-            f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",
-            table(known, UNIT_ROWS, UNITS),
-            table(known, DEPTH_ROWS, DEPTHS),
-            "Preset `fast`, 32 steps of distillation: one pattern or a mixture of at most so many of the blocks' parameters:",
-            table(known, dict.fromkeys(("units", "blocks", "mixture")), BUDGETS),
-        ]
+    budgets = table(known, ("units", "blocks", "mixture"), BUDGETS)
+    parts = (
+        f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",
+        table(known, UNIT_ROWS, UNITS),
+        table(known, DEPTH_ROWS, DEPTHS),
+        budgets
+        and "Preset `fast`, 32 steps of distillation: one pattern or a mixture, with so many of the blocks' parameters:",
+        budgets,
     )
+    text = "\n\n".join(part for part in parts if part)
     if options.results:
         write_section(options.results, "structured", text)
     print(text)
