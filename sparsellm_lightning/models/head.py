@@ -19,7 +19,7 @@ def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, .
     """The output of the model's decoder in a forward, with ``last_hidden_state`` (batch, sequence, d), which has its gradient.
 
     What follows the decoder runs on one position only. None if the forward does not call the decoder once, for as many
-    positions as there are tokens: then it ran as a whole.
+    positions as there are tokens, or does not take its logits from there: then it ran as a whole.
 
     Args:
         model: with a language-model head.
@@ -27,6 +27,8 @@ def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, .
         shape: (batch, sequence) of its tokens. Of an empty batch, any.
     """
     decoder: Any = model.get_decoder()
+    if decoder is None:
+        return None
     run, found = decoder.forward, []
 
     def record(*args: Any, **kwargs: Any) -> Any:
@@ -38,8 +40,10 @@ def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, .
         return _at(output, hidden[:, :1])
 
     with patched_forward(decoder, record):
-        forward()
-    return found[0] if len(found) == 1 else None
+        logits = forward()
+    # ProphetNet's logits come from another part of the output.
+    follows = logits is None or logits.shape[1] == 1
+    return found[0] if len(found) == 1 and follows else None
 
 
 def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Tensor) -> Tensor | None:
