@@ -73,11 +73,12 @@ def prune_blocks(
     cache.move_to(placement.activations)
     solver = LayerSolver(context)
     shrinkage = None
-    if context.config.requested_sparsity > 0:
+    uneven = context.config.removes or context.config.allocation != "uniform"
+    if uneven and context.config.requested_sparsity > 0:
         with phase("allocation"), explaining_memory(lambda: _explain_memory(context, cache, sizes, "allocation")):
             if context.config.removes:
                 shrinkage = _shrinkage(context, cache, batches, journal)
-            elif context.config.allocation != "uniform":
+            else:
                 solver = LayerSolver(context, allocate(context, cache, batches))
     removed = frozenset() if shrinkage is None else shrinkage.blocks
     # Blocks before the first that changes are still exact.
