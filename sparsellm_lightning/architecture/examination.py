@@ -25,14 +25,12 @@ from sparsellm_lightning.architecture.feed_forward import (
     prove,
     same,
 )
-from sparsellm_lightning.architecture.heads import attends_by_heads
+from sparsellm_lightning.architecture.heads import find_attention
 from sparsellm_lightning.architecture.layout import (
-    Attention,
     Block,
     Experts,
     Linears,
     Network,
-    Projection,
     Replay,
     Unit,
     linear_projection,
@@ -121,6 +119,12 @@ class Examination:
         """First two sizes of what the layers inside see."""
         return (self.positions, WINDOWS) if self.order[:2] == (1, 0) else (WINDOWS, self.positions)
 
+    @property
+    def _heads(self) -> int | None:
+        """Number of query heads that the configuration names."""
+        heads = getattr(self.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        return heads if isinstance(heads, int) else None
+
     def run(self) -> Tensor:
         """The block's hidden states."""
         return hidden_states(self.module(*self.call.args, **self.call.kwargs))
@@ -157,9 +161,8 @@ class Examination:
         if isinstance(self.call.returned, (tuple, list)):
             rest = tuple(None if isinstance(value, Tensor) else value for value in self.call.returned[1:])
         order = None if self.order == tuple(range(len(self.order))) else self.order
-        return Block(
-            self.index, name, self.module, units, self._replay(units), rest, self.dense, order, self._attention(units)
-        )
+        attention = find_attention(self.run, units, self._heads, self._outermost)
+        return Block(self.index, name, self.module, units, self._replay(units), rest, self.dense, order, attention)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -348,10 +351,9 @@ class Examination:
 
         The first token attends only to itself, so that attention returns its values.
         """
-        config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_attention_heads", None)
+        heads = self._heads
         later = [other for other in self.calls if other.order > call.order and other.by_token]
-        if not isinstance(heads, int) or not later or later[0].x.shape[1] % heads:
+        if heads is None or not later or later[0].x.shape[1] % heads:
             return ()
         width = later[0].x.shape[1]
         size = width // heads
@@ -365,35 +367,6 @@ class Examination:
         if not close(values.reshape(WINDOWS, width), later[0].x[first]):
             return ()
         return (width, groups * size, groups * size)
-
-    def _attention(self, units: Sequence[Unit]) -> Attention | None:
-        """Queries, keys, values and output, if heads that change places do so in what the output projection sees."""
-        linears = [unit.projections for unit in units if isinstance(unit, Linears)]
-        heads = getattr(self.model.config.get_text_config(decoder=True), "num_attention_heads", None)
-        if not isinstance(heads, int):
-            return None
-        for first, last in itertools.pairwise(linears):
-            found = self._heads(first, last, heads)
-            if found is not None and attends_by_heads(self.run, found, self._outermost):
-                return found
-        return None
-
-    @staticmethod
-    def _heads(first: Sequence[Projection], last: Sequence[Projection], heads: int) -> Attention | None:
-        """Attention by its shapes alone: three projections of one input, or three parts of one, and one that follows."""
-        if len(first) == 1 and len(first[0].parts) == 3:
-            sizes = list(first[0].parts)
-            inputs = [(first[0], sum(sizes[:part])) for part in range(3)]
-        elif len(first) == 3:
-            inputs = [(p, 0) for p in sorted(first, key=lambda p: -p.shape[0])]
-            sizes = [p.shape[0] for p, _ in inputs]
-        else:
-            return None
-        width = last[0].shape[1]
-        if len(last) > 1 or width % heads or sizes[0] != width or sizes[1] != sizes[2] or sizes[1] % (width // heads):
-            return None
-        groups = sizes[1] // (width // heads)
-        return None if heads % groups else Attention(tuple(inputs), last[0], heads, groups)
 
     def _replay(self, units: Sequence[Unit]) -> Replay | None:
         """The outermost module whose output is that of its last linear layer, with other layers and no network before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,24 +23,17 @@ from transformers import (
 from sparsellm_lightning import perplexity
 from sparsellm_lightning.models import evaluation
 
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MORE = {
     # Logits behind the head are scaled, capped or divided.
-    "granite": GraniteConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        logits_scaling=8.0,
-    ),
-    "cohere2": Cohere2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        logit_scale=0.25,
-    ),
+    "granite": GraniteConfig(**SIZES, logits_scaling=8.0),
+    "cohere2": Cohere2Config(**SIZES, logit_scale=0.25),
     "xglm": XGLMConfig(vocab_size=VOCABULARY, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4),
     # Its logits do not come from the decoder's last hidden state.
     "prophetnet": ProphetNetConfig(
