@@ -76,11 +76,13 @@ def test_wanda_and_magnitude_leave_weights_as_they_are(seed: int) -> None:
     block, x = problem(seed=seed)
     # So that absolute values rank otherwise than squares.
     spread = torch.linspace(0, 3, DIM).exp()
-    block = replace(block, up=block.up * spread, down=block.down * spread[:, None])
+    assert block.gate is not None
+    block = replace(block, up=block.up * spread, gate=block.gate * 2 * spread, down=block.down * spread[:, None])
+    assert block.gate is not None
     h = block.hidden(x)
     for method, scores in (
         ("wanda", block.down.abs().sum(0) * h.norm(dim=0)),
-        ("magnitude", block.up.norm(dim=1) ** 2 + block.gate.norm(dim=1) ** 2 + block.down.norm(dim=0) ** 2),  # type: ignore[union-attr]
+        ("magnitude", block.up.norm(dim=1) ** 2 + block.gate.norm(dim=1) ** 2 + block.down.norm(dim=0) ** 2),
     ):
         removal = remove_units(block, x, 4, method)
         assert set(removal.kept.nonzero().flatten().tolist()) == set(scores.topk(4).indices.tolist())

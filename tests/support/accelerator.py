@@ -25,6 +25,29 @@ _MOVES = {_aten._to_copy.default, _aten.copy_.default, _aten._local_scalar_dense
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._unsafe_index.Tensor}
 
 
+class _Event:
+    """Work on this device is done when its call returns."""
+
+    def record(self, stream: Any = None) -> _Event:
+        return self
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
+class _Stream(_Event):
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def wait_event(self, event: _Event) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
 class _Module(backend_registration._DummyBackendModule):
     """The functions that torch and Lightning expect of ``torch.<device type>``."""
 
@@ -44,6 +67,19 @@ class _Module(backend_registration._DummyBackendModule):
         torch.set_rng_state(state)
 
     def synchronize(self, device: Any = None) -> None: ...
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        return _Stream()
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        yield
+
+    def Stream(self, device: Any = None, priority: int = 0) -> _Stream:
+        return _Stream()
+
+    def Event(self, *args: Any, **kwargs: Any) -> _Event:
+        return _Event()
 
 
 backend_registration._setup_privateuseone_for_python_backend("accel", backend_module=_Module())
@@ -194,7 +230,7 @@ class Accelerator(lightning.pytorch.accelerators.Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [DEVICE]
+        return [DEVICE] * devices
 
     @staticmethod
     def auto_device_count() -> int:
@@ -226,6 +262,20 @@ def collectives_on_the_device() -> Iterator[None]:
 
         return on_device
 
-    names = ("all_reduce", "all_gather", "gather", "broadcast")
-    with mock.patch.multiple(torch.distributed, **{name: refusing(getattr(torch.distributed, name)) for name in names}):
+    names = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "_broadcast_coalesced",
+        "gather",
+        "reduce_scatter_tensor",
+    )
+    world = torch.distributed.distributed_c10d._get_default_group()
+    backend = torch.distributed.ProcessGroup.BackendType.GLOO
+    world._register_backend(DEVICE, backend, world._get_backend(_CPU))
+    with (
+        mock.patch.multiple(torch.distributed, **{name: refusing(getattr(torch.distributed, name)) for name in names}),
+        mock.patch.object(torch.distributed.distributed_c10d, "_get_pg_default_device", return_value=DEVICE),
+    ):
         yield

@@ -61,7 +61,7 @@ class Job:
 
     def strategy(self) -> Any:
         kind, sharded_checkpoint = self.options.get("strategy"), self.options.get("sharded_checkpoint", True)
-        backend = "gloo" if self.options.get("accelerator", "cpu") == "cpu" else None
+        backend = "nccl" if self.options.get("accelerator") == "gpu" else "gloo"
         if kind == "ddp":
             return DDPStrategy(process_group_backend=backend)
         if kind == "fsdp2":
@@ -219,6 +219,16 @@ def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
             resume_dir=job.folder / "journal",
         )
         return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+
+
+def fit_on_accelerator(job: Job) -> None:
+    """Prune on the device of ``support.accelerator`` in a Trainer, fine-tune with a dense teacher, export to ``out``."""
+    from support.accelerator import Accelerator, accelerator, collectives_on_the_device
+
+    with accelerator(), collectives_on_the_device():
+        job.options["accelerator"] = Accelerator()
+        pruner = job.pruner(finetune=True, export_dir=str(job.folder / "out"), resume_dir=str(job.folder / "journal"))
+        job.trainer(pruner, Distillation(job.options["model"]), max_steps=2).fit(job.module(), job.data())
 
 
 class Generates(pl.Callback):
