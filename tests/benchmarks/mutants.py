@@ -307,7 +307,7 @@ def main() -> None:
     text = summary(done)
     print(f"{text}\n{time.monotonic() - began:.0f} seconds")
     if options.results:
-        write_section(options.results, "mutants", text)
+        write_section(options.results, "mutants", f"### Changes to the solvers that tests notice\n\n{text}")
     if options.out:
         options.out.write_text(json.dumps([asdict(mutant) for mutant in done], indent=1))
 
