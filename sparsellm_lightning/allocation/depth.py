@@ -12,6 +12,7 @@ from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.runtime import tracked
 
 
 def choose_blocks(
@@ -35,7 +36,7 @@ def choose_blocks(
     probe = OutputProbe(context, batches)
     _check_residual(context, cache.part(range(min(len(cache.hidden), 1))))
     removed: dict[int, float] = {}
-    for _ in range(number):
+    for _ in tracked(range(number), "Choosing blocks", "block"):
         divergences: dict[int, float] = {}
         for block in blocks:
             if block.index not in removed:

@@ -29,6 +29,7 @@ from sparsellm_lightning.calibration import (
 )
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import Gram, InputStatistics, check_finite
 
 STATISTICS_TOKENS = 4096  # tokens, over all ranks, of the statistics for local errors and outliers
@@ -178,7 +179,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     solver = LayerSolver(context)
     if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
         solver = LayerSolver(context, solver="sparsegpt")
-    for block in blocks:
+    for block in tracked(blocks, "Measuring sensitivity", "block"):
         statistics = BlockStatistics(context, block, sample)
         weight = depth_discount(block.index, len(blocks), config)
         for part in _parts(block, apart=True):

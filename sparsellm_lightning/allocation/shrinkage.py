@@ -23,6 +23,7 @@ from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Shrinkage, check_shrinkable, fixed_shrinkage
+from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import refit_columns, surgeon
 
 _TIMINGS = 5  # forwards of a block, of whose seconds the median counts
@@ -196,7 +197,7 @@ def _damages(
     sample, probe = sample_of(context, cache), OutputProbe(context, batches)
     by_units = np.zeros(layout.units + 1)
     by_heads = np.zeros(layout.heads + 1)
-    for block in layout.blocks:
+    for block in tracked(layout.blocks, "Measuring sensitivity", "block"):
         inputs = BlockStatistics(context, block, sample)
         weight = depth_discount(block.index, len(layout.blocks), config)
         if layout.units:

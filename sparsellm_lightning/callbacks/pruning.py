@@ -6,12 +6,13 @@ import logging
 import time
 import weakref
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
@@ -38,13 +39,14 @@ from sparsellm_lightning.models import (
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import (
+    BlockResult,
     PruningReport,
     layer_rows,
     report_of_sparse,
     rows_of_smaller,
     save_companions,
 )
-from sparsellm_lightning.runtime import Profile, claimed
+from sparsellm_lightning.runtime import Profile, claimed, showing
 from sparsellm_lightning.sparsity import has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
@@ -202,6 +204,7 @@ class SparseLLMCallback(SparseFinetuning):
             )
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, self._model(pl_module), self.report)
+        self._log_results(trainer, self.report)
         self._export(trainer, pl_module, self.report)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -240,6 +243,8 @@ class SparseLLMCallback(SparseFinetuning):
     def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
         """Prune, or prune further, and measure before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"pruner": asdict(self.config)})
         before = self._perplexity(trainer, model, adapter)
         batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         stages = [] if self.report is None else self.report.stages
@@ -254,8 +259,8 @@ class SparseLLMCallback(SparseFinetuning):
             sharded=sharded,
             keep_zeros=bool(stages),
             resume_dir=None if self.resume_dir is None else Path(self.resume_dir) / f"stage-{len(stages)}",
-            progress=trainer.progress_bar_callback is not None,
-            on_iteration=lambda block, iteration, error: self._log(trainer, block, iteration, error),
+            progress=_shows_progress(trainer),
+            on_block=partial(self._log_block, trainer),
         )
         report.calibration["source"] = source
         after = self._perplexity(trainer, model, adapter)
@@ -365,13 +370,24 @@ class SparseLLMCallback(SparseFinetuning):
         batches, sharded = validation_batches(trainer)
         if batches is None:
             return None
-        with self._profile.phase("evaluation"):
+        with self._profile.phase("evaluation"), showing(_shows_progress(trainer)):
             return perplexity(model, batches, adapter, sharded=sharded)
 
     @staticmethod
-    def _log(trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:
+    def _log_block(trainer: pl.Trainer, result: BlockResult) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({f"prune/block_{block:03d}_error": error}, step=iteration)
+            logger.log_metrics({f"prune/{name}": value for name, value in result.metrics().items()}, step=result.index)
+
+    def _log_results(self, trainer: pl.Trainer, report: PruningReport) -> None:
+        """The run's figures, for loggers, and for sweeps in ``trainer.callback_metrics``."""
+        metrics = {f"prune/{name}": value for name, value in report.metrics().items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _shows_progress(trainer: pl.Trainer) -> bool:
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
 def _is_sparse_already(pl_module: pl.LightningModule) -> bool:

@@ -11,6 +11,8 @@ from sparsellm_lightning.data.windows import (
     first_tokens,
     fitted_windows,
     held_out_windows,
+    regrouped,
+    split_windows,
     take_windows,
 )
 
@@ -25,7 +27,9 @@ __all__ = [
     "fitted_windows",
     "generate_windows",
     "held_out_windows",
+    "regrouped",
     "rewrite_windows",
+    "split_windows",
     "take_windows",
     "validation_batches",
 ]

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsellm_lightning.architecture import device_of
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.runtime import explaining_memory, format_bytes
+from sparsellm_lightning.runtime import explaining_memory, format_bytes, tracked
 from sparsellm_lightning.solvers import count
 
 PROMPT = 32  # largest number of tokens of a prompt, and of its continuation
@@ -125,7 +125,7 @@ def rewrite_windows(
     # Cached casts of gathered shards would add up to the whole model.
     cast = torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split)
     with explained, cast:
-        for first in range(0, len(prompts), at_once):
+        for first in tracked(range(0, len(prompts), at_once), "Writing windows", "part"):
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]

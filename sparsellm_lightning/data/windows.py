@@ -41,6 +41,12 @@ class CalibrationBatch:
         """Number of tokens that count."""
         return self.windows * self.length if self.valid is None else int(self.valid.sum())
 
+    def counts(self) -> Tensor:
+        """Whether each token counts, (batch, sequence) bool."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.windows, self.length, dtype=torch.bool, device=next(iter(self.inputs.values())).device)
+
     def rows(self, chosen: slice | Sequence[int]) -> CalibrationBatch:
         """The chosen windows. Arguments that the batch shares (such as position ids of one row) stay as they are."""
         inputs = {k: v[chosen] if len(v) == self.windows else v for k, v in self.inputs.items()}
@@ -89,10 +95,10 @@ def take_windows(
             "Pruning needs at least one calibration window, but the calibration (or training) dataloader gave none. "
             "Check its dataset and length."
         )
-    return taken if batch_tokens is None else _regrouped(taken, batch_tokens), total
+    return taken if batch_tokens is None else regrouped(taken, batch_tokens), total
 
 
-def _regrouped(batches: list[CalibrationBatch], tokens: int) -> list[CalibrationBatch]:
+def regrouped(batches: Sequence[CalibrationBatch], tokens: int) -> list[CalibrationBatch]:
     """The windows in batches of at most ``tokens`` tokens, or of one window. Consecutive windows of equal shapes share one."""
     groups: list[list[CalibrationBatch]] = []
     shapes: list[object] = []
@@ -106,7 +112,8 @@ def _regrouped(batches: list[CalibrationBatch], tokens: int) -> list[Calibration
     made = []
     for group in groups:
         inputs = {key: torch.cat([window.inputs[key] for window in group]) for key in group[0].inputs}
-        made.append(CalibrationBatch(inputs, _valid(inputs.get("attention_mask"))))
+        padded = any(window.valid is not None for window in group)
+        made.append(CalibrationBatch(inputs, torch.cat([w.counts() for w in group]) if padded else None))
     return made
 
 
@@ -128,7 +135,7 @@ def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
 
 def count_tokens(batches: Sequence[CalibrationBatch], fitted: int) -> tuple[int, int]:
     """This rank's numbers of tokens that count: in all windows, and in the first ``fitted`` ones."""
-    ahead, _ = _split(list(batches), fitted)
+    ahead, _ = split_windows(batches, fitted)
     return sum(batch.tokens for batch in batches), sum(batch.tokens for batch in ahead)
 
 
@@ -157,7 +164,7 @@ def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, 
     if not cut:
         return []
     inputs = {key: torch.cat([batch.inputs[key] for batch in cut]) for key in cut[0].inputs}
-    valid = torch.cat([batch.valid for batch in cut if batch.valid is not None]) & (mine > 0)
+    valid = torch.cat([batch.counts() for batch in cut]) & (mine > 0)
     return [CalibrationBatch(inputs, valid)]
 
 
@@ -199,7 +206,7 @@ def add_written_windows(
         raise UserError(
             "continuations are written after token ids, but the calibration batches hold inputs_embeds. Set continuations to 0."
         )
-    ahead, behind = _split(batches, fitted)
+    ahead, behind = split_windows(batches, fitted)
     whole = [
         ids
         for batch in ahead
@@ -220,7 +227,9 @@ def add_written_windows(
     return [*ahead, *more, *behind], fitted + len(written), copies * sum(counts)
 
 
-def _split(batches: list[CalibrationBatch], windows: int) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+def split_windows(
+    batches: Sequence[CalibrationBatch], windows: int
+) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
     """The first ``windows`` windows, and the others."""
     ahead: list[CalibrationBatch] = []
     behind: list[CalibrationBatch] = []
@@ -236,7 +245,7 @@ def _split(batches: list[CalibrationBatch], windows: int) -> tuple[list[Calibrat
 
 def _cut(batch: CalibrationBatch, row: int, length: int) -> CalibrationBatch:
     """``length`` columns of one row, from the first token that counts if enough columns follow it."""
-    counts = batch.valid[row] if batch.valid is not None else torch.ones(batch.length, dtype=torch.bool)
+    counts = batch.counts()[row]
     start = min(int(counts.int().argmax()), batch.length - length)
     columns = slice(start, start + length)
     inputs = {}

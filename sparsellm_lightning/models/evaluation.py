@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
+from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
@@ -152,7 +153,7 @@ def perplexity(
     metric = new_metric().to(device)
     rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
     with adapter.calibrating(model):
-        for batch in batches:
+        for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)
             inputs = {key: value[rank::size].to(device) for key, value in whole.items()}

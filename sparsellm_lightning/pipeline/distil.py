@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
-from sparsellm_lightning.data import CalibrationBatch
+from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Forward, decoder_output, logits_at, positions_together
 from sparsellm_lightning.pipeline.kept import KeptParameters
+from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 1e-3  # largest one, in units of each parameter's scale
@@ -46,7 +47,7 @@ class Distiller:
     """
 
     def __init__(self, context: Context, batches: Sequence[CalibrationBatch], fitted: int) -> None:
-        self.context, self.batches = context, batches
+        self.context = context
         self.autocast_dtype = context.autocast_dtype
         self.model, self.ranks, self.adapter = context.layout.model, context.ranks, context.adapter
         if self.model.get_output_embeddings() is None:
@@ -55,12 +56,8 @@ class Distiller:
                 "head. Set distillation_steps to 0."
             )
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
-        self.fitted: list[int] = []  # windows of each batch that are fitted
-        for batch in batches:
-            self.fitted.append(min(max(fitted, 0), batch.windows))
-            fitted -= batch.windows
-        with torch.no_grad():
-            self.goals = [self._decode(batch).last_hidden_state.cpu() for batch in batches]
+        parts = split_windows([batch for batch in batches if batch.tokens], fitted)
+        self.fitted, self.held_out = ([self._with_goal(batch) for batch in self._steps(part)] for part in parts)
 
     @torch.no_grad()
     def tune(self, steps: int) -> dict[str, Any]:
@@ -75,7 +72,7 @@ class Distiller:
         best, best_step, before = parameters.state(), 0, self.divergence()
         least, checks = before, min(MAX_CHECKS, steps)
         with parameters.trainable([self.model]):
-            for step, chosen in zip(range(steps), self._choices(), strict=False):
+            for step, chosen in zip(tracked(range(steps), "Distilling", "step"), self._choices(), strict=False):
                 self._add_gradients(chosen)
                 parameters.step()
                 if (step + 1) * checks // steps > step * checks // steps:
@@ -87,27 +84,33 @@ class Distiller:
 
     def divergence(self) -> float:
         """Mean divergence over all ranks' held-out tokens. Over the fitted ones if none are held out."""
-        held_out = self.ranks.total(sum(b.windows - f for b, f in zip(self.batches, self.fitted, strict=True))) != [0]
+        (held_out,) = self.ranks.total(sum(batch.tokens for batch, _ in self.held_out))
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        for index, fitted in enumerate(self.fitted):
-            rows = slice(fitted, None) if held_out else slice(fitted)
-            used = len(range(*rows.indices(self.batches[index].windows)))
-            if used or self.adapter.forward_is_collective:
-                for part in self._divergences(index):
-                    totals[0] += part[rows].sum()
-                totals[1] += self._valid(index)[rows].sum()
+        for batch, goal in self.held_out if held_out else self.fitted:
+            totals[0] += sum(part.sum() for part in self._divergences(batch, goal))
+            totals[1] += batch.tokens
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
     def _add_gradients(self, chosen: Sequence[int]) -> None:
-        """Add the gradient of the mean divergence, over all ranks, of this rank's fitted tokens in these batches."""
-        (tokens,) = self.ranks.total(sum(int(self._valid(index)[: self.fitted[index]].sum()) for index in chosen))
+        """Add the gradient of the mean divergence, over all ranks, of this rank's tokens in these fitted batches."""
+        (tokens,) = self.ranks.total(sum(self.fitted[index][0].tokens for index in chosen))
         scale = (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
         for index in chosen:
             with torch.enable_grad():
-                for part in self._divergences(index):
-                    (part[: self.fitted[index]].sum() * scale).backward()
-            self._count(self.batches[index])
+                for part in self._divergences(*self.fitted[index]):
+                    (part.sum() * scale).backward()
+            self._count(self.fitted[index][0])
+
+    def _steps(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+        """The windows in batches of a step's tokens. Where a forward is collective, equally many on all ranks."""
+        made = regrouped(batches, STEP_TOKENS // self.ranks.size)
+        return equally_many(made, self.ranks, self.context.device) if self.adapter.forward_is_collective else made
+
+    def _with_goal(self, batch: CalibrationBatch) -> tuple[CalibrationBatch, Tensor]:
+        """A batch and the dense model's decoder output for it, on the host."""
+        with torch.no_grad():
+            return batch, self._decode(batch).last_hidden_state.cpu()
 
     def _count(self, batch: CalibrationBatch) -> None:
         """Forward and backward of the blocks, which has two products for each of the forward's, and of the head, for p too."""
@@ -116,14 +119,14 @@ class Distiller:
         tokens = batch.windows * batch.length
         count(tokens * (3 * blocks + 6 * head.weight.numel()), self.autocast_dtype or torch.float32)
 
-    def _divergences(self, index: int) -> Iterator[Tensor]:
+    def _divergences(self, batch: CalibrationBatch, goal: Tensor) -> Iterator[Tensor]:
         """Divergences of the tokens of a batch, (windows, positions), a few positions at a time. 0 for padding.
 
         After the caller has taken the gradient of every part, this takes that of the decoder. Sharded weights need one whole
         forward and backward instead.
         """
-        batch, goal = self.batches[index], self.goals[index].to(self.context.device)
-        forward, valid = partial(self.adapter.logits, self.model, batch.inputs), self._valid(index)
+        goal, valid = goal.to(self.context.device), batch.counts()
+        forward = partial(self.adapter.logits, self.model, batch.inputs)
         if self.adapter.forward_is_collective:
             dense = self._log_probabilities(forward, goal)
             with self._autocast():
@@ -161,13 +164,11 @@ class Distiller:
 
     def _choices(self) -> Iterator[list[int]]:
         """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
-        tokens = [int(self._valid(index)[:fitted].sum()) for index, fitted in enumerate(self.fitted)]
-        mine = [index for index, count in enumerate(tokens) if count]
-        if self.adapter.forward_is_collective:
-            mine = mine or [0]
-        shapes = self.ranks.gather_counts(max(tokens, default=0), len(mine))
-        largest, numbers = zip(*shapes, strict=True)
-        together = min(max(1, round(STEP_TOKENS / max(sum(largest), 1))), max(numbers))
+        mine = list(range(len(self.fitted)))
+        largest = max((batch.tokens for batch, _ in self.fitted), default=0)
+        shapes = self.ranks.gather_counts(largest, len(mine))
+        tokens, numbers = zip(*shapes, strict=True)
+        together = min(max(1, round(STEP_TOKENS / max(sum(tokens), 1))), max(numbers))
         generator = torch.Generator().manual_seed(self.context.config.seed)
         queue: list[int] = []
         while True:
@@ -181,13 +182,6 @@ class Distiller:
         projections = list(block.projections())
         (zeros,) = self.ranks.total(sum(int(self.adapter.count_zeros(p)) for p in projections))
         return zeros < sum(p.size for p in projections)
-
-    def _valid(self, index: int) -> Tensor:
-        """Whether the tokens of a batch count, (windows, length)."""
-        batch = self.batches[index]
-        if batch.valid is None:
-            return torch.ones(batch.windows, batch.length, dtype=torch.bool, device=self.context.device)
-        return batch.valid.to(self.context.device)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self.autocast_dtype

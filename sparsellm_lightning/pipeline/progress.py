@@ -1,29 +1,32 @@
-"""The progress bar of pruning."""
+"""The progress of pruning, block by block."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 
 import torch
 from tqdm.auto import tqdm
 
-from sparsellm_lightning.runtime import format_bytes, peak_memory
+from sparsellm_lightning.runtime import draws_bars, format_bytes, peak_memory
 
 SECONDS_A_DRAW = 0.5  # shortest time between two drawings in one phase. A new phase is drawn at once
 
 
 class Progress:
-    """A bar over blocks, with the current phase, the last error and the peak memory.
+    """A bar over blocks, with the current phase, the last error and the peak memory. In a log file a line for each block.
 
     Args:
         blocks: number of blocks.
         device: that computes.
-        shown: whether the bar is shown.
+        shown: whether the progress is shown.
     """
 
     def __init__(self, blocks: int, device: torch.device, shown: bool) -> None:
-        self.bar = tqdm(total=blocks, desc="Pruning", unit="block", disable=not shown)
+        self.bar = tqdm(total=blocks, desc="Pruning", unit="block", disable=not (shown and draws_bars()))
+        self._lines = shown and not draws_bars()
+        self._blocks, self._done, self._start = blocks, 0, time.monotonic()
         self._device = device
         self._status: dict[str, str] = {}
         self._drawn: dict[str | None, float] = {}  # time of the last drawing, by phase
@@ -39,6 +42,15 @@ class Progress:
     def block(self) -> None:
         """A block is finished."""
         self.bar.update()
+        self._done += 1
+        if self._lines:
+            seconds = time.monotonic() - self._start
+            left = seconds / self._done * (self._blocks - self._done)
+            error = f", error {self._status['error']}" if "error" in self._status else ""
+            print(
+                f"Pruning: block {self._done} of {self._blocks}{error}, {seconds:.0f} s, {left:.0f} s left",
+                file=sys.stderr,
+            )
 
     def _show(self, **news: str) -> None:
         self._status.update(news)

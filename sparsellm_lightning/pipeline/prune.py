@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +37,7 @@ from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
-from sparsellm_lightning.runtime import MemoryMeter, Profile, claimed, gemm_peak, phase
+from sparsellm_lightning.runtime import MemoryMeter, Profile, claimed, gemm_peak, phase, showing
 
 
 def prune_model(
@@ -51,6 +51,7 @@ def prune_model(
     resume_dir: str | Path | None = None,
     progress: bool = False,
     on_iteration: OnIteration = lambda block, iteration, error: None,
+    on_block: Callable[[BlockResult], None] = lambda result: None,
 ) -> PruningReport:
     """Prune the projections of a causal LM's decoder blocks, in place.
 
@@ -68,6 +69,7 @@ def prune_model(
         progress: show a progress bar over blocks.
         on_iteration: called with (block index, iteration, error), see
             :data:`~sparsellm_lightning.pipeline.sequential.OnIteration`.
+        on_block: called with the result of every finished block.
 
     Returns:
         the report. Its perplexities are None (see :func:`sparsellm_lightning.perplexity`).
@@ -81,7 +83,8 @@ def prune_model(
     adapter.check(context.layout)
     start = time.perf_counter()
     memory = MemoryMeter(context.device)
-    shown = Progress(len(context.layout.blocks), context.device, progress and adapter.ranks.rank == 0)
+    progress = progress and adapter.ranks.rank == 0
+    shown = Progress(len(context.layout.blocks), context.device, progress)
     profile = Profile(context.device, shown.phase)
 
     def iteration_done(block: int, iteration: int, error: float) -> None:
@@ -91,7 +94,14 @@ def prune_model(
     results: list[BlockResult] = []
     writes = resume_dir is not None and adapter.ranks.rank == 0
     claim = claimed(resume_dir or "", "resume_dir") if writes else nullcontext()
-    with adapter.ranks.failing_together(), claim, adapter.calibrating(model), profile.collecting(), shown.bar:
+    with (
+        adapter.ranks.failing_together(),
+        claim,
+        adapter.calibrating(model),
+        profile.collecting(),
+        shown.bar,
+        showing(progress),
+    ):
         tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
@@ -119,6 +129,7 @@ def prune_model(
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
+            on_block(result)
         distillation = None
         if distiller is not None:
             with phase("distillation"):

@@ -45,6 +45,18 @@ class BlockResult:
     borrowing_experts: int = 0
     seconds: float = 0.0
 
+    def metrics(self) -> dict[str, float]:
+        """Figures for a logger: errors on held-out tokens if there are any, and seconds."""
+        found = {"seconds_of_block": self.seconds}
+        if self.layer_errors:
+            found["layer_error"] = sum(self.layer_errors.values()) / len(self.layer_errors)
+        if self.errors:
+            found["feed_forward_error"] = min(self.held_out_errors or self.errors)
+        if self.reconstruction is not None:
+            (_, fitted), (_, held_out) = self.reconstruction["fitted"], self.reconstruction["held_out"]
+            found["block_error"] = fitted if held_out is None else held_out
+        return found
+
 
 @dataclass
 class PruningReport:
@@ -110,6 +122,12 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
         return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """The run's figures for a logger: sparsity, perplexities, seconds of pruning and of each phase."""
+        found = {"sparsity": self.sparsity["achieved"], "seconds": self.wall_seconds}
+        found |= {f"perplexity/{name}": value for name, value in self.perplexity.items() if value is not None}
+        return found | {f"seconds/{name}": value for name, value in self.phases.items()}
 
     def peak_share(self, *phases: str) -> float:
         """Share of the measured GEMM peak that some phases reached (default: all of pruning). 0 if no work was counted.

@@ -13,6 +13,7 @@ from sparsellm_lightning.runtime.memory import (
 )
 from sparsellm_lightning.runtime.precision import coarse_dtype, fastest_float32
 from sparsellm_lightning.runtime.profiling import Profile, gemm_peak, phase
+from sparsellm_lightning.runtime.progress import draws_bars, showing, tracked
 
 __all__ = [
     "MemoryMeter",
@@ -21,6 +22,7 @@ __all__ = [
     "Sizes",
     "claimed",
     "coarse_dtype",
+    "draws_bars",
     "explaining_memory",
     "fastest_float32",
     "format_bytes",
@@ -29,4 +31,6 @@ __all__ = [
     "phase",
     "place",
     "return_free_memory",
+    "showing",
+    "tracked",
 ]

@@ -12,8 +12,10 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,6 +24,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
+from sparsellm_lightning.callbacks import pruning
 
 
 class Progress(pl.Callback):
@@ -47,10 +50,12 @@ class Noted(SparseLLMCallback):
 
     def _prune(self, *args: Any) -> None:
         self.progress.solves += 1
-        super()._prune(*args)
 
-    def _log(self, trainer: pl.Trainer, block: int, iteration: int, error: float) -> None:  # type: ignore[override]
-        self.progress.note(f"solve {self.progress.solves} block {block} iteration {iteration}")
+        def note(block: int, iteration: int, error: float) -> None:
+            self.progress.note(f"solve {self.progress.solves} block {block} iteration {iteration}")
+
+        with mock.patch.object(pruning, "prune_model", partial(pruning.prune_model, on_iteration=note)):
+            super()._prune(*args)
 
 
 def run(model: str, folder: str, stop_at: str | None = None) -> tuple[pl.Trainer, CausalLM, list[str]]:
