@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": "compare an exported folder with its report",
     "inspect": "show what would be pruned in a model, and what that takes",
     "benchmark": "speed and size of a model, beside another",
+    "sweep": "several sparsities and methods on one model, into a table and a curve",
     "recipes": "list the recipes that come with the package",
     "validate": "Lightning's validation loop",
     "test": "Lightning's test loop",

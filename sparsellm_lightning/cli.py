@@ -6,13 +6,16 @@ import argparse
 import re
 import signal
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,15 +27,44 @@ from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.distributed import PeerError, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
 from sparsellm_lightning.mistakes import brief
-from sparsellm_lightning.models import CausalLM, add_to_report, inspect_model, measure_speed, verify_export
+from sparsellm_lightning.models import (
+    REPORT_NAME,
+    CausalLM,
+    add_to_report,
+    inspect_model,
+    load_model,
+    load_tokenizer,
+    measure_speed,
+    verify_export,
+)
 from sparsellm_lightning.pipeline import estimate_work
+from sparsellm_lightning.quiet import quieten
 from sparsellm_lightning.reporting import format_table, layer_rows, speed_table, structure
 from sparsellm_lightning.runtime import gemm_peak
 from sparsellm_lightning.shorthand import expanded
+from sparsellm_lightning.sweep import sweep
 
 
 class PruningTrainer(pl.Trainer):
-    """A Trainer with the methods ``prune`` and ``evaluate``, which LightningCLI turns into subcommands."""
+    """A Trainer with the methods ``prune`` and ``evaluate``, which LightningCLI turns into subcommands.
+
+    Args:
+        max_epochs: stop after so many. Without a limit on epochs, steps or time: 1 (Lightning's Trainer takes 1000).
+        max_steps: stop after so many optimizer steps. -1: no limit.
+        max_time: stop after so long, such as ``00:12:00:00`` (days to seconds).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if max_epochs is None and max_steps == -1 and max_time is None:
+            max_epochs = 1
+        super().__init__(*args, max_epochs=max_epochs, max_steps=max_steps, max_time=max_time, **kwargs)
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure the dense model, prune it, measure again, export, and print a table."""
@@ -42,22 +74,76 @@ class PruningTrainer(pl.Trainer):
         if pruner.export_dir is None:
             name = str(getattr(model, "pretrained", None) or type(model).__name__)
             pruner.export_dir = str(default_export_dir(name, pruner.config, pruner.overwrite))
+        if getattr(datamodule, "source", "") == "python-docs" and self.is_global_zero:
+            print(
+                "Calibration and perplexity: python-docs, the text inside Python. A model fits the text it is pruned on: give "
+                "yours, with --data.source files --data.train_files FILE --data.test_files FILE."
+            )
         self.num_sanity_val_steps = 0  # the pruner measures the dense model on every window
         self.fit(model, datamodule=datamodule)
         show_report(self)
 
-    def evaluate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-        """Measure a model's perplexity on the test windows, and the sparsity of its decoder blocks."""
+    def evaluate(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        tasks: list[str] | None = None,
+        tasks_folder: str | None = None,
+        tasks_limit: int | None = None,
+        against: str | None = None,
+    ) -> None:
+        """Measure a model's perplexity on the test windows, the sparsity of its decoder blocks, and accuracy on tasks.
+
+        Args:
+            model, datamodule: to measure, and the text.
+            tasks: of lm_eval, such as [arc_easy, hellaswag]. An export gets their results as ``tasks.json``.
+            tasks_folder: with YAML files of further tasks.
+            tasks_limit: examples of each task. None: all.
+            against: another model, such as the dense one, on the same tasks: what share of its accuracy is recovered.
+        """
+        if tasks:
+            evaluate_tasks = _task_evaluator(self, tasks, tasks_folder)
+        elif against is not None or tasks_folder is not None:
+            raise UserError("against and tasks_folder belong to tasks, but there are no tasks. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
-        adapter = adapter_for(self)
-        _, sparsity = layer_rows(adapter.describe(find_model(model)), adapter)
+        adapter, inside = adapter_for(self), find_model(model)
+        try:
+            _, zeros = layer_rows(adapter.describe(inside), adapter)
+            sparsity = f"{100 * zeros:.2f} %"
+        except UserError as error:  # perplexity needs no decoder blocks that can be pruned
+            sparsity = "unknown"
+            warnings.warn(f"The sparsity is not known: {error}", stacklevel=2)
+        name = str(getattr(model, "pretrained", type(model).__name__))
         if self.is_global_zero:
-            name = str(getattr(model, "pretrained", type(model).__name__))
-            rows = [
-                ("model", "sparsity", "perplexity"),
-                (name, f"{100 * sparsity:.2f} %", f"{results[0]['test_perplexity']:.2f}"),
-            ]
-            print(format_table(rows))
+            perplexity = f"{results[0]['test_perplexity']:.2f}"
+            print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
+        if tasks:
+            evaluate_tasks(inside, model.tokenizer, name, tasks_limit, against)
+
+
+def _task_evaluator(trainer: pl.Trainer, tasks: list[str], folder: str | None) -> Callable[..., None]:
+    """Evaluates a model on tasks, prints a table and writes it into the model's folder. Refused before any work."""
+    if trainer.world_size > 1:
+        raise UserError(f"tasks are evaluated in one process, got {trainer.world_size}. Set trainer.devices to 1.")
+    try:
+        from sparsellm_lightning.models.tasks import evaluate_tasks, find_tasks, save_tasks, task_rows
+    except ImportError as error:
+        raise UserError(
+            "tasks need lm_eval, which is not installed. Install it: pip install 'sparsellm-lightning[eval]'."
+        ) from error
+    find_tasks(tasks, folder)
+
+    def evaluate(model: Any, tokenizer: Any, name: str, limit: int | None, against: str | None) -> None:
+        device = trainer.strategy.root_device
+        found = {name: evaluate_tasks(model.to(device), tokenizer, tasks, folder, limit)}
+        if against is not None:
+            dense = load_model(against).eval().to(device)
+            found[against] = evaluate_tasks(dense, load_tokenizer(against), tasks, folder, limit)
+        print(f"\n{format_table(task_rows(found))}")
+        if (Path(name) / REPORT_NAME).is_file():
+            print(f"written to {save_tasks(Path(name), found)}")
+
+    return evaluate
 
 
 def default_export_dir(model: str, config: PruningConfig, overwrite: bool = False) -> Path:
@@ -85,8 +171,13 @@ def show_report(trainer: pl.Trainer) -> None:
         print(f"{pruner.report.table()}\n")
         if pruner.report.work:  # empty for a model that was sparse already
             print(f"{pruner.report.phase_table()}\n")
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if pruner.export_dir is not None:
             print(f"written to {pruner.export_dir}")
+        elif checkpoint:
+            print(f"The last checkpoint is {checkpoint}. A folder for transformers is written with pruner.export_dir.")
+        else:
+            print("The model was not written anywhere, because pruner.export_dir is not set.")
 
 
 def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0.01) -> None:
@@ -192,18 +283,21 @@ class SparseLLMCLI(LightningCLI):
         show_report(self.trainer)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        self._prunes = subcommand in ("prune", "fit")
+        self._subcommand = subcommand
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The pruner first, because that is what ``--help`` is asked for; Lightning's Trainer last."""
-        if self._prunes:
+        if self._subcommand in ("prune", "fit"):
             parser.add_lightning_class_args(SparseLLMCallback, "pruner")  # type: ignore[arg-type]
         else:  # a configuration file of `prune` is accepted, options are not, see main
             parser.add_argument("--pruner", type=dict | None, help=argparse.SUPPRESS)
         parser.add_lightning_class_args(self._datamodule_class, "data")
         parser.add_lightning_class_args(self._model_class, "model")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({"trainer.enable_model_summary": False})
+        if self._subcommand in ("prune", "evaluate"):  # their results are not curves
+            parser.set_defaults({"trainer.logger": False})
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
@@ -222,11 +316,13 @@ def main(args: Any = None) -> None:
     arguments = expanded(sys.argv[1:] if args is None else args)
     if args is None:
         sys.argv[1:] = arguments  # LightningCLI warns of arguments that are given in another way
+    quieten()
+    set_parsing_settings(add_print_completion_argument=True)  # if shtab is installed
     try:
         given = next((a.partition("=")[0] for a in arguments if a.startswith("--pruner")), None)
         if given is not None and arguments[0] in ("evaluate", "validate", "test"):
             _end(f"error: {arguments[0]} prunes nothing, so there is no option {given}.", 2)
-        command: Any = {"verify": verify, "inspect": inspect, "benchmark": benchmark}.get(
+        command: Any = {"verify": verify, "inspect": inspect, "benchmark": benchmark, "sweep": sweep}.get(
             arguments[0] if arguments else ""
         )
         if command is not None:
@@ -239,6 +335,7 @@ def main(args: Any = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigBesideLogs,
             save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
             parser_class=Parser,
             args=None if args is None else arguments,
         )

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
 from sparsellm_lightning.solvers import Penalties
+
+TEXT = ("--data.sequence_length", 64, "--data.max_eval_windows", 2)
 
 
 @pytest.fixture
@@ -55,6 +58,41 @@ def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:
     assert f"{report['perplexity']['finetuned']:.2f}" in run.stdout
     assert report["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.002)
     assert "phase" not in run.stdout, run.stdout
+
+
+def test_output_holds_results_alone(tmp_path: Path, model_dir: Path) -> None:
+    """No advertisement, no table of operations, no deprecation of others. The default text is named."""
+    settings = ("--pruner.preset", "paper", "--pruner.method", "wanda", "--pruner.num_calibration_samples", 4)
+    run = sparsellm_process("prune", model_dir, *settings, *TEXT, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    output = run.stdout + run.stderr
+    assert not re.search("Tip|FLOPs|deprecat|tensorboard|litlogger|Trainable params|max_epochs", output), output
+    assert "python-docs, the text inside Python" in run.stdout
+    assert "calibration: 4 windows of python-docs, train split" in run.stdout
+    assert "Pruning: block 1 of 3" in run.stderr
+    assert run.stderr.count("Measuring perplexity: done") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_fit_without_a_limit_trains_one_epoch(tmp_path: Path, model_dir: Path) -> None:
+    settings = ("--pruner.preset", "paper", "--pruner.method", "wanda", "--pruner.num_calibration_samples", 4)
+    text = (*TEXT, "--data.max_train_windows", 4, "--data.batch_size", 2)
+    run = sparsellm("fit", model_dir, *settings, *text, "--pruner.finetune", "true", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt").is_file()
+    assert "epoch=0-step=2.ckpt" in run.stdout, "the end says where the result is"
+    assert "pruner.export_dir" in run.stdout
+
+
+def test_completion(tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    run = sparsellm("--print_completion", "shtab-bash", cwd=tmp_path)
+    assert run.returncode == 0
+    (tmp_path / "completion.sh").write_text(run.stdout)
+    asked = "source ./completion.sh; COMP_WORDS=(sparsellm prune --pruner.spar); COMP_CWORD=2; "
+    asked += '_shtab_sparsellm sparsellm --pruner.spar prune; echo "${COMPREPLY[@]}"'
+    shown = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["--pruner.sparsity"]
 
 
 def test_fit_from_files(tmp_path: Path, config: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,23 +20,25 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import calibration_batches, validation_batches
-from sparsellm_lightning.distributed import StrategyAdapter, adapter_for
+from sparsellm_lightning.data import calibration_batches
+from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     Buffers,
     check_export_dir,
+    check_hub,
     check_shrinkable,
     export_model,
     export_or_rescue,
     fixed_shrinkage,
-    perplexity,
     put_back,
     shrink,
     unsaved_float32_buffers,
+    upload,
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import (
@@ -46,7 +49,7 @@ from sparsellm_lightning.reporting import (
     rows_of_smaller,
     save_companions,
 )
-from sparsellm_lightning.runtime import Profile, claimed, showing
+from sparsellm_lightning.runtime import Profile, claimed
 from sparsellm_lightning.sparsity import has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ class SparseLLMCallback(SparseFinetuning):
         overwrite: replace the contents of ``export_dir``.
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
             :mod:`sparsellm_lightning.models.packed`).
+        push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
+            Needs ``export_dir``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
@@ -94,6 +99,7 @@ class SparseLLMCallback(SparseFinetuning):
         resume_dir: str | None = None,
         overwrite: bool = False,
         pack: bool = False,
+        push_to_hub: str | None = None,
         measure: bool = True,
         model_attribute: str | None = None,
         **settings: Any,
@@ -108,12 +114,14 @@ class SparseLLMCallback(SparseFinetuning):
         self.resume_dir = resume_dir
         self.overwrite = overwrite
         self.pack = pack
+        self.push_to_hub = push_to_hub
         self.measure = measure
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
+        self._measurer = Measurer(self._profile)
         self._claim = ExitStack()  # of export_dir, from setup to teardown
         self._unsaved: Buffers = []  # of the module before Lightning converts it
 
@@ -123,6 +131,7 @@ class SparseLLMCallback(SparseFinetuning):
             return
         self._restored = False
         self._profile = Profile()
+        self._measurer = Measurer(self._profile)
         self._unsaved = unsaved_float32_buffers(pl_module)
         if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
             raise UserError(
@@ -145,9 +154,13 @@ class SparseLLMCallback(SparseFinetuning):
             check_training()
         if self.schedule is not None:
             check_run(trainer, self.schedule)
+        if self.push_to_hub is not None and self.export_dir is None:
+            raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
         if self.export_dir is not None:
             self._check_folders_apart(trainer, Path(self.export_dir))
             if trainer.is_global_zero:
+                if self.push_to_hub is not None:
+                    check_hub(self.push_to_hub)
                 check_export_dir(self.export_dir, self.overwrite)
                 self._claim.enter_context(claimed(self.export_dir, "export_dir"))
 
@@ -203,7 +216,7 @@ class SparseLLMCallback(SparseFinetuning):
                 "Train longer, or prune earlier."
             )
         if self._trains_on(pl_module):
-            self._report_finetuning(trainer, self._model(pl_module), self.report)
+            self._report_finetuning(trainer, pl_module, self.report)
         self._log_results(trainer, self.report)
         self._export(trainer, pl_module, self.report)
 
@@ -244,8 +257,9 @@ class SparseLLMCallback(SparseFinetuning):
         """Prune, or prune further, and measure before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
         for logger in trainer.loggers:
-            logger.log_hyperparams({"pruner": asdict(self.config)})
-        before = self._perplexity(trainer, model, adapter)
+            logger.log_hyperparams({"pruner": asdict(self.config) | {"ignore": list(self.config.ignore)}})
+        before = self._perplexity(trainer, model)
+        examples = self._examples(trainer, pl_module, "dense") if self.report is None else self.report.examples
         batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         stages = [] if self.report is None else self.report.stages
         config = self.config
@@ -259,11 +273,13 @@ class SparseLLMCallback(SparseFinetuning):
             sharded=sharded,
             keep_zeros=bool(stages),
             resume_dir=None if self.resume_dir is None else Path(self.resume_dir) / f"stage-{len(stages)}",
-            progress=_shows_progress(trainer),
+            progress=shows_progress(trainer),
             on_block=partial(self._log_block, trainer),
         )
         report.calibration["source"] = source
-        after = self._perplexity(trainer, model, adapter)
+        after = self._perplexity(trainer, model)
+        report.evaluation = self._measurer.evaluation
+        report.examples = self._examples(trainer, pl_module, "pruned", examples)
         dense = self.report.perplexity["dense"] if self.report is not None else before
         report.perplexity = {"dense": dense, "pruned": after}
         if self.schedule is not None:
@@ -282,16 +298,19 @@ class SparseLLMCallback(SparseFinetuning):
                 f"weights must name a sparse model, but only {100 * achieved:.2f} % of the projections of "
                 f"{pl_module.weights} are zero. To prune this model, give it as pretrained instead."
             )
-        self.report.perplexity["pruned"] = self._perplexity(trainer, model, adapter)
+        self.report.perplexity["pruned"] = self._perplexity(trainer, model)
+        self.report.evaluation = self._measurer.evaluation
+        self.report.examples = self._examples(trainer, pl_module, "pruned")
         self._hold(trainer, pl_module)
 
-    def _report_finetuning(self, trainer: pl.Trainer, model: PreTrainedModel, report: PruningReport) -> None:
+    def _report_finetuning(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
         """Report the check of the masks, and the weights and perplexity after fine-tuning."""
         assert self._masks is not None
         zeros = self._masks.zeros
         report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
-        adapter = adapter_for(trainer)
-        report.perplexity["finetuned"] = self._perplexity(trainer, model, adapter)
+        model, adapter = self._model(pl_module), adapter_for(trainer)
+        report.perplexity["finetuned"] = self._perplexity(trainer, model)
+        report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
         layout = adapter.describe(model, self.config)
         report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors)
@@ -324,6 +343,8 @@ class SparseLLMCallback(SparseFinetuning):
                 pack=self.pack,
             )
             export_or_rescue(export, Path(self.export_dir), self.overwrite)
+            if self.push_to_hub is not None:
+                log.info("Uploaded to %s", upload(Path(self.export_dir), self.push_to_hub))
         trainer.strategy.barrier()
 
     def _check_folders_apart(self, trainer: pl.Trainer, export_dir: Path) -> None:
@@ -363,15 +384,17 @@ class SparseLLMCallback(SparseFinetuning):
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
 
-    def _perplexity(self, trainer: pl.Trainer, model: PreTrainedModel, adapter: StrategyAdapter) -> float | None:
-        """Perplexity on the validation windows. None if there are none, or the model has no language-model head."""
-        if not self.measure or model.get_output_embeddings() is None:
-            return None
-        batches, sharded = validation_batches(trainer)
-        if batches is None:
-            return None
-        with self._profile.phase("evaluation"), showing(_shows_progress(trainer)):
-            return perplexity(model, batches, adapter, sharded=sharded)
+    def _perplexity(self, trainer: pl.Trainer, model: PreTrainedModel) -> float | None:
+        return self._measurer.perplexity(trainer, model) if self.measure else None
+
+    def _examples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: str, known: Sequence[dict[str, str]] = ()
+    ) -> list[dict[str, str]]:
+        """See :meth:`Measurer.examples`. Without an export nobody reads them."""
+        if not self.measure or self.export_dir is None:
+            return []
+        tokenizer = getattr(pl_module, "tokenizer", None)
+        return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)
 
     @staticmethod
     def _log_block(trainer: pl.Trainer, result: BlockResult) -> None:
@@ -384,10 +407,6 @@ class SparseLLMCallback(SparseFinetuning):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _shows_progress(trainer: pl.Trainer) -> bool:
-    return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
 def _is_sparse_already(pl_module: pl.LightningModule) -> bool:

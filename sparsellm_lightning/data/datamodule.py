@@ -113,6 +113,22 @@ class TextDataModule(LightningDataModule):
         self._tokens_of: PreTrainedTokenizerBase | None = None
         self._generated: dict[tuple[int, int], Tensor] = {}  # by seed and length
 
+    @property
+    def calibration_text(self) -> str:
+        """The train text by name."""
+        return self._name("train")
+
+    @property
+    def evaluation_text(self) -> str:
+        """The evaluation text by name."""
+        return self._name("test")
+
+    def _name(self, split: Split) -> str:
+        if (self.source, split) == ("self", "train"):
+            return "self"
+        files = [path.name for path in self.texts.files[split]]
+        return ", ".join(files) if files else f"{self.source}, {split} split"
+
     def prepare_data(self) -> None:
         """Download hub datasets once, in one process per node. An evaluation run does not download c4's train text.
 

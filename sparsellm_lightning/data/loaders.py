@@ -80,7 +80,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
         return fresh, _is_sharded(batches), "training dataloader"
     accepted = inspect.signature(loader).parameters
     wanted = {"num_samples": num_samples, "seed": seed}
-    source = str(getattr(data, "source", type(data).__name__))
+    source = str(getattr(data, "calibration_text", type(data).__name__))
     return loader(**{name: value for name, value in wanted.items() if name in accepted}), False, source
 
 

@@ -3,6 +3,7 @@
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
+from sparsellm_lightning.models.examples import continued, first_prompts
 from sparsellm_lightning.models.export import (
     REPORT_NAME,
     add_to_report,
@@ -11,6 +12,7 @@ from sparsellm_lightning.models.export import (
     export_or_rescue,
 )
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
+from sparsellm_lightning.models.hub import check_hub, upload
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
@@ -27,11 +29,14 @@ __all__ = [
     "Speed",
     "add_to_report",
     "check_export_dir",
+    "check_hub",
     "check_inputs",
     "check_shrinkable",
+    "continued",
     "decoder_output",
     "export_model",
     "export_or_rescue",
+    "first_prompts",
     "fixed_shrinkage",
     "inspect_model",
     "load_model",
@@ -44,5 +49,6 @@ __all__ = [
     "put_back",
     "shrink",
     "unsaved_float32_buffers",
+    "upload",
     "verify_export",
 ]

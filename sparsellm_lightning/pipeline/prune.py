@@ -168,6 +168,7 @@ def prune_model(
         peak_memory_bytes=memory.peak(),
         added_memory_bytes=memory.added(),
         config=asdict(config),
+        dtype=_name(model.dtype),
     )
 
 

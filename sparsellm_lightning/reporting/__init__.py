@@ -1,6 +1,6 @@
 """What a run reports: errors, sparsity, perplexity and seconds, as JSON, tables and plots."""
 
-from sparsellm_lightning.reporting.files import save_companions
+from sparsellm_lightning.reporting.files import save_companions, save_sweep
 from sparsellm_lightning.reporting.inspection import structure
 from sparsellm_lightning.reporting.report import (
     BlockResult,
@@ -21,6 +21,7 @@ __all__ = [
     "report_of_sparse",
     "rows_of_smaller",
     "save_companions",
+    "save_sweep",
     "speed_table",
     "structure",
     "versions",

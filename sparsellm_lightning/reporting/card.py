@@ -28,6 +28,7 @@ def model_card(report: PruningReport, images: Sequence[str] = ()) -> str:
         _sparsity(report),
         "## What is smaller or faster\n\n" + (_SMALLER if smaller else _ZEROS),
         _calibration(report),
+        _examples(report),
         _repeat(report),
         "\n\n".join(f"![{name}]({name})" for name in images),
         "`pruning_report.json` holds every measurement; `sparsellm verify DIR` compares it with the files.",
@@ -85,13 +86,28 @@ def _calibration(report: PruningReport) -> str:
     text = f"text `{found['source']}`" if "source" in found else "the caller's windows"
     held_out = f", {found['held_out']} of them held out" if found.get("held_out") else ""
     written = f", and {found['written']} windows that the dense model wrote" if found.get("written") else ""
-    return f"## Calibration\n\n{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens."
+    lines = [f"{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens."]
+    if report.evaluation is not None:
+        measured = report.evaluation
+        lines.append(
+            f"Perplexity on {measured['windows']} windows of {measured['length']} tokens of `{measured['source']}`."
+        )
+    return "\n".join(["## Text", "", *lines])
 
 
-def _repeat(report: PruningReport) -> str:
-    """The settings that differ from the preset's and the defaults."""
-    if not report.config:
+def _examples(report: PruningReport) -> str:
+    if not report.examples:
         return ""
+    lines = [
+        f"- *{json.dumps(example['prompt'])}*"
+        + "".join(f"\n  - {state}: {json.dumps(text)}" for state, text in example.items() if state != "prompt")
+        for example in report.examples
+    ]
+    return "\n".join(["## How the models continue a text", "", *lines])
+
+
+def settings(report: PruningReport) -> str:
+    """The settings that differ from the preset's and the defaults, as a configuration file."""
     preset = report.config.get("preset", "balanced")
     usual: dict[str, Any] = asdict(PruningConfig(preset=preset))
     changed = {
@@ -100,6 +116,12 @@ def _repeat(report: PruningReport) -> str:
         if name in usual and value != usual[name]
     }
     lines = [f"  {name}: {json.dumps(value)}" for name, value in {"preset": preset, **changed}.items()]
+    return "\n".join(["model:", f"  pretrained: {json.dumps(report.model)}", "pruner:", *lines])
+
+
+def _repeat(report: PruningReport) -> str:
+    if not report.config:
+        return ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "\n".join(
         [
@@ -107,13 +129,8 @@ def _repeat(report: PruningReport) -> str:
             "",
             "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings:",
             "",
-            "```yaml",
-            "model:",
-            f"  pretrained: {json.dumps(report.model)}",
-            "pruner:",
-            *lines,
-            "```",
+            f"```yaml\n{settings(report)}\n```",
             "",
-            f"{report.wall_seconds:.0f} seconds. {versions}.",
+            f"{report.circumstances()}. {report.wall_seconds:.0f} seconds. {versions}.",
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ def save_plots(report: PruningReport, folder: Path) -> list[Path]:
             figure.savefig(folder / name, dpi=120)
             paths.append(folder / name)
     return paths
+
+
+def sweep_figure(model: str, rows: Sequence[dict[str, Any]]) -> Figure:
+    """Perplexity by sparsity, a line for each variant. The first row is the dense model, a dotted line."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    dense, *others = rows
+    axes.axhline(dense["perplexity"], color="gray", linestyle=":", label="dense")
+    for variant in dict.fromkeys(row["variant"] for row in others):
+        points = sorted((100 * row["sparsity"], row["perplexity"]) for row in others if row["variant"] == variant)
+        axes.plot(*zip(*points, strict=True), marker="o", label=variant)
+    axes.set(title=model, xlabel="zeros (%)", ylabel="perplexity")
+    axes.set_yscale("log")
+    axes.legend()
+    return figure
 
 
 def stages_figure(report: PruningReport) -> Figure | None:

@@ -74,6 +74,9 @@ class PruningReport:
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
             text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
+        evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
+        examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``
+            model continue them, always with the likeliest token. Empty where not measured.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
             block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
             ``distillation``. In a Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
@@ -84,6 +87,7 @@ class PruningReport:
         peak_memory_bytes: peak of this process (resident memory), or of its accelerator, during pruning, the model included.
             None where the system does not say.
         added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
+        dtype: of the model's weights.
         versions: of Python and of the packages that decide the result.
         config: the settings.
         distillation: ``{"steps", "divergence"}``: steps that were kept, and the mean KL divergence from the dense model's
@@ -109,6 +113,9 @@ class PruningReport:
     work: dict[str, dict[str, float]] = field(default_factory=dict)
     gemm_peak: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    dtype: str = ""
+    evaluation: dict[str, Any] | None = None
+    examples: list[dict[str, str]] = field(default_factory=list)
     distillation: dict[str, Any] | None = None
     mask_check: dict[str, int] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -161,7 +168,23 @@ class PruningReport:
         ]
         if "finetuned" in self.perplexity:
             rows.append((self.model, f"{self.label} + fine-tuned", achieved, _number(self.perplexity["finetuned"]), ""))
-        return format_table(rows)
+        return f"{format_table(rows)}\n\n{self.circumstances()}"
+
+    def circumstances(self) -> str:
+        """On which text, in which arithmetic, and from which seed the figures come, in one line."""
+        parts = []
+        if self.calibration.get("windows"):
+            source = self.calibration.get("source", "the caller's windows")
+            parts.append(f"calibration: {self.calibration['windows']} windows of {source}")
+        if self.evaluation is not None:
+            evaluation = self.evaluation
+            parts.append(
+                f"perplexity: {evaluation['windows']} windows of {evaluation['source']}, length {evaluation['length']}"
+            )
+        parts += [self.dtype] if self.dtype else []
+        if self.config:
+            parts.append(f"preset {self.config['preset']}, seed {self.config['seed']}")
+        return "; ".join(parts)
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -40,11 +40,10 @@ def tracked(items: Iterable[T], what: str, unit: str, total: int | None = None) 
         unit: of the items.
         total: number of items. None: their ``len``, if they have one.
     """
-    shown, start, number = _shown.get(), time.monotonic(), 0
-    if total is None and hasattr(items, "__len__"):
+    shown, start = _shown.get(), time.monotonic()
+    if total is None and isinstance(items, Sized):
         total = len(items)
     bar: Any = tqdm(items, desc=what, unit=unit, total=total, leave=False, disable=not (shown and draws_bars()))
-    for number, item in enumerate(bar, 1):  # noqa: B007
-        yield item
+    yield from bar
     if shown and not draws_bars():
-        print(f"{what}: {number} {unit}{'' if number == 1 else 's'}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+        print(f"{what}: done in {time.monotonic() - start:.0f} s", file=sys.stderr)

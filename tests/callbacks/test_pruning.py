@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.training import OwnModule, trainer
@@ -329,16 +331,52 @@ def test_a_resumed_run_refuses_another_sparsity(tmp_path: Path, model_dir: Path)
     run(0.5, max_steps=2, ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_iteration_errors_reach_the_logger(tmp_path: Path, trained, ids: torch.Tensor) -> None:
+def test_figures_reach_loggers(tmp_path: Path, trained, ids: torch.Tensor) -> None:
+    """A row for each block, one for the run, the settings as hyperparameters, and the run's figures for sweeps."""
     logger = CSVLogger(tmp_path, name="", version="run")
     pruner = SparseLLMCallback(preset="paper", sparsity=0.6, num_calibration_samples=32)
-    trainer(pruner, logger=logger, log_every_n_steps=1).fit(OwnModule(trained("llama")), DataLoader(ids, batch_size=8))
+    batches = DataLoader(ids, batch_size=8)
+    run = trainer(pruner, logger=logger, log_every_n_steps=1)
+    run.fit(OwnModule(trained("llama")), batches, batches)
     logger.save()
-    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert pruner.report is not None
-    column = lines[0].split(",").index("prune/block_001_error")
-    logged = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
-    assert logged == pytest.approx(pruner.report.blocks[1]["errors"])
+    report = pruner.report
+    assert report is not None
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    by_block = {int(row["step"]): row for row in rows if row["prune/layer_error"]}
+    assert [float(by_block[block["index"]]["prune/feed_forward_error"]) for block in report.blocks] == pytest.approx(
+        [min(block["held_out_errors"]) for block in report.blocks]
+    )
+    (last,) = (row for row in rows if row["prune/perplexity/pruned"])
+    assert float(last["prune/perplexity/pruned"]) == pytest.approx(report.perplexity["pruned"])
+    assert float(last["prune/seconds/alternation"]) == pytest.approx(report.phases["alternation"])
+    assert float(run.callback_metrics["prune/perplexity/pruned"]) == pytest.approx(report.perplexity["pruned"])
+    assert float(run.callback_metrics["prune/sparsity"]) == pytest.approx(0.6, abs=1e-3)
+    assert yaml.safe_load((tmp_path / "run" / "hparams.yaml").read_text())["pruner"]["sparsity"] == 0.6
+
+
+def test_report_names_texts_and_shows_examples(tmp_path: Path, model_dir: Path, text: TextDataModule) -> None:
+    pruner = SparseLLMCallback(
+        preset="paper", sparsity=0.6, num_calibration_samples=8, finetune=True, export_dir=str(tmp_path / "out")
+    )
+    trainer(pruner, max_steps=1).fit(CausalLM(str(model_dir)), text)
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    windows = [batch["input_ids"] for batch in text.val_dataloader()]
+    assert report["evaluation"] == {
+        "source": "python-docs, test split",
+        "windows": sum(map(len, windows)),
+        "length": windows[0].shape[1],
+    }
+    assert report["calibration"]["source"] == "python-docs, train split"
+    assert report["dtype"] == "float32"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    assert [example["prompt"] for example in report["examples"]] == tokenizer.batch_decode(windows[0][:3, :16])
+    for state, folder in (("dense", model_dir), ("finetuned", tmp_path / "out")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.generation_config.eos_token_id = None
+        expected = model.generate(windows[0][:3, :16], max_new_tokens=24, do_sample=False)[:, 16:]
+        assert [example[state] for example in report["examples"]] == tokenizer.batch_decode(expected)
+    assert all(example.keys() == {"prompt", "dense", "pruned", "finetuned"} for example in report["examples"])
 
 
 @pytest.mark.parametrize("setting", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}])

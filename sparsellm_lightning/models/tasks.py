@@ -1,0 +1,92 @@
+"""Accuracy on tasks, by EleutherAI's ``lm_eval``. Importing this module needs the ``eval`` extra."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.export import REPORT_NAME, add_to_report
+
+RESULTS_NAME = "tasks.json"
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Metrics by task, such as ``{"arc_easy": {"acc": 0.61}}``.
+
+    Args:
+        model, tokenizer: to evaluate.
+        tasks: names that ``lm_eval ls tasks`` lists, or of tasks in ``folder``.
+        folder: with YAML files of further tasks.
+        limit: examples of each task. None: all.
+        batch_size: requests at once.
+
+    Raises:
+        UserError: see :func:`find_tasks`.
+    """
+    manager = find_tasks(tasks, folder)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found: Any = simple_evaluate(
+        wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+    )
+    return {
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and "stderr" not in name and name != "sample_len"
+        }
+        for task, metrics in found["results"].items()
+    }
+
+
+def find_tasks(tasks: Sequence[str], folder: str | None = None) -> TaskManager:
+    """The tasks that ``lm_eval`` and a folder have.
+
+    Raises:
+        UserError: one of ``tasks`` is not among them.
+    """
+    manager = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"tasks must be known to lm_eval, got {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
+    return manager
+
+
+def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]]) -> Path:
+    """Write ``tasks.json`` beside an export's report. Returns its path.
+
+    Args:
+        folder: of the export.
+        results: by model and task.
+    """
+    path = folder / RESULTS_NAME
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    files = json.loads((folder / REPORT_NAME).read_text())["files"]
+    add_to_report(folder, files=sorted({*files, RESULTS_NAME}))
+    return path
+
+
+def task_rows(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
+    """A table: task, metric, the value of each model and, of two models, the first's share of the second's."""
+    names = list(results)
+    rows = [("task", "metric", *names, *(["recovered"] if len(names) > 1 else []))]
+    for task, metrics in results[names[0]].items():
+        for metric, value in metrics.items():
+            values = [value, *(results[name][task][metric] for name in names[1:])]
+            share = [f"{100 * values[0] / values[1]:.1f} %" if values[1] else "-"] if len(names) > 1 else []
+            rows.append((task, metric, *(f"{value:.4f}" for value in values), *share))
+    return rows

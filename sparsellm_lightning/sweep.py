@@ -1,0 +1,173 @@
+"""``sparsellm sweep``: many sparsities and methods on one model, into a table, a curve and a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.config import PRESETS, Method, PruningConfig
+from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import load_model, perplexity
+from sparsellm_lightning.pipeline import prune_model
+from sparsellm_lightning.reporting import format_table, save_sweep
+from sparsellm_lightning.runtime import claimed, showing
+
+TABLE, SETTINGS = "sweep.csv", "sweep.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the sweep.
+
+    Args:
+        variant: preset or method; ``dense`` for the model itself.
+        sparsity: that was asked for.
+        achieved: fraction of zeros in the projections.
+        perplexity: on the evaluation windows.
+        gap: ``ln(perplexity / dense)``.
+        seconds: of pruning.
+    """
+
+    variant: str
+    sparsity: float
+    achieved: float
+    perplexity: float
+    gap: float
+    seconds: float
+
+
+def sweep(
+    model: str,
+    sparsities: list[float] | None = None,
+    variants: list[str] | None = None,
+    out: str = "outputs/sweep",
+    data: TextDataModule | None = None,
+    settings: dict[str, Any] | None = None,
+) -> list[Row]:
+    """Prune a model to several sparsities by several presets or methods, and compare perplexities.
+
+    The model is loaded, the text tokenised and the dense model measured once. After every run ``sweep.csv`` is written: the
+    same command goes on where it was stopped. At the end ``sweep.html`` shows table and curve. Pruned models are not kept.
+
+    Args:
+        model: as for ``model.pretrained``.
+        sparsities: None: [0.5, 0.6, 0.7, 0.8].
+        variants: presets, or methods alone, such as [balanced, sparsegpt]. None: balanced.
+        out: folder of the table, the curve and the page.
+        data: the text.
+        settings: further settings of the pruner, for all runs.
+
+    Returns:
+        the rows of the table, the dense model first.
+
+    Raises:
+        UserError: a setting out of its range, no evaluation text, or a folder with the table of another sweep.
+    """
+    data = data or TextDataModule()
+    configs = {
+        (variant, sparsity): _config(variant, sparsity, settings or {})
+        for variant in variants or ["balanced"]
+        for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
+    }
+    folder = Path(out)
+    with claimed(out, "out"):
+        rows = _known(folder, _identity(model, data, settings or {}))
+        loaded = load_model(model).eval()
+        if data.tokenizer is None:
+            data.tokenizer = model
+        evaluation = data.val_dataloader()
+        if isinstance(evaluation, list):
+            raise UserError("sweep compares perplexities, but there is no evaluation text. Set data.test_files.")
+        dense = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+        with showing(True):
+            if ("dense", 0.0) not in rows:
+                value = perplexity(loaded, evaluation)
+                rows["dense", 0.0] = Row("dense", 0.0, 0.0, value, 0.0, 0.0)
+            for key, config in configs.items():
+                if key not in rows:
+                    loaded.load_state_dict(dense)
+                    rows[key] = _run(loaded, data, config, *key, rows["dense", 0.0].perplexity)
+                    _write(folder, rows)
+        chosen = [rows["dense", 0.0], *(rows[key] for key in configs)]
+        _write(folder, rows)
+        save_sweep(model, [vars(row) for row in chosen], folder)
+    print(format_table([_NAMES, *(_cells(row) for row in chosen)]))
+    print(f"\nwritten to {folder}")
+    return chosen
+
+
+_NAMES = tuple(field.name for field in fields(Row))
+
+
+def _config(variant: str, sparsity: float, settings: dict[str, Any]) -> PruningConfig:
+    if variant not in (*PRESETS, *get_args(Method)):
+        raise UserError(
+            f"variants must be presets or methods, got {variant}. Choose among {', '.join((*PRESETS, *get_args(Method)))}."
+        )
+    chosen = {"preset": variant} if variant in PRESETS else {"preset": "paper", "method": variant}
+    return PruningConfig(**{**settings, **chosen, "sparsity": sparsity})
+
+
+def _run(
+    model: PreTrainedModel, data: TextDataModule, config: PruningConfig, variant: str, sparsity: float, dense: float
+) -> Row:
+    windows = data.calibration_dataloader(config.num_calibration_samples, config.seed)
+    report = prune_model(model, windows, config, progress=True)
+    found = perplexity(model, data.test_dataloader())
+    return Row(
+        variant, sparsity, report.sparsity["achieved"], found, math.log(found / dense), round(report.wall_seconds, 1)
+    )
+
+
+def _identity(model: str, data: TextDataModule, settings: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a table have in common."""
+    text = {
+        "calibration": data.calibration_text,
+        "evaluation": data.evaluation_text,
+        "sequence_length": data.sequence_length,
+        "max_eval_windows": data.max_eval_windows,
+        "seed": data.seed,
+    }
+    return {"model": model, "data": text, "settings": settings}
+
+
+def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Row]:
+    """The rows that an earlier run of this sweep has written. The folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if not path.exists():
+        path.write_text(json.dumps(identity, indent=1))
+    if json.loads(path.read_text()) != json.loads(json.dumps(identity)):
+        raise UserError(f"out must be the folder of this sweep, but {path} is of another model, text or settings.")
+    if not (folder / TABLE).exists():
+        return {}
+    with (folder / TABLE).open(newline="") as file:
+        read = [Row(row["variant"], *(float(row[name]) for name in _NAMES[1:])) for row in csv.DictReader(file)]
+    return {(row.variant, row.sparsity): row for row in read}
+
+
+def _write(folder: Path, rows: dict[tuple[str, float], Row]) -> None:
+    new = folder / f".{TABLE}"
+    with new.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_NAMES)
+        writer.writerows([list(vars(row).values()) for row in rows.values()])
+    new.replace(folder / TABLE)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.variant,
+        f"{100 * row.sparsity:g} %",
+        f"{100 * row.achieved:.2f} %",
+        f"{row.perplexity:.2f}",
+        f"{row.gap:.3f}",
+        f"{row.seconds:.0f}",
+    )

@@ -1,0 +1,78 @@
+"""A sweep's figures are those of single runs, and it goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from support.cli import sparsellm
+
+from sparsellm_lightning import PruningConfig, TextDataModule, UserError, load_model, perplexity, prune_model
+from sparsellm_lightning import sweep as module
+from sparsellm_lightning.sweep import sweep
+
+SETTINGS = {"num_calibration_samples": 8}
+
+
+def text(model_dir: Path) -> TextDataModule:
+    return TextDataModule("python-docs", sequence_length=64, max_eval_windows=8, tokenizer=str(model_dir))
+
+
+def test_rows_are_those_of_single_runs(tmp_path: Path, model_dir: Path) -> None:
+    out = tmp_path / "sweep"
+    rows = sweep(str(model_dir), [0.7, 0.5], ["wanda", "paper"], str(out), text(model_dir), SETTINGS)
+    assert [(row.variant, row.sparsity) for row in rows] == [
+        ("dense", 0.0),
+        ("wanda", 0.7),
+        ("wanda", 0.5),
+        ("paper", 0.7),
+        ("paper", 0.5),
+    ]
+    model, data = load_model(str(model_dir)).eval(), text(model_dir)
+    assert rows[0].perplexity == pytest.approx(perplexity(model, data.val_dataloader()))
+    prune_model(model, data.calibration_dataloader(8, 0), PruningConfig(preset="paper", sparsity=0.5, **SETTINGS))  # type: ignore[arg-type]
+    assert rows[-1].perplexity == pytest.approx(perplexity(model, data.val_dataloader()), rel=1e-5)
+    with (out / "sweep.csv").open() as file:
+        written = {(row["variant"], float(row["sparsity"])): float(row["perplexity"]) for row in csv.DictReader(file)}
+    assert written == {(row.variant, row.sparsity): row.perplexity for row in rows}
+    assert {path.name for path in out.iterdir()} == {"sweep.csv", "sweep.html", "sweep.json", "sweep.png"}
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path, model_dir: Path) -> None:
+    runs: list[float] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs.append(args[2].sparsity)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return prune_model(*args, **kwargs)
+
+    with mock.patch.object(module, "prune_model", counted):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(str(model_dir), [0.5, 0.6, 0.7], ["wanda"], str(tmp_path), text(model_dir), SETTINGS)
+        sweep(str(model_dir), [0.5, 0.6, 0.7], ["wanda"], str(tmp_path), text(model_dir), SETTINGS)
+    assert runs == [0.5, 0.6, 0.6, 0.7]
+    with pytest.raises(UserError, match="of another model, text or settings"):
+        sweep(str(model_dir), [0.5], ["wanda"], str(tmp_path), text(model_dir), {"num_calibration_samples": 9})
+
+
+def test_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="variants must be presets or methods, got fst"):
+        sweep("no-such-model", [0.5], ["fst"], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="sparsity must be in"):
+        sweep("no-such-model", [1.5], ["fast"], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path: Path, model_dir: Path) -> None:
+    run = sparsellm(
+        *("sweep", model_dir, "--sparsities", "[0.5]", "--variants", "[wanda]", "--out", tmp_path / "out"),
+        *("--data.sequence_length", 64, "--data.max_eval_windows", 4, "--settings", "{num_calibration_samples: 4}"),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "wanda    50 %" in run.stdout
+    assert f"written to {tmp_path / 'out'}" in run.stdout
