@@ -137,7 +137,7 @@ def rewrite_windows(
 def _bytes_of_a_token(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none, and a state that does not grow
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     return int(2 * pairs * model.dtype.itemsize)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparsellm_lightning.errors import UserError
 
@@ -83,6 +85,8 @@ def has_adapters(module: nn.Module) -> bool:
 def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
     """Have every LoRA adapter on a sparse layer compute ``x (W + M ⊙ s BA)ᵀ``, M being 1 where W is not zero.
 
+    Likewise each expert's W and BA, of adapters on experts that share one parameter.
+
     The merged weight ``W + M ⊙ s BA`` has the zeros of W, and the merged model has the logits of the trained one. M is read
     from W in every forward.
 
@@ -97,7 +101,7 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
         return
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import Linear, LoraLayer
-    from peft.tuners.lora.layer import LoraVariant
+    from peft.tuners.lora.layer import LoraVariant, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     class MaskedLora(LoraVariant):  # type: ignore[misc]
@@ -122,12 +126,34 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
             delta = delta.T if module.fan_in_fan_out else delta
             return result + torch.nn.functional.linear(module.lora_dropout[active_adapter](x), delta.to(x.dtype))
 
+    class MaskedParameter(ParamWrapper):  # type: ignore[misc]
+        def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+            return super().get_delta_weight(adapter_name, *args, **kwargs) * (self.get_param() != 0)
+
+        @contextmanager
+        def _activate_lora(self, adapters: list[str]) -> Iterator[None]:
+            # peft adds the factors of the product, which no mask can reach.
+            base: Any = self.get_base_layer()
+            name, parameter = self.parameter_name, self.get_param()
+            deltas = [self.get_delta_weight(adapter) for adapter in adapters if adapter in self.lora_A]
+            trained = parameter.requires_grad
+            parametrize.register_parametrization(base, name, _Plus(deltas))
+            base.parametrizations[name].original.requires_grad_(trained)
+            try:
+                with parametrize.cached():
+                    yield
+            finally:
+                parametrize.remove_parametrizations(base, name, leave_parametrized=False)
+
     for layer in module.modules():
         if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() not in sparse:
             continue
         foreign = [v for v in getattr(layer, "lora_variant", {}).values() if type(v).__name__ != "MaskedLora"]
         if isinstance(layer, IA3Layer):
             continue  # scales rows or columns: zeros stay zero
+        if isinstance(layer, ParamWrapper):
+            layer.__class__ = MaskedParameter
+            continue
         if not isinstance(layer, Linear) or foreign:
             kind = type(foreign[0] if foreign else layer).__name__
             raise UserError(
@@ -136,6 +162,19 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
             )
         for adapter in layer.lora_A:
             layer.lora_variant[adapter] = MaskedLora()
+
+
+class _Plus(nn.Module):
+    """Adds tensors to a parameter."""
+
+    def __init__(self, deltas: list[Tensor]) -> None:
+        super().__init__()
+        self.deltas = deltas
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for delta in self.deltas:
+            weight = weight + delta
+        return weight
 
 
 def _masked(layer: Any, adapter: str, weight: Tensor) -> Tensor:
@@ -158,22 +197,33 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     """
     _refuse_embeddings(model)
     plain = dict(state)
-    for name, module in model.named_modules():
+    # Adapters on two parameters of one module lie inside each other: the inner one first.
+    for name, module in reversed(list(model.named_modules())):
         if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):
             continue
         layer: Any = module
         prefix = f"{name}." if name else ""
         base = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}base_layer.")}
         own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
-        weight = base[f"{prefix}base_layer.weight"]
+        key = f"{prefix}base_layer.{getattr(layer, 'parameter_name', 'weight')}"
+        weight = base[key]
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A and adapter not in layer.merged_adapters:
                 a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
-                delta = (b @ a) * layer.scaling[adapter]
-                delta = delta.T if layer.fan_in_fan_out else delta
-                base[f"{prefix}base_layer.weight"] = weight = (weight + delta * (weight != 0)).to(weight.dtype)
+                delta = _product(layer, a, b) * layer.scaling[adapter]
+                base[key] = weight = (weight + delta * (weight != 0)).to(weight.dtype)
         plain |= {prefix + key.removeprefix(f"{prefix}base_layer."): value for key, value in base.items()}
     return plain
+
+
+def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """``BA`` of an adapter, in the shape of its weight. Experts: (experts, out, in) or (experts, in, out)."""
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        return (b @ a).T if layer.fan_in_fan_out else b @ a
+    first, second = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts)
+    order = "e o i" if layer._did_swap_in_out_features else "e i o"
+    return torch.einsum(f"o r e, e r i -> {order}", second, first)
 
 
 def _peft() -> Any:

@@ -86,9 +86,9 @@ def test_prune_train_export(tmp_path: Path, model_dir: Path, ids: Tensor) -> Non
         assert not torch.equal(weight, pruned[name]), "the adapter is merged"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
-    """The user's own peft model, merged by peft. GPT-2 stores its weights transposed."""
+    """The user's own peft model, merged by peft. GPT-2 stores its weights transposed, Mixtral those of all experts together."""
     model = prune_by_hand(trained(name))
     zeros = {key: weight == 0 for key, weight in weights(model).items()}
     sparse = {p.module for p in describe(model).projections()}
