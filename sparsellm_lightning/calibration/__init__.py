@@ -2,7 +2,7 @@
 
 from sparsellm_lightning.calibration.activations import ActivationCache
 from sparsellm_lightning.calibration.checks import check_finite_activations, check_finite_weights
-from sparsellm_lightning.calibration.context import Context
+from sparsellm_lightning.calibration.context import Context, works_under_autocast
 from sparsellm_lightning.calibration.forward import (
     Observer,
     capture,
@@ -29,4 +29,5 @@ __all__ = [
     "observe_routing",
     "run_block",
     "tail_logits",
+    "works_under_autocast",
 ]

@@ -22,12 +22,14 @@ class Context:
         config: settings.
         adapter: of the strategy the model runs under.
         keep_zeros: weights that are zero already are pruned first, so that the new mask contains the old one (gradual pruning).
+        autocasts: whether the model's forward works under autocast, see :func:`works_under_autocast`.
     """
 
     layout: DecoderLayout
     config: PruningConfig
     adapter: StrategyAdapter
     keep_zeros: bool = False
+    autocasts: bool = True
 
     @property
     def ranks(self) -> Ranks:
@@ -48,7 +50,7 @@ class Context:
     def autocast_dtype(self) -> torch.dtype | None:
         """Dtype of autocast in forwards whose rounding is averaged out. None if the model or the products stay as they are."""
         stored = next(self.layout.model.parameters()).dtype
-        return self.coarse_dtype if stored == torch.float32 != self.coarse_dtype else None
+        return self.coarse_dtype if self.autocasts and stored == torch.float32 != self.coarse_dtype else None
 
     @property
     def alternating_blocks(self) -> set[int]:
@@ -56,3 +58,23 @@ class Context:
         if self.config.requested_sparsity == 0:
             return set()
         return self.config.alternates_in(len(self.layout.blocks))
+
+
+@torch.no_grad()
+def works_under_autocast(context: Context) -> bool:
+    """Whether a forward works with the dtype of autocast. DBRX adds bfloat16 to float32, which torch refuses.
+
+    All ranks call this together. True if nothing would be cast.
+    """
+    dtype = context.autocast_dtype
+    if dtype is None:
+        return True
+    ids = torch.zeros(1, 16, dtype=torch.long, device=context.device)
+    try:
+        with torch.autocast(context.device.type, dtype):
+            context.adapter.run_model(context.layout.model, {"input_ids": ids})
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True

@@ -26,7 +26,7 @@ def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, .
         forward: of the model.
         shape: (batch, sequence) of its tokens. Of an empty batch, any.
     """
-    decoder: Any = model.get_decoder()
+    decoder = _decoder(model)
     if decoder is None:
         return None
     run, found = decoder.forward, []
@@ -54,8 +54,16 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    with patched_forward(model.get_decoder(), lambda *_, **__: _at(output, hidden)):
+    with patched_forward(_decoder(model), lambda *_, **__: _at(output, hidden)):
         return forward()
+
+
+def _decoder(model: PreTrainedModel) -> Any:
+    """What is in front of the head. Llama 4 names itself."""
+    decoder: Any = model.get_decoder()
+    if decoder is model:
+        return next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    return decoder
 
 
 def _at(output: Any, hidden: Tensor) -> Any:

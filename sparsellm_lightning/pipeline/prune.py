@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import ROUTES
-from sparsellm_lightning.calibration import Context, check_finite_weights
+from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import (
     CalibrationBatch,
@@ -102,6 +102,7 @@ def prune_model(
         shown.bar,
         showing(progress),
     ):
+        context = replace(context, autocasts=works_under_autocast(context))
         tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
@@ -190,7 +191,9 @@ def _write_windows(
 
     def write(ids: Tensor, names: list[str]) -> Tensor:
         seeds = [f"{config.seed}/{name}" for name in names]
-        rewrite = partial(rewrite_windows, context.layout.model, ids, seeds, context.adapter, context.coarse_dtype)
+        rewrite = partial(
+            rewrite_windows, context.layout.model, ids, seeds, context.adapter, context.autocast_dtype or torch.float32
+        )
         return rewrite() if journal is None else journal.remember("written-windows", rewrite).to(context.device)
 
     with phase("generation"):

@@ -54,6 +54,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.target_modules,
+        exclude_modules=_of_other_kinds(model) if options.target_modules == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -63,6 +64,18 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
             f"lora.target_modules must name layers of the model, got {options.target_modules}: {error}"
         ) from error
     _refuse_embeddings(model)
+
+
+def _of_other_kinds(model: nn.Module) -> list[str] | None:
+    """Linear layers whose forward returns more than a product, such as some routers."""
+    names = []
+    for name, child in model.named_modules():
+        if isinstance(child, nn.Linear) and type(child) is not nn.Linear:
+            with torch.no_grad():
+                output = child(torch.zeros(2, child.in_features, device=child.weight.device, dtype=child.weight.dtype))
+            if not isinstance(output, Tensor):
+                names.append(name)
+    return names or None
 
 
 def _refuse_embeddings(model: nn.Module) -> None:

@@ -82,6 +82,8 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": _DRAFT,
     "glm_moe_dsa": _LATENT,
     "longcat_flash": {"head_dim": 8, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "xlm": {"emb_dim": 64},
     "xlnet": {"d_inner": 96},
     "zamba": {"num_hidden_layers": 16},
