@@ -1,4 +1,4 @@
-"""Perplexity after pruning a model, by default SmolLM2-135M, by every preset, by the local solvers and by llm-compressor, from the same windows.
+"""Perplexity after pruning a model by every preset, by the local solvers and by llm-compressor, from the same windows.
 
     python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt [--model MODEL]
         [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6] [--windows 32]
