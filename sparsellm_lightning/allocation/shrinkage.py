@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from sparsellm_lightning.allocation.depth import choose_blocks
@@ -73,9 +72,9 @@ def choose_shrinkage(context: Context, cache: ActivationCache, batches: Sequence
 def _spend(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Shrinkage:
     """The mixture of units, heads and blocks of least damage that meets the budget.
 
-    Damages are measured one by one and taken to add up: of units and heads, each block's alone, at the number that would meet
-    the budget, and at other numbers in proportion to the local error; of blocks, in the order in which they leave. They are
-    discounted by depth as in :func:`~sparsellm_lightning.allocation.allocate`.
+    Damages of units, heads and blocks are taken to add up. Those of units and heads are measured at the number that would meet
+    the budget, and are at other numbers in proportion to the local error; those of blocks, in the order in which they leave.
+    They are discounted by depth as in :func:`~sparsellm_lightning.allocation.allocate`.
     """
     config, layout = context.config, context.layout
     assert config.budget is not None
@@ -192,46 +191,77 @@ class _Clock:
 def _damages(
     context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], share: float
 ) -> tuple[Damage, Damage]:
-    """Damage of removing a number of units, and of heads, from every block."""
+    """Damage of removing a number of units, and of heads, from every block.
+
+    Each block's part is measured alone, at ``share`` of its units or heads. The sum is scaled to what the model's output
+    shows when all blocks are without them: errors of many blocks are more than their sum, and must compare with those of
+    blocks that leave, which are measured together too.
+    """
     config, layout = context.config, context.layout
     sample, probe = sample_of(context, cache), OutputProbe(context, batches)
-    by_units = np.zeros(layout.units + 1)
-    by_heads = np.zeros(layout.heads + 1)
+    parts = [_Part(context, layout.units, share), _Part(context, layout.heads, share)]
     for block in tracked(layout.blocks, "Measuring sensitivity", "block"):
         inputs = BlockStatistics(context, block, sample)
         weight = depth_discount(block.index, len(layout.blocks), config)
         if layout.units:
             (network,) = block.networks
-            by_units += weight * _curve(context, probe, block, network.roles["down"], inputs, layout.units, share)
+            parts[0].measure(probe, block, network.roles["down"], inputs, weight)
         if layout.heads and block.attention is not None:
-            by_heads += weight * _curve(context, probe, block, block.attention.output, inputs, layout.heads, share)
+            parts[1].measure(probe, block, block.attention.output, inputs, weight)
         probe.advance(block)
-    return lambda number: float(by_units[number]), lambda number: float(by_heads[number])
+    probe.rewind()
+    units, heads = (part.damage(probe) for part in parts)
+    return units, heads
 
 
-def _curve(
-    context: Context,
-    probe: OutputProbe,
-    block: Block,
-    p: Projection,
-    inputs: BlockStatistics,
-    groups: int,
-    share: float,
-) -> NDArray[np.float64]:
-    """Damage of removing 0 to ``groups`` groups of columns of a projection. The output is measured at ``share`` of them."""
-    statistics, weight = inputs[p.name], context.adapter.whole(p)
-    at = min(max(round(share * groups), 1), groups - 1)
-    if at < 1:
-        return np.zeros(groups + 1)
-    size = p.shape[1] // groups
-    order, errors = surgeon(weight, statistics, groups - 1, size)
-    kept = torch.ones(groups, dtype=torch.bool, device=weight.device).index_fill_(0, order[:at], False)
-    columns = kept.repeat_interleave(size)
-    without = torch.zeros_like(weight)
-    without[:, columns] = refit_columns(weight, statistics, columns)
-    context.adapter.write_whole(p, without)
-    divergence = probe.divergence(block)
-    context.adapter.write_whole(p, weight)
-    counts, values = ([pair[i] for pair in errors] for i in (0, 1))
-    curve: NDArray[np.float64] = np.interp(np.arange(groups + 1), counts, values)
-    return divergence * curve / (curve[at] or 1.0)
+class _Part:
+    """What removing groups of columns costs, such as the units of every block.
+
+    Args:
+        context: of the run. All ranks make one together.
+        groups: number in every block. 0: there are none.
+        share: of the groups, at which the model's output is measured.
+    """
+
+    def __init__(self, context: Context, groups: int, share: float) -> None:
+        self.context, self.groups = context, groups
+        self.at = min(max(round(share * groups), 1), groups - 1)
+        self.curve = np.zeros(groups + 1)  # discounted sum over blocks
+        self.alone = 0.0  # sum of the divergences of single blocks
+        self.removed: list[tuple[Projection, torch.Tensor]] = []  # projections without the groups, on the host
+
+    def measure(self, probe: OutputProbe, block: Block, p: Projection, inputs: BlockStatistics, weight: float) -> None:
+        """Add a block's damages, times ``weight``. The probe is in front of the block."""
+        if self.at < 1:
+            return
+        adapter, statistics = self.context.adapter, inputs[p.name]
+        dense = adapter.whole(p)
+        size = p.shape[1] // self.groups
+        order, errors = surgeon(dense, statistics, self.groups - 1, size)
+        kept = torch.ones(self.groups, dtype=torch.bool, device=dense.device).index_fill_(0, order[: self.at], False)
+        columns = kept.repeat_interleave(size)
+        without = torch.zeros_like(dense)
+        without[:, columns] = refit_columns(dense, statistics, columns)
+        adapter.write_whole(p, without)
+        divergence = probe.divergence(block)
+        adapter.write_whole(p, dense)
+        counts, values = ([pair[i] for pair in errors] for i in (0, 1))
+        curve = np.interp(np.arange(self.groups + 1), counts, values)
+        self.curve += weight * divergence * curve / (curve[self.at] or 1.0)
+        self.alone += divergence
+        self.removed.append((p, without.to(self.context.layout.model.dtype).cpu()))
+
+    def damage(self, probe: OutputProbe) -> Damage:
+        """Damage by number of groups. The probe is in front of the first block. Weights are restored."""
+        if self.removed and self.alone:
+            adapter = self.context.adapter
+            dense = [(p, adapter.whole(p).cpu()) for p, _ in self.removed]
+            self._write(self.removed)
+            self.curve *= probe.divergence(self.context.layout.blocks[0]) / self.alone
+            self._write(dense)
+            self.removed.clear()
+        return lambda number: float(self.curve[number])
+
+    def _write(self, matrices: Sequence[tuple[Projection, torch.Tensor]]) -> None:
+        for p, matrix in matrices:
+            self.context.adapter.write_whole(p, matrix.to(self.context.device, torch.float32))

@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
-from sparsellm_lightning.allocation import choose_shrinkage
+from sparsellm_lightning.allocation import choose_shrinkage, shrinkage
+from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.models import verify_export
 
+ENDS = ("o_proj", "down_proj")
 SETTINGS: dict[str, Any] = {"round_to": 16, "num_calibration_samples": 8, "reconstruction_steps": 3}
 
 
@@ -138,3 +140,35 @@ def test_shares_of_0_remove_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prune_model(model, random_batches(), PruningConfig(**SETTINGS, pattern={"neurons": 0.0, "heads": 0}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_damages_are_those_of_all_blocks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the measured number: the divergence of a plain forward in which every block lacks its units, or its heads."""
+    model, dense = build_model("llama"), build_model("llama")
+    context = make_context(
+        model, PruningConfig(preset="paper", pattern={"parameters": 0.5}, solver_precision="float32")
+    )
+    ids = torch.randint(0, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(3))
+    batches = calibration_batches([{"input_ids": ids}])
+    measured = OutputProbe.divergence
+    together: dict[str, float] = {}
+
+    def divergence(probe: OutputProbe, block: Any, *args: Any) -> float:
+        weights = [
+            [p.matrix for p in b.projections() if p.name.endswith(end)] for b in context.layout.blocks for end in ENDS
+        ]
+        empty = [bool((matrix == 0).all(0).any()) for (matrix,) in weights]
+        for kind, lacking in (("units", empty[1::2]), ("heads", empty[::2])):
+            if all(lacking):
+                with torch.no_grad():
+                    p, q = (m(ids).logits.log_softmax(-1) for m in (dense, model))
+                together[kind] = float((p.exp() * (p - q)).sum(-1).mean())
+        return measured(probe, block, *args)
+
+    monkeypatch.setattr(OutputProbe, "divergence", divergence)
+    units, heads = shrinkage._damages(context, capture(context, batches, 4), batches, 0.5)
+    assert units(64) == pytest.approx(together["units"], rel=0.02)
+    assert heads(1) == pytest.approx(together["heads"], rel=0.02)
+    assert (units(0), heads(0)) == (0, 0)
+    assert 0 < units(32) < units(64) < units(96)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
