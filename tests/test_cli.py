@@ -202,6 +202,34 @@ def test_the_classifier_recipe(model_dir: Path) -> None:
     assert measured["accuracy"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("experiment", "rows"),
+    [
+        ("omega", 4),
+        ("convergence", 8),
+        ("activations", 3),
+        pytest.param("sparsity", 10, marks=pytest.mark.slow),
+        pytest.param("patterns", 10, marks=pytest.mark.slow),
+        pytest.param("samples", 6, marks=pytest.mark.slow),
+    ],
+)
+def test_the_experiments(model_dir: Path, tmp_path: Path, experiment: str, rows: int) -> None:
+    recipe = runpy.run_path(str(RECIPES / "experiments.py"))
+    small = ("--pretrained", str(model_dir), "--length", "64", "--windows", "4", "--out", str(tmp_path))
+    found = recipe["main"]([experiment, *small])
+    assert len(found) == rows
+    assert {path.name for path in tmp_path.iterdir()} == {f"{experiment}.csv", f"{experiment}.png"}
+    values = [value for _, _, value in found]
+    if experiment == "convergence":
+        assert values[0] == 1
+        assert min(values) < 1
+    elif experiment == "activations":
+        assert {line for line, _, _ in found} == {"relu", "gelu", "silu"}
+        assert all(0 < value <= 1 for value in values)
+    else:
+        assert len(set(values)) == len(values), "every run differs"
+
+
 def test_the_noise_recipe(model_dir: Path, tmp_path: Path) -> None:
     """From disturbed weights too, the alternation lowers the objective of every block, in its first iteration already."""
     recipe = runpy.run_path(str(RECIPES / "noise.py"))
