@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
+from sparsellm_lightning import UserError
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import Penalties
 
 TEXT = ("--data.sequence_length", 64, "--data.max_eval_windows", 2)
@@ -82,6 +84,21 @@ def test_fit_without_a_limit_trains_one_epoch(tmp_path: Path, model_dir: Path) -
     assert (tmp_path / "lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt").is_file()
     assert "epoch=0-step=2.ckpt" in run.stdout, "the end says where the result is"
     assert "pruner.export_dir" in run.stdout
+
+
+def test_evaluate_needs_no_prunable_model(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("Blocks must be somewhere.")
+
+    monkeypatch.setattr(StrategyAdapter, "describe", refuse)
+    run = sparsellm("evaluate", model_dir, *TEXT, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (row,) = (line for line in run.stdout.splitlines() if str(model_dir) in line)
+    assert "unknown" in row
+    assert float(row.split()[-1]) > 1
+    assert any("Blocks must be somewhere" in str(warning.message) for warning in recwarn)
 
 
 def test_completion(tmp_path: Path) -> None:
