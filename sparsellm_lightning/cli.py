@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -101,8 +101,9 @@ class PruningTrainer(pl.Trainer):
             tasks_limit: examples of each task. None: all.
             against: another model, such as the dense one, on the same tasks: what share of its accuracy is recovered.
         """
-        if tasks:
-            evaluate_tasks = _task_evaluator(self, tasks, tasks_folder)
+        harness = _harness(self) if tasks else None
+        if harness is not None:
+            harness.find_tasks(tasks, tasks_folder)
         elif against is not None or tasks_folder is not None:
             raise UserError("against and tasks_folder belong to tasks, but there are no tasks. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
@@ -117,33 +118,27 @@ class PruningTrainer(pl.Trainer):
         if self.is_global_zero:
             perplexity = f"{results[0]['test_perplexity']:.2f}"
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
-        if tasks:
-            evaluate_tasks(inside, model.tokenizer, name, tasks_limit, against)
+        if harness is not None:
+            device, options = self.strategy.root_device, (tasks, tasks_folder, tasks_limit)
+            found = {name: harness.evaluate_tasks(inside.to(device), model.tokenizer, *options)}
+            if against is not None:
+                dense: torch.nn.Module = load_model(against).eval()
+                found[against] = harness.evaluate_tasks(dense.to(device), load_tokenizer(against), *options)
+            print(f"\n{format_table(harness.task_rows(found))}")
+            if (Path(name) / REPORT_NAME).is_file():
+                print(f"written to {harness.save_tasks(Path(name), found)}")
 
 
-def _task_evaluator(trainer: pl.Trainer, tasks: list[str], folder: str | None) -> Callable[..., None]:
-    """Evaluates a model on tasks, prints a table and writes it into the model's folder. Refused before any work."""
+def _harness(trainer: pl.Trainer) -> Any:
+    """The module :mod:`sparsellm_lightning.models.tasks`, refused before any work if it cannot be used."""
     if trainer.world_size > 1:
         raise UserError(f"tasks are evaluated in one process, got {trainer.world_size}. Set trainer.devices to 1.")
     try:
-        from sparsellm_lightning.models.tasks import evaluate_tasks, find_tasks, save_tasks, task_rows
+        return importlib.import_module("sparsellm_lightning.models.tasks")
     except ImportError as error:
         raise UserError(
             "tasks need lm_eval, which is not installed. Install it: pip install 'sparsellm-lightning[eval]'."
         ) from error
-    find_tasks(tasks, folder)
-
-    def evaluate(model: Any, tokenizer: Any, name: str, limit: int | None, against: str | None) -> None:
-        device = trainer.strategy.root_device
-        found = {name: evaluate_tasks(model.to(device), tokenizer, tasks, folder, limit)}
-        if against is not None:
-            dense = load_model(against).eval().to(device)
-            found[against] = evaluate_tasks(dense, load_tokenizer(against), tasks, folder, limit)
-        print(f"\n{format_table(task_rows(found))}")
-        if (Path(name) / REPORT_NAME).is_file():
-            print(f"written to {save_tasks(Path(name), found)}")
-
-    return evaluate
 
 
 def default_export_dir(model: str, config: PruningConfig, overwrite: bool = False) -> Path:
