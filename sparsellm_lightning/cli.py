@@ -120,7 +120,7 @@ class PruningTrainer(pl.Trainer):
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
         if harness is not None:
             device, options = self.strategy.root_device, (tasks, tasks_folder, tasks_limit)
-            found = {name: harness.evaluate_tasks(inside.to(device), model.tokenizer, *options)}
+            found = {name: harness.evaluate_tasks(inside, model.to(device).tokenizer, *options)}
             if against is not None:
                 dense: torch.nn.Module = load_model(against).eval()
                 found[against] = harness.evaluate_tasks(dense.to(device), load_tokenizer(against), *options)
