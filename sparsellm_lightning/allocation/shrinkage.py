@@ -84,9 +84,11 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
         costs = _seconds(context, sample_of(context, cache))
     limit = share * sum(cost.of(1, 1) for cost in costs)
     total = len(layout.blocks)
-    damage_of_units, damage_of_heads = _damages(context, cache, batches, 1 - share)
+    # The last windows, because the first ones give the statistics: on these a refit looks better than it is.
+    probing = batches[::-1]
+    damage_of_units, damage_of_heads = _damages(context, cache, probing, 1 - share)
     try:
-        leaving = choose_blocks(context, cache, batches, min(math.ceil((1 - share) * total), total - 1))
+        leaving = choose_blocks(context, cache, probing, min(math.ceil((1 - share) * total), total - 1))
     except UserError:  # blocks that are more than a sum: units and heads have to do
         leaving = {}
     found: list[tuple[float, Shrinkage]] = []
@@ -189,16 +191,16 @@ class _Clock:
 
 
 def _damages(
-    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], share: float
+    context: Context, cache: ActivationCache, probing: Sequence[CalibrationBatch], share: float
 ) -> tuple[Damage, Damage]:
-    """Damage of removing a number of units, and of heads, from every block.
+    """Damage of removing a number of units, and of heads, from every block, on the first of the windows ``probing``.
 
     Each block's part is measured alone, at ``share`` of its units or heads. The sum is scaled to what the model's output
     shows when all blocks are without them: errors of many blocks are more than their sum, and must compare with those of
     blocks that leave, which are measured together too.
     """
     config, layout = context.config, context.layout
-    sample, probe = sample_of(context, cache), OutputProbe(context, batches)
+    sample, probe = sample_of(context, cache), OutputProbe(context, probing)
     parts = [_Part(context, layout.units, share), _Part(context, layout.heads, share)]
     for block in tracked(layout.blocks, "Measuring sensitivity", "block"):
         inputs = BlockStatistics(context, block, sample)
