@@ -82,7 +82,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "admm": {"preset": "paper", "method": "admm"},
     "paper": {"preset": "paper"},
     "paper 2:4": {"preset": "paper", "pattern": "2:4"},
-    "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced", "reconstruction_steps": 8},
     "best": {"preset": "best", "reconstruction_steps": 4},
     "owl": {"preset": "fast", "allocation": "owl"},
@@ -97,7 +96,7 @@ CASES = [
         pytest.param("llama", name, marks=() if name in ("paper", "on the host") else pytest.mark.slow)
         for name in SETTINGS
     ),
-    *(pytest.param(name, preset, marks=pytest.mark.slow) for name in OTHERS for preset in ("paper", "balanced")),
+    *(pytest.param(name, "balanced", marks=pytest.mark.slow) for name in OTHERS),
 ]
 
 

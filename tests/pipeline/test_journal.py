@@ -358,7 +358,7 @@ def test_process_groups_send_counts_on_their_device(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
+def test_killed_three_times(tmp_path: Path, model_dir: Path) -> None:
     """The command line, killed at random moments and started again each time."""
 
     def command(out: str, *more: str) -> list[str]:
@@ -383,7 +383,7 @@ def test_killed_five_times(tmp_path: Path, model_dir: Path) -> None:
     longest = time.monotonic() - start
     with_journal = command("killed", "--pruner.resume_dir", str(journal))
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         process = subprocess.Popen(with_journal, **options)
         time.sleep(rng.uniform(0.4, 1.0) * longest)
         process.send_signal(signal.SIGKILL)
