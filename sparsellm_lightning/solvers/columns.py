@@ -10,6 +10,7 @@ from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.statistics import InputStatistics
 
 _STEPS = 512  # largest number of times that the scores are computed anew
+_RAISES = 8  # of a diagonal, by a factor of 10
 
 
 def choose_columns(
@@ -95,9 +96,7 @@ def surgeon(
         left[leaving] = False
         order.append(leaving)
         columns = groups[leaving].flatten()
-        solved = torch.linalg.solve(
-            inverse[columns][:, columns], torch.cat([inverse[columns], weight[:, columns].T], 1)
-        )
+        solved = _solve(inverse[columns][:, columns], torch.cat([inverse[columns], weight[:, columns].T], 1))
         solved, compensated = solved.split([len(inverse), len(weight)], 1)
         errors.append((errors[-1][0] + together, errors[-1][1] + float((weight[:, columns] * compensated.T).sum())))
         weight -= weight[:, columns] @ solved
@@ -113,8 +112,24 @@ def _losses(weight: Tensor, inverse: Tensor, groups: Tensor) -> Tensor:
         return weight.square().sum(0)[columns] / inverse.diagonal()[columns].clamp(min=1e-30)
     blocks = inverse[groups[:, :, None], groups[:, None, :]]
     parts = weight.T[groups]
-    solved: Tensor = torch.linalg.solve(blocks, parts)
-    return (parts * solved).sum((1, 2))
+    return (parts * _solve(blocks, parts)).sum((1, 2))
+
+
+def _solve(blocks: Tensor, right: Tensor) -> Tensor:
+    """``B⁻¹ R`` for positive definite (..., k, k) blocks, whose diagonals are raised where rounding has made them indefinite.
+
+    By Cholesky, not ``torch.linalg.solve``: with several threads MKL's LU of a batch of 192 columns never returns.
+    """
+    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(-1, keepdim=True).abs().clamp(min=1e-30)
+    raised = torch.zeros_like(scale)
+    for _ in range(_RAISES):
+        lower, info = torch.linalg.cholesky_ex(blocks + torch.diag_embed(raised.expand_as(diagonal)))
+        failed = (info > 0)[..., None]
+        if not bool(failed.any()):
+            break
+        raised = torch.where(failed, (10 * raised).clamp(min=1e-6 * scale), raised)
+    return torch.cholesky_solve(right, lower)
 
 
 def refit_columns(weight: Tensor, inputs: InputStatistics, kept: Tensor) -> Tensor:

@@ -89,3 +89,34 @@ def test_inputs_are_not_changed() -> None:
     surgeon(weight, statistics, 4, 3)
     assert torch.equal(weight, before[0])
     assert torch.equal(statistics.gram, before[1])
+
+
+def test_wide_groups_on_several_threads() -> None:
+    """Three heads of 192 columns: the LU of MKL, with two threads, never returned."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2000, 576, generator=generator)
+        gram = Gram(576)
+        gram.add(x)
+        weight = torch.randn(ROWS, 576, generator=generator)
+        order, errors = surgeon(weight, InputStatistics(gram.mean(SINGLE), 0.1), 2, 192)
+    finally:
+        torch.set_num_threads(before)
+    exact = x.double().T @ x.double() / 2000
+    h = exact + 0.1 * exact.diagonal().mean() * torch.eye(576, dtype=torch.float64)
+    for number, error in errors[1:]:
+        kept = torch.ones(3, dtype=torch.bool).index_fill_(0, order[:number], False)
+        assert error == pytest.approx(best_error(weight, h, columns_of(kept, 192)), rel=1e-3)
+
+
+def test_blocks_that_rounding_made_indefinite() -> None:
+    """More columns than tokens, no damping to speak of, equal columns: finite errors, and the exact number of columns."""
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    gram = Gram(24)
+    gram.add(x)
+    weight = torch.randn(ROWS, 24, generator=torch.Generator().manual_seed(1))
+    order, errors = surgeon(weight, InputStatistics(gram.mean(SINGLE), 1e-7), 5, 4)
+    assert len(set(order.tolist())) == 5
+    assert all(error == error and abs(error) < 1e6 for _, error in errors)
