@@ -137,7 +137,8 @@ def _harness(trainer: pl.Trainer) -> Any:
         return importlib.import_module("sparsellm_lightning.models.tasks")
     except ImportError as error:
         raise UserError(
-            "tasks need lm_eval, which is not installed. Install it: pip install 'sparsellm-lightning[eval]'."
+            f"tasks need lm_eval with accelerate and peft, but {error.name} is not installed. Install them: pip install "
+            "'sparsellm-lightning[eval]'."
         ) from error
 
 
