@@ -5,18 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.models import CONFIGS, VOCABULARY, build_model
+from support.models import CONFIGS, SIZES, VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, LlamaConfig, Olmo2Config
 
 from sparsellm_lightning.architecture import describe
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "opt", "gpt2", "phi3", "mixtral"])

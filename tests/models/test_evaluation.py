@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import CONFIGS, VOCABULARY, build_model
+from support.models import CONFIGS, SIZES, VOCABULARY, build_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,13 +22,6 @@ from transformers import (
 from sparsellm_lightning import perplexity
 from sparsellm_lightning.models import evaluation
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 MORE = {
     # Logits behind the head are scaled, capped or divided.
     "granite": GraniteConfig(**SIZES, logits_scaling=8.0),

@@ -36,6 +36,14 @@ VOCABULARY = 512
 SEQUENCE = 64
 
 # The defaults of some configurations lie outside a tiny vocabulary.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""Of models that a test configures itself."""
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _LLAMA_LIKE: dict[str, Any] = {
     **_COMMON,
