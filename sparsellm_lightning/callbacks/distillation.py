@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
@@ -20,9 +19,8 @@ from sparsellm_lightning.callbacks.finetuning import SPARSE
 from sparsellm_lightning.distributed import adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model
+from sparsellm_lightning.solvers import kl_divergence
 from sparsellm_lightning.sparsity import linear_layers, zero_shares
-
-_TOKENS = 128  # tokens whose log-probabilities are in float32 at once
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
@@ -35,34 +33,7 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid
     """
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
-    loss: Tensor = _LogitLoss.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)
-    return loss
-
-
-class _LogitLoss(torch.autograd.Function):
-    """:func:`logit_loss` of (tokens, classes). The forward also computes the gradient.
-
-    The loss is computed for ``_TOKENS`` tokens at a time. Autograd would keep half a dozen float32 copies of all logits, which
-    for a vocabulary of 50,000 is more memory than a small model.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        gradient = torch.empty_like(student)
-        total = student.new_zeros((), dtype=torch.float32)
-        for s, t, g in zip(student.split(_TOKENS), teacher.split(_TOKENS), gradient.split(_TOKENS), strict=True):
-            log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (s, t))
-            p = log_t.exp()
-            total += p.mul(log_t.sub_(log_s)).sum()
-            g.copy_(log_s.exp_().sub_(p).mul_(temperature / len(student)))
-        ctx.save_for_backward(gradient)
-        return total * (temperature**2 / len(student))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+    return temperature**2 * kl_divergence(teacher.flatten(0, -2), student.flatten(0, -2), temperature).mean()
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Forward, decoder_output, logits_at, positions_together
 from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.runtime import tracked
-from sparsellm_lightning.solvers import count
+from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 1e-3  # largest one, in units of each parameter's scale
 STEP_TOKENS = 2048  # tokens of a step, over all ranks
@@ -128,27 +128,27 @@ class Distiller:
         goal, valid = goal.to(self.context.device), batch.counts()
         forward = partial(self.adapter.logits, self.model, batch.inputs)
         if self.adapter.forward_is_collective:
-            dense = self._log_probabilities(forward, goal)
+            dense = self._logits(forward, goal)
             with self._autocast():
                 logits = forward()
             assert logits is not None
-            yield _divergence(dense, torch.log_softmax(logits.float(), -1)) * valid
+            yield _divergences(dense, logits) * valid
             return
         hidden = self._decode(batch).last_hidden_state
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         for positions in positions_together(self.model, batch.windows, batch.length):
             with torch.no_grad():
-                dense = self._log_probabilities(forward, goal[:, positions])
-            yield _divergence(dense, self._log_probabilities(forward, leaf[:, positions])) * valid[:, positions]
+                dense = self._logits(forward, goal[:, positions])
+            yield _divergences(dense, self._logits(forward, leaf[:, positions])) * valid[:, positions]
         if hidden.requires_grad:
             hidden.backward(leaf.grad)
 
-    def _log_probabilities(self, forward: Forward, hidden: Tensor) -> Tensor:
+    def _logits(self, forward: Forward, hidden: Tensor) -> Tensor:
         """Of the next token, for the decoder's output at some positions."""
         with self._autocast():
             logits = logits_at(self.model, forward, self._output, hidden)
         assert logits is not None  # every batch has windows
-        return torch.log_softmax(logits.float(), -1)
+        return logits
 
     def _decode(self, batch: CalibrationBatch) -> Any:
         forward = partial(self.adapter.logits, self.model, batch.inputs)
@@ -188,6 +188,6 @@ class Distiller:
         return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)
 
 
-def _divergence(dense: Tensor, found: Tensor) -> Tensor:
-    """``Σ_v p_v (log p_v − log q_v)`` of each token, from log-probabilities."""
-    return (dense.exp() * (dense - found)).sum(-1)
+def _divergences(dense: Tensor, logits: Tensor) -> Tensor:
+    """Of logits (windows, positions, vocabulary): (windows, positions)."""
+    return kl_divergence(dense.flatten(0, 1), logits.flatten(0, 1)).view(logits.shape[:2])
