@@ -5,19 +5,25 @@
     python recipes/experiments.py patterns
     python recipes/experiments.py samples
     python recipes/experiments.py convergence
+    python recipes/experiments.py noise
     python recipes/experiments.py activations
 
 ``omega``: the alternation in all blocks, the first half, every second one, none. ``sparsity``: perplexity from 50 to 90 %.
 ``patterns``: 50 % zeros anywhere, 4:8, 2:4, and 25 % zeros anywhere, 3:4. ``samples``: 8, 32 and 128 calibration windows.
-``convergence``: the objective after each iteration. ``activations``: the gain of the alternation in feed-forward networks with
-the model's weights and ReLU, GELU or SiLU. ``recipes/noise.py`` is the paper's experiment with disturbed weights.
+``convergence``: the objective, the relative error of the feed-forward output, after each iteration. ``noise``: the same for
+weights with Gaussian noise of 0, 1, 5 and 10 % of their standard deviation. ``activations``: the gain of the alternation in
+feed-forward networks with the model's weights and ReLU, GELU or SiLU.
+
+Perplexities are kept in FOLDER/perplexities.json, so that no run is made twice, by whatever experiment.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +48,7 @@ from sparsellm_lightning.solvers import (
 
 Row = tuple[str, float | str, float]  # line, place on the axis, value
 METHODS: dict[str, dict[str, Any]] = {"SparseLLM": {}, "SparseGPT": {"method": "sparsegpt"}}
+NOISE = (0, 1, 5, 10)  # percent
 
 
 class Runs:
@@ -55,6 +62,7 @@ class Runs:
         self.options = options
         self.model = load_model(options.pretrained, dtype="float32").eval()
         self.dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.known = options.out / "perplexities.json"
         files: dict[str, Any] = {"train_files": options.train_files, "test_files": options.test_files}
         source = "files" if options.train_files else "python-docs"
         self.data = TextDataModule(
@@ -68,16 +76,35 @@ class Runs:
     def windows(self, count: int) -> Any:
         return self.data.calibration_dataloader(num_samples=count, seed=0)
 
-    def prune(self, **settings: Any) -> Any:
-        """Prune the dense weights by preset paper with other settings. Returns the report."""
-        given = {"preset": "paper", "sparsity": self.options.sparsity, "num_calibration_samples": self.options.windows}
-        config = PruningConfig(**{**given, **settings})
+    def prune(self, noise: float = 0.0, **settings: Any) -> Any:
+        """Prune the dense weights by preset paper with other settings. Returns the report.
+
+        Args:
+            noise: added to every projection before, in standard deviations of its weights.
+            settings: of PruningConfig.
+        """
         self.model.load_state_dict(self.dense)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for projection in describe(self.model).projections():
+                weight = projection.matrix
+                weight.add_(noise * weight.std() * torch.randn(weight.shape, generator=generator))
+        config = self.config(settings)
         return prune_model(self.model, self.windows(config.num_calibration_samples), config, progress=True)
 
     def perplexity(self, **settings: Any) -> float:
-        self.prune(**settings)
-        return perplexity(self.model, self.data.test_dataloader())
+        known: dict[str, float] = json.loads(self.known.read_text()) if self.known.exists() else {}
+        options = {key: value for key, value in vars(self.options).items() if key not in ("experiment", "out")}
+        key = f"{options} {self.config(settings)}"
+        if key not in known:
+            self.prune(**settings)
+            known[key] = perplexity(self.model, self.data.test_dataloader())
+            self.known.write_text(json.dumps(known, indent=1))
+        return known[key]
+
+    def config(self, settings: dict[str, Any]) -> PruningConfig:
+        given = {"preset": "paper", "sparsity": self.options.sparsity, "num_calibration_samples": self.options.windows}
+        return PruningConfig(**{**given, **settings})
 
 
 def omega(runs: Runs) -> list[Row]:
@@ -118,11 +145,21 @@ def samples(runs: Runs) -> list[Row]:
 
 
 def convergence(runs: Runs) -> list[Row]:
-    """Mean over blocks of the error of the feed-forward output, as a share of the local solver's."""
-    blocks = [block["errors"] for block in runs.prune(num_iterations=8).blocks if block["errors"]]
+    return _iterations(runs.prune(num_iterations=8), "")
+
+
+def noise(runs: Runs) -> list[Row]:
+    return [row for level in NOISE for row in _iterations(runs.prune(noise=level / 100), f"{level} % noise, ")]
+
+
+def _iterations(report: Any, line: str) -> list[Row]:
+    """Mean and largest over blocks of the objective after each iteration, as a share of the local solver's."""
+    blocks = [[error / block["errors"][0] for error in block["errors"]] for block in report.blocks if block["errors"]]
+    kinds: dict[str, Callable[[Sequence[float]], float]] = {"mean of the blocks": statistics.fmean, "largest": max}
     return [
-        ("error / that of the local solver", index, sum(errors[index] / errors[0] for errors in blocks) / len(blocks))
-        for index in range(len(blocks[0]))
+        (line + name, index, kind(shares))
+        for name, kind in kinds.items()
+        for index, shares in enumerate(zip(*blocks, strict=True))
     ]
 
 
@@ -165,6 +202,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[Runs], list[Row]], str, str]] = {
     "patterns": (patterns, "pattern", "perplexity"),
     "samples": (samples, "calibration windows", "perplexity"),
     "convergence": (convergence, "iteration", "error / that of the local solver"),
+    "noise": (noise, "iteration", "error / that of the local solver"),
     "activations": (activations, "block", "error / that of SparseGPT"),
 }
 
@@ -196,8 +234,8 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--out", type=Path, default=Path("outputs/experiments"))
     options = parser.parse_args(args)
     run, across, up = EXPERIMENTS[options.experiment]
-    rows = run(Runs(options))
     options.out.mkdir(parents=True, exist_ok=True)
+    rows = run(Runs(options))
     with (options.out / f"{options.experiment}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("line", across, up), *rows])
     plot(rows, across, up).savefig(options.out / f"{options.experiment}.png", dpi=120)

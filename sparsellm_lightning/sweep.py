@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +33,7 @@ class Row:
         perplexity: on the evaluation windows.
         gap: ``ln(perplexity / dense)``.
         seconds: of pruning.
+        r: the gap as a share of SparseGPT's at this sparsity. NaN without the variant ``sparsegpt``.
     """
 
     variant: str
@@ -41,6 +42,7 @@ class Row:
     perplexity: float
     gap: float
     seconds: float
+    r: float = math.nan
 
 
 def sweep(
@@ -95,8 +97,8 @@ def sweep(
                     loaded.load_state_dict(dense)
                     rows[key] = _run(loaded, data, config, *key, rows["dense", 0.0].perplexity)
                     _write(folder, rows)
+        rows = _write(folder, rows)
         chosen = [rows["dense", 0.0], *(rows[key] for key in configs)]
-        _write(folder, rows)
         save_sweep(model, [vars(row) for row in chosen], folder)
     print(format_table([_NAMES, *(_cells(row) for row in chosen)]))
     print(f"\nwritten to {folder}")
@@ -153,13 +155,17 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
     return {(row.variant, row.sparsity): row for row in read}
 
 
-def _write(folder: Path, rows: dict[tuple[str, float], Row]) -> None:
+def _write(folder: Path, rows: dict[tuple[str, float], Row]) -> dict[tuple[str, float], Row]:
+    """Write the table. Returns its rows, with R where SparseGPT's gap is known."""
+    gaps = {row.sparsity: row.gap for row in rows.values() if row.variant == "sparsegpt" and row.gap > 0}
+    rows = {key: replace(row, r=row.gap / gaps.get(row.sparsity, math.nan)) for key, row in rows.items()}
     new = folder / f".{TABLE}"
     with new.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_NAMES)
         writer.writerows([list(vars(row).values()) for row in rows.values()])
     new.replace(folder / TABLE)
+    return rows
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -170,4 +176,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.perplexity:.2f}",
         f"{row.gap:.3f}",
         f"{row.seconds:.0f}",
+        "" if math.isnan(row.r) else f"{row.r:.2f}",
     )

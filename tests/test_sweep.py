@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,11 +24,11 @@ def text(model_dir: Path) -> TextDataModule:
 
 def test_rows_are_those_of_single_runs(tmp_path: Path, model_dir: Path) -> None:
     out = tmp_path / "sweep"
-    rows = sweep(str(model_dir), [0.7, 0.5], ["wanda", "paper"], str(out), text(model_dir), SETTINGS)
+    rows = sweep(str(model_dir), [0.7, 0.5], ["sparsegpt", "paper"], str(out), text(model_dir), SETTINGS)
     assert [(row.variant, row.sparsity) for row in rows] == [
         ("dense", 0.0),
-        ("wanda", 0.7),
-        ("wanda", 0.5),
+        ("sparsegpt", 0.7),
+        ("sparsegpt", 0.5),
         ("paper", 0.7),
         ("paper", 0.5),
     ]
@@ -36,8 +37,13 @@ def test_rows_are_those_of_single_runs(tmp_path: Path, model_dir: Path) -> None:
     prune_model(model, data.calibration_dataloader(8, 0), PruningConfig(preset="paper", sparsity=0.5, **SETTINGS))  # type: ignore[arg-type]
     assert rows[-1].perplexity == pytest.approx(perplexity(model, data.val_dataloader()), rel=1e-5)
     with (out / "sweep.csv").open() as file:
-        written = {(row["variant"], float(row["sparsity"])): float(row["perplexity"]) for row in csv.DictReader(file)}
+        lines = list(csv.DictReader(file))
+    written = {(row["variant"], float(row["sparsity"])): float(row["perplexity"]) for row in lines}
     assert written == {(row.variant, row.sparsity): row.perplexity for row in rows}
+    dense, sparsegpt, paper = rows[0].perplexity, rows[2].perplexity, rows[4].perplexity
+    assert rows[4].r == pytest.approx(math.log(paper / dense) / math.log(sparsegpt / dense))
+    assert float(lines[4]["r"]) == rows[4].r
+    assert "nan" not in (out / "sweep.html").read_text()
     assert {path.name for path in out.iterdir()} == {"sweep.csv", "sweep.html", "sweep.json", "sweep.png"}
 
 

@@ -1,4 +1,4 @@
-"""What is measured on the validation windows before and after pruning: perplexity, and how the model continues a text."""
+"""What is measured on the validation windows: perplexity, SparseGPT's for comparison, and how the model continues a text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm_lightning.data import validation_batches
-from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import calibration_batches, validation_batches
+from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.models import continued, first_prompts, model_inputs, perplexity
+from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.runtime import Profile, showing
 
 PROMPTS = (3, 16)  # examples, and tokens of each
@@ -49,6 +51,32 @@ class Measurer:
             "windows": windows if sharded else windows // adapter.ranks.size,
             "length": max((shape[1] for shape in seen), default=0),
         }
+        return found
+
+    def sparsegpt(self, trainer: pl.Trainer, model: PreTrainedModel, config: PruningConfig) -> float | None:
+        """Perplexity of the model pruned by SparseGPT on the same windows. Its weights are dense again afterwards.
+
+        Args:
+            trainer, model: of the run. All ranks call this together.
+            config: of the run. Pattern, sparsity, ignored projections and windows are taken from it.
+        """
+        same = ("sparsity", "pattern", "ignore", "num_calibration_samples", "seed", "memory")
+        baseline = PruningConfig(preset="paper", method="sparsegpt", **{name: getattr(config, name) for name in same})
+        batches, sharded, _ = calibration_batches(trainer, config.num_calibration_samples, config.seed)
+        weights = [local_tensor(parameter) for parameter in model.parameters()]
+        with self.profile.phase("baseline"):
+            dense = [weight.to("cpu", copy=True) for weight in weights]
+            prune_model(
+                model,
+                batches,
+                baseline,
+                adapter=adapter_for(trainer),
+                sharded=sharded,
+                progress=shows_progress(trainer),
+            )
+        found = self.perplexity(trainer, model)
+        for weight, before in zip(weights, dense, strict=True):
+            weight.copy_(before)
         return found
 
     def examples(

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
+from sparsellm_lightning.callbacks.checks import check_folders_apart, check_resumed, check_trainer
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
@@ -78,6 +79,8 @@ class SparseLLMCallback(SparseFinetuning):
         push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
             Needs ``export_dir``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
+        baseline: also prune the model by SparseGPT alone, before, and report R, the loss as a share of SparseGPT's. Of patterns
+            of zeros. The dense weights are kept in host memory meanwhile.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
 
@@ -101,6 +104,7 @@ class SparseLLMCallback(SparseFinetuning):
         pack: bool = False,
         push_to_hub: str | None = None,
         measure: bool = True,
+        baseline: bool = False,
         model_attribute: str | None = None,
         **settings: Any,
     ) -> None:
@@ -116,6 +120,12 @@ class SparseLLMCallback(SparseFinetuning):
         self.pack = pack
         self.push_to_hub = push_to_hub
         self.measure = measure
+        self.baseline = baseline
+        if baseline and (self.config.removes or not measure):
+            raise UserError(
+                "baseline compares perplexity with SparseGPT's, which makes zeros: it needs measure, and a pattern that is "
+                f"unstructured or N:M, got measure {measure} and pattern {self.config.pattern_name}. Leave out baseline."
+            )
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
@@ -133,31 +143,13 @@ class SparseLLMCallback(SparseFinetuning):
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         self._unsaved = unsaved_float32_buffers(pl_module)
-        if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
-            raise UserError(
-                "SparseLLMCallback prunes when training starts, but nothing would run: max_steps, max_epochs and "
-                f"limit_train_batches must not be 0, got {trainer.max_steps}, {trainer.max_epochs} and "
-                f"{trainer.limit_train_batches}. To prune without training, leave them out and set finetune to false."
-            )
-        if not self._trains_on(pl_module) and (trainer.min_steps or trainer.min_epochs):
-            raise UserError(
-                "With finetune=False the run stops after pruning, but min_steps / min_epochs ask for "
-                f"{trainer.min_steps} / {trainer.min_epochs}. Leave them out, or set finetune to true."
-            )
-        if sum(isinstance(c, SparseFinetuning) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise UserError(
-                "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
-                "Keep one. With SparseLLMCallback, set finetune to true."
-            )
-        check_training = getattr(trainer.datamodule, "check_training", None)  # type: ignore[attr-defined]
-        if self._trains_on(pl_module) and check_training is not None:
-            check_training()
+        check_trainer(trainer, self._trains_on(pl_module))
         if self.schedule is not None:
             check_run(trainer, self.schedule)
         if self.push_to_hub is not None and self.export_dir is None:
             raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
         if self.export_dir is not None:
-            self._check_folders_apart(trainer, Path(self.export_dir))
+            check_folders_apart(trainer, self.export_dir, self.resume_dir)
             if trainer.is_global_zero:
                 if self.push_to_hub is not None:
                     check_hub(self.push_to_hub)
@@ -182,7 +174,8 @@ class SparseLLMCallback(SparseFinetuning):
         if not (self._restored or pruned_here):
             self.report = None  # of an earlier run with another model
         if self.report is not None:
-            self._check_resumed(self.report)
+            if self.schedule is None:  # its stages have their own
+                check_resumed(self.report, self.config)
             if trainer.is_global_zero:
                 log.info("This model is pruned already. It is not pruned again.")
             self._hold(trainer, pl_module)
@@ -259,6 +252,13 @@ class SparseLLMCallback(SparseFinetuning):
         for logger in trainer.loggers:
             logger.log_hyperparams({"pruner": asdict(self.config) | {"ignore": list(self.config.ignore)}})
         before = self._perplexity(trainer, model)
+        known = {"dense": before}
+        if self.report is not None:
+            known = {
+                name: self.report.perplexity[name] for name in ("dense", "sparsegpt") if name in self.report.perplexity
+            }
+        elif self.baseline:
+            known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config)
         examples = self._examples(trainer, pl_module, "dense") if self.report is None else self.report.examples
         batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         stages = [] if self.report is None else self.report.stages
@@ -280,8 +280,7 @@ class SparseLLMCallback(SparseFinetuning):
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
         report.examples = self._examples(trainer, pl_module, "pruned", examples)
-        dense = self.report.perplexity["dense"] if self.report is not None else before
-        report.perplexity = {"dense": dense, "pruned": after}
+        report.perplexity = {**known, "pruned": after}
         if self.schedule is not None:
             achieved = report.sparsity["achieved"]
             stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
@@ -346,29 +345,6 @@ class SparseLLMCallback(SparseFinetuning):
             if self.push_to_hub is not None:
                 log.info("Uploaded to %s", upload(Path(self.export_dir), self.push_to_hub))
         trainer.strategy.barrier()
-
-    def _check_folders_apart(self, trainer: pl.Trainer, export_dir: Path) -> None:
-        """Refuse a journal or checkpoints inside the export folder, which an export replaces as a whole."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        folders = {"resume_dir": self.resume_dir} | {
-            f"{type(c).__name__}.dirpath": getattr(c, "dirpath", None) for c in callbacks
-        }
-        for name, folder in folders.items():
-            if folder is not None and Path(folder).resolve().is_relative_to(export_dir.resolve()):
-                raise UserError(
-                    f"{name} must not lie inside export_dir {export_dir}, got {folder}. Choose a folder beside it."
-                )
-
-    def _check_resumed(self, report: PruningReport) -> None:
-        """Refuse settings that ask for another sparsity than the one that the model has been pruned to."""
-        if not report.config or self.schedule is not None:
-            return
-        done, asked = report.sparsity["requested"], self.config.requested_sparsity
-        if abs(done - asked) > 1e-6 or report.pattern != self.config.pattern_name:
-            raise UserError(
-                f"This run resumes one that has pruned to {done:g} ({report.pattern}), but the settings ask for {asked:g} "
-                f"({self.config.pattern_name}). Restore the settings, or start a new run without ckpt_path."
-            )
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):

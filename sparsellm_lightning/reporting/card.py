@@ -52,15 +52,11 @@ def _pattern(report: PruningReport) -> str:
 
 
 def _perplexities(report: PruningReport) -> str:
-    known = {name: value for name, value in report.perplexity.items() if value is not None}
-    if not known:
+    head, *rows = (f"| {' | '.join(row)} |" for row in report.losses())
+    if not rows:
         return ""
-    dense = known.get("dense")
-    lines = ["| | perplexity | ln(perplexity / dense) |", "|---|---|---|"]
-    for name, value in known.items():
-        gap = f"{math.log(value / dense):.3f}" if dense and name != "dense" else ""
-        lines.append(f"| {name} | {value:.2f} | {gap} |")
-    return "\n".join(lines)
+    note = "R: the loss as a share of that of SparseGPT alone." if "R |" in head else ""
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows, "", note]).rstrip()
 
 
 def _sparsity(report: PruningReport) -> str:

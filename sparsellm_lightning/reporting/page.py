@@ -56,7 +56,7 @@ def report_page(report: PruningReport, folder: Path, images: Sequence[str] = ())
 def sweep_page(model: str, rows: Sequence[dict[str, Any]], picture: Path | None = None) -> str:
     """The page of a sweep: a table, and the curve if there is a picture of it."""
     title = html.escape(f"{model} by sparsity")
-    cells = [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     parts = [f"<h1>{title}</h1>", html_table([list(rows[0]), *cells])]
     return _page(title, parts if picture is None else [*parts, _image(_uri(picture.read_bytes()), picture.name)])
 
@@ -64,6 +64,13 @@ def sweep_page(model: str, rows: Sequence[dict[str, Any]], picture: Path | None 
 def _page(title: str, parts: Sequence[str]) -> str:
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _cell(value: object) -> object:
+    """A number with four digits. Nothing for NaN."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def html_table(rows: Sequence[Sequence[object]]) -> str:
@@ -75,14 +82,8 @@ def html_table(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _perplexities(report: PruningReport) -> str:
-    known = {name: value for name, value in report.perplexity.items() if value is not None}
-    if not known:
-        return ""
-    dense = known.get("dense")
-    rows: list[Sequence[object]] = [("", "perplexity", "ln(perplexity / dense)")]
-    for name, value in known.items():
-        rows.append((name, f"{value:.2f}", f"{math.log(value / dense):.3f}" if dense and name != "dense" else ""))
-    return html_table(rows)
+    rows = report.losses()
+    return html_table(rows) if len(rows) > 1 else ""
 
 
 def _examples(examples: Iterable[dict[str, str]]) -> str:

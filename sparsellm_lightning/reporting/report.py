@@ -67,7 +67,8 @@ class PruningReport:
         method, pattern: as in the settings.
         sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
             Of a model that was written without its zeros (patterns ``neurons``, ``blocks``) also ``"exported"``: of the files.
-        perplexity: ``{"dense", "pruned"}`` and, after fine-tuning, ``"finetuned"``. None where not measured.
+        perplexity: ``{"dense", "pruned"}``, after fine-tuning ``"finetuned"``, and with ``baseline`` ``"sparsegpt"``: of the
+            model pruned by SparseGPT alone. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
             :class:`BlockResult`, None for a projection left dense.
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
@@ -79,7 +80,7 @@ class PruningReport:
             model continue them, always with the likeliest token. Empty where not measured.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
             block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
-            ``distillation``. In a Trainer also ``evaluation``: perplexity, and ``export``: writing the model.
+            ``distillation``. In a Trainer also ``evaluation``: perplexity, ``baseline``: SparseGPT, and ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
@@ -129,6 +130,20 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
         return asdict(self)
+
+    def losses(self) -> list[tuple[str, ...]]:
+        """A table of the perplexities, with the loss ``ln(perplexity / dense)``, and R: the loss as a share of SparseGPT's."""
+        known = {name: value for name, value in self.perplexity.items() if value is not None}
+        rows: list[tuple[str, ...]] = [("", "perplexity", "ln(perplexity / dense)", "R")]
+        losses = {name: math.log(value / known["dense"]) for name, value in known.items() if "dense" in known}
+        reference = losses.get("sparsegpt", 0.0)
+        for name, value in known.items():
+            loss = f"{losses[name]:.3f}" if name in losses and name != "dense" else ""
+            rows.append(
+                (name, f"{value:.2f}", loss, f"{losses[name] / reference:.2f}" if loss and reference > 0 else "")
+            )
+        shown = 4 if reference > 0 else 3
+        return [row[:shown] for row in rows]
 
     def metrics(self) -> dict[str, float]:
         """The run's figures for a logger: sparsity, perplexities, seconds of pruning and of each phase."""

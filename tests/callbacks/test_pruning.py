@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,33 @@ def test_finetune_trains_on_and_keeps_the_zeros(trained, text, ids: torch.Tensor
     measured = pruner.report.perplexity
     assert measured["dense"] < measured["finetuned"] < measured["pruned"]
     assert measured["finetuned"] == pytest.approx(perplexity(module.backbone, text.test_dataloader()), rel=1e-5)
+
+
+def test_the_loss_beside_that_of_sparsegpt(tmp_path: Path, trained, text, ids: torch.Tensor) -> None:
+    settings: dict[str, Any] = {"sparsity": 0.7, "num_calibration_samples": 32}
+
+    def pruned(**more: Any) -> tuple[OwnModule, Any]:
+        module, pruner = OwnModule(trained("llama")), SparseLLMCallback(**settings, **more)
+        trainer(pruner).fit(module, DataLoader(ids, batch_size=8), text.test_dataloader())
+        assert pruner.report is not None
+        return module, pruner.report
+
+    module, report = pruned(preset="fast", baseline=True, export_dir=str(tmp_path / "out"))
+    alone, _ = pruned(preset="fast")
+    _, sparsegpt = pruned(preset="paper", method="sparsegpt")
+    for one, other in zip(module.backbone.parameters(), alone.backbone.parameters(), strict=True):
+        assert torch.equal(one, other), "the run started from the dense weights"
+    assert report.perplexity["sparsegpt"] == pytest.approx(sparsegpt.perplexity["pruned"], rel=1e-6)
+    gaps = [math.log(report.perplexity[name] / report.perplexity["dense"]) for name in ("pruned", "sparsegpt")]
+    assert f"| {gaps[0]:.3f} | {gaps[0] / gaps[1]:.2f} |" in (tmp_path / "out" / "README.md").read_text()
+    assert report.phases["baseline"] > 0
+
+
+def test_the_baseline_needs_zeros() -> None:
+    with pytest.raises(UserError, match="pattern neurons"):
+        SparseLLMCallback(pattern="neurons", baseline=True)
+    with pytest.raises(UserError, match="got measure False"):
+        SparseLLMCallback(measure=False, baseline=True)
 
 
 def test_models_are_found_by_type(trained, ids: torch.Tensor) -> None:

@@ -33,7 +33,8 @@ def test_divergence_and_gradient(
     (found * upstream).sum().backward()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), terms.sum(-1), rtol=1e-5, atol=1e-5)
-    assert logits.grad is not None and logits.grad.dtype == dtype
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
     torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=accuracy, atol=accuracy / 10)
 
 

@@ -1,0 +1,76 @@
+"""Refusals of runs in which the pruner would do nothing, or something other than its settings say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.reporting import PruningReport
+
+
+def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
+    """Refuse a Trainer under which pruning would not run, or which does not fit to what follows pruning.
+
+    Args:
+        trainer: of the run.
+        trains: whether the run trains on after pruning.
+
+    Raises:
+        UserError: no step is allowed; steps are asked for that are not taken; two callbacks that hold zeros.
+    """
+    if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
+        raise UserError(
+            "SparseLLMCallback prunes when training starts, but nothing would run: max_steps, max_epochs and "
+            f"limit_train_batches must not be 0, got {trainer.max_steps}, {trainer.max_epochs} and "
+            f"{trainer.limit_train_batches}. To prune without training, leave them out and set finetune to false."
+        )
+    if not trains and (trainer.min_steps or trainer.min_epochs):
+        raise UserError(
+            "With finetune=False the run stops after pruning, but min_steps / min_epochs ask for "
+            f"{trainer.min_steps} / {trainer.min_epochs}. Leave them out, or set finetune to true."
+        )
+    if sum(isinstance(c, SparseFinetuning) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise UserError(
+            "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
+            "Keep one. With SparseLLMCallback, set finetune to true."
+        )
+    check_training = getattr(trainer.datamodule, "check_training", None)  # type: ignore[attr-defined]
+    if trains and check_training is not None:
+        check_training()
+
+
+def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | None) -> None:
+    """Refuse a journal or checkpoints inside the export folder, which an export replaces as a whole.
+
+    Raises:
+        UserError: such a folder.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    folders = {"resume_dir": resume_dir} | {
+        f"{type(c).__name__}.dirpath": getattr(c, "dirpath", None) for c in callbacks
+    }
+    for name, folder in folders.items():
+        if folder is not None and Path(folder).resolve().is_relative_to(Path(export_dir).resolve()):
+            raise UserError(
+                f"{name} must not lie inside export_dir {export_dir}, got {folder}. Choose a folder beside it."
+            )
+
+
+def check_resumed(report: PruningReport, config: PruningConfig) -> None:
+    """Refuse settings that ask for another sparsity than the one that the model has been pruned to.
+
+    Raises:
+        UserError: another sparsity or pattern.
+    """
+    if not report.config:
+        return
+    done, asked = report.sparsity["requested"], config.requested_sparsity
+    if abs(done - asked) > 1e-6 or report.pattern != config.pattern_name:
+        raise UserError(
+            f"This run resumes one that has pruned to {done:g} ({report.pattern}), but the settings ask for {asked:g} "
+            f"({config.pattern_name}). Restore the settings, or start a new run without ckpt_path."
+        )
