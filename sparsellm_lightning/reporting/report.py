@@ -80,7 +80,8 @@ class PruningReport:
             model continue them, always with the likeliest token. Empty where not measured.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
             block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
-            ``distillation``. In a Trainer also ``evaluation``: perplexity, ``baseline``: SparseGPT, and ``export``: writing the model.
+            ``distillation``. In a Trainer also ``evaluation``: perplexity, ``baseline``: SparseGPT,
+            and ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
