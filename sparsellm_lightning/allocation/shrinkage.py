@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsellm_lightning.allocation.depth import choose_blocks
 from sparsellm_lightning.allocation.divergence import OutputProbe
-from sparsellm_lightning.allocation.sensitivity import BlockStatistics, depth_discount, sample_of
+from sparsellm_lightning.allocation.sensitivity import BlockStatistics, sample_of
 from sparsellm_lightning.architecture import Block, Projection
 from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
@@ -74,7 +74,8 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
 
     Damages of units, heads and blocks are taken to add up. Those of units and heads are measured at the number that would meet
     the budget, and are at other numbers in proportion to the local error; those of blocks, in the order in which they leave.
-    They are discounted by depth as in :func:`~sparsellm_lightning.allocation.allocate`.
+    Tuning repairs about the same share of each (SmolLM2, 32 steps of distillation: 50 to 58 %, early or late blocks), so that
+    they compare without it.
     """
     config, layout = context.config, context.layout
     assert config.budget is not None
@@ -92,23 +93,22 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
     except UserError:  # blocks that are more than a sum: units and heads have to do
         leaving = {}
     found: list[tuple[float, Shrinkage]] = []
-    depth_damage, before, gone = 0.0, 0.0, []
+    gone: list[int] = []
     for block in [None, *leaving]:
         if block is not None:
             gone.append(block)
-            depth_damage += depth_discount(block, total, config) * max(leaving[block] - before, 0.0)
-            before = leaving[block]
+        damage_of_blocks = 0.0 if block is None else leaving[block]
         left = [cost for index, cost in enumerate(costs) if index not in gone]
         for heads in range(layout.heads, 0, -1) if layout.heads else [0]:
             units = _units_within(left, limit, heads / (layout.heads or 1), layout.units, config.round_to)
             if units is not None:
-                damage = depth_damage + damage_of_units(layout.units - units) + damage_of_heads(layout.heads - heads)
+                inside = damage_of_units(layout.units - units) + damage_of_heads(layout.heads - heads)  # all blocks
                 shrinkage = Shrinkage(
                     units if units < layout.units else None,
                     heads if heads < layout.heads else None,
                     frozenset(gone),
                 )
-                found.append((damage, shrinkage))
+                found.append((damage_of_blocks + inside * len(left) / total, shrinkage))
     for _, shrinkage in sorted(found, key=lambda pair: pair[0]):
         try:
             check_shrinkable(layout, shrinkage)
@@ -199,17 +199,16 @@ def _damages(
     shows when all blocks are without them: errors of many blocks are more than their sum, and must compare with those of
     blocks that leave, which are measured together too.
     """
-    config, layout = context.config, context.layout
+    layout = context.layout
     sample, probe = sample_of(context, cache), OutputProbe(context, probing)
     parts = [_Part(context, layout.units, share), _Part(context, layout.heads, share)]
     for block in tracked(layout.blocks, "Measuring sensitivity", "block"):
         inputs = BlockStatistics(context, block, sample)
-        weight = depth_discount(block.index, len(layout.blocks), config)
         if layout.units:
             (network,) = block.networks
-            parts[0].measure(probe, block, network.roles["down"], inputs, weight)
+            parts[0].measure(probe, block, network.roles["down"], inputs)
         if layout.heads and block.attention is not None:
-            parts[1].measure(probe, block, block.attention.output, inputs, weight)
+            parts[1].measure(probe, block, block.attention.output, inputs)
         probe.advance(block)
     probe.rewind()
     units, heads = (part.damage(probe) for part in parts)
@@ -228,12 +227,12 @@ class _Part:
     def __init__(self, context: Context, groups: int, share: float) -> None:
         self.context, self.groups = context, groups
         self.at = min(max(round(share * groups), 1), groups - 1)
-        self.curve = np.zeros(groups + 1)  # discounted sum over blocks
+        self.curve = np.zeros(groups + 1)  # sum over blocks
         self.alone = 0.0  # sum of the divergences of single blocks
         self.removed: list[tuple[Projection, torch.Tensor]] = []  # projections without the groups, on the host
 
-    def measure(self, probe: OutputProbe, block: Block, p: Projection, inputs: BlockStatistics, weight: float) -> None:
-        """Add a block's damages, times ``weight``. The probe is in front of the block."""
+    def measure(self, probe: OutputProbe, block: Block, p: Projection, inputs: BlockStatistics) -> None:
+        """Add a block's damages. The probe is in front of the block."""
         if self.at < 1:
             return
         adapter, statistics = self.context.adapter, inputs[p.name]
@@ -249,7 +248,7 @@ class _Part:
         adapter.write_whole(p, dense)
         counts, values = ([pair[i] for pair in errors] for i in (0, 1))
         curve = np.interp(np.arange(self.groups + 1), counts, values)
-        self.curve += weight * divergence * curve / (curve[self.at] or 1.0)
+        self.curve += divergence * curve / (curve[self.at] or 1.0)
         self.alone += divergence
         self.removed.append((p, without.to(self.context.layout.model.dtype).cpu()))
 
