@@ -4,8 +4,8 @@
         [--rows "80 % of parameters"] [--steps 150] [--layers 6] [--windows 32] [--results recipes/RESULTS.md]
 
 Every row is pruned by preset ``fast`` with 32 distillation steps, exported, and then fine-tuned as the recipe
-finetune/distilled.yaml does, by steps of 1,024 tokens of the training text: half of the loss from the dense model's distributions.
-All exports and the dense model are measured for speed in turn, in one process, as ``sparsellm benchmark`` does.
+finetune/distilled.yaml does, by steps of 1,024 tokens of the training text: half of the loss is from the dense model's
+distributions. All exports and the dense model are measured for speed in turn, in one process, as ``sparsellm benchmark`` does.
 
 Finished rows are kept in ``budgets.json`` and in folders beside it. ``--results`` writes the table into a section of that file.
 """

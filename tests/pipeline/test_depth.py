@@ -116,6 +116,7 @@ def test_blocks_before_the_first_that_leaves_stay_as_they_are() -> None:
         assert changed <= (tuned or block.index in gone)
 
 
+@pytest.mark.slow
 def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
     """One of three blocks: tuning the others makes up for at least half of the loss."""
     dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}

@@ -28,7 +28,7 @@ from sparsellm_lightning.solvers import (
 )
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=3000)
+MANY = settings(FEW, max_examples=2000)
 
 
 @dataclass
