@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from sparsellm_lightning.shorthand import catalogue
 
@@ -28,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(overview())
+    elif command == "--version":
+        print(version("sparsellm_lightning"))
     elif command == "recipes":
         print(catalogue())
     elif command not in COMMANDS and not command.startswith("-"):
@@ -53,7 +56,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "sparsellm COMMAND --help shows the settings of a command.",
+            "sparsellm COMMAND --help shows the settings of a command, sparsellm --version the version.",
         ]
     )
 

@@ -29,6 +29,11 @@ def test_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert "SmolLM2-135M pruned to 70 %" in shown
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert f'\nversion = "{capsys.readouterr().out.strip()}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_arguments_are_expanded() -> None:
     quickstart = str(recipes()["quickstart"])
     assert expanded(["prune", "m/x", "--config", "recipe:quickstart", "--config=recipe:2-4"]) == [
