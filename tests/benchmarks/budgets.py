@@ -4,8 +4,9 @@
         [--rows "80 % of parameters"] [--steps 150] [--layers 6] [--windows 32] [--results recipes/RESULTS.md]
 
 Every row is pruned by preset ``fast`` with 32 distillation steps, exported, and then fine-tuned as the recipe
-finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens, and at a
-lower rate: less is to be repaired than at 70 % zeros. All exports and the dense model are measured for speed in turn, in one process, as ``sparsellm benchmark`` does.
+finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens and at a
+lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed in turn,
+in one process, as ``sparsellm benchmark`` does.
 
 Finished rows are kept in ``budgets.json`` and in folders beside it. ``--results`` writes the table into a section of that file.
 """
