@@ -28,7 +28,7 @@ from sparsellm_lightning.data import (
     rewrite_windows,
     take_windows,
 )
-from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.distributed import StrategyAdapter, local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
 from sparsellm_lightning.pipeline.distil import Distiller
@@ -37,7 +37,16 @@ from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
-from sparsellm_lightning.runtime import MemoryMeter, Profile, claimed, gemm_peak, phase, showing
+from sparsellm_lightning.runtime import (
+    MemoryMeter,
+    Profile,
+    claimed,
+    explaining_memory,
+    format_bytes,
+    gemm_peak,
+    phase,
+    showing,
+)
 
 
 def prune_model(
@@ -125,7 +134,7 @@ def prune_model(
         _warn_of_dense_layers(context)
         distiller = None
         if config.distillation_steps and config.requested_sparsity > 0:
-            with phase("distillation"):
+            with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
                 distiller = Distiller(context, batches, fitted)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
@@ -133,7 +142,7 @@ def prune_model(
             on_block(result)
         distillation = None
         if distiller is not None:
-            with phase("distillation"):
+            with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
                 distillation = distiller.tune(config.distillation_steps)
         adapter.finish(model)
         seconds = time.perf_counter() - start
@@ -214,6 +223,14 @@ def _count_tokens(context: Context, batches: list[CalibrationBatch], fitted: int
             "and 0 for padding."
         )
     return tokens
+
+
+def _memory_of_distillation(context: Context) -> str:
+    size = sum(local_tensor(p).numel() for block in context.layout.blocks for p in block.module.parameters())
+    return (
+        f"Distillation keeps gradients and Adam's moments of all blocks ({format_bytes(12 * size)}), and the activations of a "
+        "training step. Set distillation_steps to 0, or shard the model over more devices."
+    )
 
 
 def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:

@@ -150,6 +150,11 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
             {"continuations": 1},
             r"keys and values of \d+ tokens take [\d.]+ \wiB\. Set continuations to 0",
         ),
+        (
+            "pipeline.distil.kl_divergence",
+            {"distillation_steps": 1},
+            r"moments of all blocks \(1\.[\d.]+ MiB\).*Set distillation_steps to 0, or shard",
+        ),
     ],
 )
 def test_pruning_explains_an_allocator_error(
