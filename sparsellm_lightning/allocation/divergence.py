@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class OutputProbe:
 
     def advance(self, block: Block) -> None:
         """Move the tokens behind a block."""
-        with self._autocast():
+        with self.context.autocast():
             self.cache.hidden = run_block(self.context, block, self.cache)
 
     def rewind(self) -> None:
@@ -75,7 +74,7 @@ class OutputProbe:
     def _ends(self, first: int, without: Collection[int] = ()) -> list[Tensor]:
         """Hidden states behind the last block. The cache is in front of block ``first``."""
         moving = self.cache.copy()
-        with self._autocast():
+        with self.context.autocast():
             for block in self.context.layout.blocks[first:]:
                 if block.index in without:
                     continue
@@ -85,11 +84,7 @@ class OutputProbe:
     def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
         """(tokens, vocabulary) float32, in chunks of tokens."""
         for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
-            with self._autocast():
+            with self.context.autocast():
                 logits = tail_logits(self.context, hidden.to(self.context.device))
             for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
                 yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.context.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)

@@ -96,14 +96,6 @@ def _spread(config: PruningConfig) -> float:
     return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
 
 
-def sample_of(context: Context, cache: ActivationCache) -> ActivationCache:
-    """The first batches, equally many on every rank, with about ``STATISTICS_TOKENS`` tokens over all ranks."""
-    windows = len(cache.hidden[0]) if cache.hidden else 0
-    (first,) = context.ranks.total(sum(cache.windows[:windows]))
-    batches = max(1, round(STATISTICS_TOKENS / max(first, 1)))
-    return cache.part(range(min(batches, len(cache.hidden))))
-
-
 class BlockStatistics:
     """Statistics of the inputs of a dense block's projections. Moves the sample behind the block.
 
@@ -154,7 +146,7 @@ class BlockStatistics:
 
 def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]:
     """OWL's share of outliers of each part, over all ranks: scores far above the mean of the part."""
-    sample = sample_of(context, cache)
+    sample = cache.beginning(STATISTICS_TOKENS, context.ranks)
     for block in context.layout.blocks:
         statistics = BlockStatistics(context, block, sample)
         for part in _parts(block, apart=False):
@@ -174,7 +166,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     config, blocks = context.config, context.layout.blocks
     sparsity, spread = config.requested_sparsity, _spread(config)
     at = (max(sparsity - spread, 0.0), sparsity, sparsity + spread)
-    sample = sample_of(context, cache)
+    sample = cache.beginning(STATISTICS_TOKENS, context.ranks)
     probe = OutputProbe(context, batches)
     solver = LayerSolver(context)
     if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsellm_lightning.allocation.depth import choose_blocks
 from sparsellm_lightning.allocation.divergence import OutputProbe
-from sparsellm_lightning.allocation.sensitivity import BlockStatistics, sample_of
+from sparsellm_lightning.allocation.sensitivity import STATISTICS_TOKENS, BlockStatistics
 from sparsellm_lightning.architecture import Block, Projection
 from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
@@ -82,7 +82,7 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
     name, share = config.budget
     costs = [_parameters(block) for block in layout.blocks]
     if name == "latency":
-        costs = _seconds(context, sample_of(context, cache))
+        costs = _seconds(context, cache.beginning(STATISTICS_TOKENS, context.ranks))
     limit = share * sum(cost.of(1, 1) for cost in costs)
     total = len(layout.blocks)
     # The last windows, because the first ones give the statistics: on these a refit looks better than it is.
@@ -200,7 +200,7 @@ def _damages(
     blocks that leave, which are measured together too.
     """
     layout = context.layout
-    sample, probe = sample_of(context, cache), OutputProbe(context, probing)
+    sample, probe = cache.beginning(STATISTICS_TOKENS, context.ranks), OutputProbe(context, probing)
     parts = [_Part(context, layout.units, share), _Part(context, layout.heads, share)]
     for block in tracked(layout.blocks, "Measuring sensitivity", "block"):
         inputs = BlockStatistics(context, block, sample)

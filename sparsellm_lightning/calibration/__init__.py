@@ -11,6 +11,7 @@ from sparsellm_lightning.calibration.forward import (
     run_block,
     tail_logits,
 )
+from sparsellm_lightning.calibration.importance import feature_importance
 from sparsellm_lightning.calibration.layers import LayerSolver, feed_forward_of
 from sparsellm_lightning.calibration.routing import ExpertTokens, RoutedTokens
 
@@ -24,6 +25,7 @@ __all__ = [
     "capture",
     "check_finite_activations",
     "check_finite_weights",
+    "feature_importance",
     "feed_forward_of",
     "observe_input",
     "observe_routing",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.solvers import CHUNK, moved
+from sparsellm_lightning.solvers import CHUNK, Ranks, moved
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -70,6 +70,13 @@ class ActivationCache:
             self.storage,
             sum(fitted[index] for index in batches),
         )
+
+    def beginning(self, tokens: int, ranks: Ranks) -> ActivationCache:
+        """A cache of the first batches, equally many on every rank, with about so many valid tokens over all ranks."""
+        windows = len(self.hidden[0]) if self.hidden else 0
+        (first,) = ranks.total(sum(self.windows[:windows]))
+        batches = max(1, round(tokens / max(first, 1)))
+        return self.part(range(min(batches, len(self.hidden))))
 
     def forget_arguments(self, block: int) -> None:
         """Free the arguments of a block that runs no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,11 @@ class Context:
         """Dtype of autocast in forwards whose rounding is averaged out. None if the model or the products stay as they are."""
         stored = next(self.layout.model.parameters()).dtype
         return self.coarse_dtype if self.autocasts and stored == torch.float32 != self.coarse_dtype else None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast to :attr:`autocast_dtype`, if there is one."""
+        dtype = self.autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     @property
     def alternating_blocks(self) -> set[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -129,7 +128,7 @@ class Distiller:
         forward = partial(self.adapter.logits, self.model, batch.inputs)
         if self.adapter.forward_is_collective:
             dense = self._logits(forward, goal)
-            with self._autocast():
+            with self.context.autocast():
                 logits = forward()
             assert logits is not None
             yield _divergences(dense, logits) * valid
@@ -145,14 +144,14 @@ class Distiller:
 
     def _logits(self, forward: Forward, hidden: Tensor) -> Tensor:
         """Of the next token, for the decoder's output at some positions."""
-        with self._autocast():
+        with self.context.autocast():
             logits = logits_at(self.model, forward, self._output, hidden)
         assert logits is not None  # every batch has windows
         return logits
 
     def _decode(self, batch: CalibrationBatch) -> Any:
         forward = partial(self.adapter.logits, self.model, batch.inputs)
-        with self._autocast():
+        with self.context.autocast():
             output = decoder_output(self.model, forward, (batch.windows, batch.length))
         if output is None:
             raise UserError(
@@ -182,10 +181,6 @@ class Distiller:
         projections = list(block.projections())
         (zeros,) = self.ranks.total(sum(int(self.adapter.count_zeros(p)) for p in projections))
         return zeros < sum(p.size for p in projections)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.context.device.type, dtype)
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from sparsellm_lightning.calibration import (
     capture,
     check_finite_activations,
     check_finite_weights,
+    feature_importance,
     run_block,
 )
 from sparsellm_lightning.data import CalibrationBatch
@@ -80,6 +81,9 @@ def prune_blocks(
                 shrinkage = _shrinkage(context, cache, batches, journal)
             else:
                 solver = LayerSolver(context, allocate(context, cache, batches))
+    importance: Mapping[int, Tensor] = {}
+    if context.config.reconstruction_steps and context.config.requested_sparsity > 0:
+        importance = feature_importance(context, cache)
     removed = frozenset() if shrinkage is None else shrinkage.blocks
     # Blocks before the first that changes are still exact.
     first = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
@@ -110,7 +114,7 @@ def prune_blocks(
                     result = solve_block(context, solver, block, cache, alternation, target, after)
                 if tuning is not None:
                     cache.replay_inputs.clear()  # tuning changes what is before them
-                    error = _tune(context, block, *tuning, result)
+                    error = _tune(context, block, *tuning, importance.get(block.index), result)
                     after(len(result.errors), error)
                 check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
                 result.seconds = time.perf_counter() - start
@@ -214,10 +218,17 @@ def _plan_tuning(
     return used, goal
 
 
-def _tune(context: Context, block: Block, cache: ActivationCache, goal: list[Tensor], result: BlockResult) -> float:
+def _tune(
+    context: Context,
+    block: Block,
+    cache: ActivationCache,
+    goal: list[Tensor],
+    importance: Tensor | None,
+    result: BlockResult,
+) -> float:
     """Tune a pruned block and note its errors. Returns the error that chose: on held-out tokens, if there are any."""
     with phase("reconstruction"):
-        (before, after), steps = Reconstructor(context, block, cache, goal).tune()
+        (before, after), steps = Reconstructor(context, block, cache, goal, importance).tune()
     result.reconstruction = {
         "steps": steps,
         "fitted": [before[0], after[0]],

@@ -25,10 +25,11 @@ class Reconstructor:
 
     Minimises over the kept weights, norms and biases, with the mask fixed, by Adam,
 
-        Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²
+        Σ_t ‖B(h_t) − g_t‖² / ‖g_t‖²  with  ‖x‖² = Σ_j F_j x_j²
 
-    where h are the hidden states in front of block B and g the goal behind it. Dividing by the goal's size measures a token's
-    error as the next block's norm sees it. Otherwise the few tokens with huge hidden states would dominate the sum.
+    where h are the hidden states in front of block B, g the goal behind it, and F the importance of features. Dividing by the
+    goal's size measures a token's error as the next block's norm sees it: otherwise the few tokens with huge hidden states
+    would dominate the sum. Without F a few huge features would.
 
     For learning rates, ranks and shards see :class:`~sparsellm_lightning.pipeline.kept.KeptParameters`.
 
@@ -37,6 +38,8 @@ class Reconstructor:
         block: pruned. Its zeros stay zero.
         cache: hidden states in front of the block.
         goal: hidden states that should come out, by batch of the cache.
+        importance: of their features, (d,) float32, see :func:`~sparsellm_lightning.calibration.feature_importance`. None: all
+            alike.
         learning_rate: in units of each parameter's scale.
         batch_tokens: tokens of a step, over all ranks, in whole windows and at least one on each rank.
     """
@@ -47,11 +50,13 @@ class Reconstructor:
         block: Block,
         cache: ActivationCache,
         goal: Sequence[Tensor],
+        importance: Tensor | None = None,
         learning_rate: float = LEARNING_RATE,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self.context, self.block, self.cache, self.goal = context, block, cache, goal
         self.adapter, self.ranks = context.adapter, context.ranks
+        self.importance = 1.0 if importance is None else importance
         self.batch_tokens = batch_tokens
         self.device = device_of(block.module)
         self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
@@ -124,7 +129,7 @@ class Reconstructor:
     def _distances(self, output: Tensor, index: int, rows: slice) -> Tensor:
         """``‖output − g‖² / ‖g‖²`` of the tokens of some rows of a batch, (rows, length). 0 for padding."""
         goal = self.goal[index][rows].to(self.device, torch.float32, non_blocking=True)
-        squares = [t.square().flatten(2).sum(-1) for t in (output[rows].float() - goal, goal)]
+        squares = [(t.square() * self.importance).flatten(2).sum(-1) for t in (output[rows].float() - goal, goal)]
         distances = squares[0] / squares[1].clamp(min=1e-12)
         valid = self.cache.valid[index]
         return distances if valid is None else distances * valid[rows].to(self.device)

@@ -1,0 +1,95 @@
+"""How much each feature of the hidden states matters to the model's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsellm_lightning.architecture import Block, hidden_states
+from sparsellm_lightning.calibration.activations import ActivationCache
+from sparsellm_lightning.calibration.context import Context
+from sparsellm_lightning.calibration.forward import run_block, tail_logits
+from sparsellm_lightning.runtime import phase
+
+TOKENS = 2048  # over all ranks, on which importances are measured
+POSITIONS = 64  # of a batch, whose logits are in memory at once
+
+
+def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Tensor]:
+    """The diagonal of the Fisher information of the hidden states behind each block, divided by its mean.
+
+        F_j = Σ_t (∂ log q(y_t) / ∂h_tj)²,  y_t sampled from the next-token distribution q at token t
+
+    To second order, a change δ of the hidden states moves the output by the divergence ``½ Σ_j F_j E δ_j²``, if features are
+    taken one by one. Where a few features are huge and the next norm's weights shrink them, ``Σ_j δ_j²`` says little about the
+    output.
+
+    Every window uses the same random numbers, so that the result does not depend on how windows lie on ranks. One block's
+    forward with gradients is in memory at a time.
+
+    Args:
+        context: of the run. The model is dense. All ranks call this together.
+        cache: hidden states in front of the first block, of which the first batches are taken. Not changed.
+
+    Returns:
+        by block, (d,) float32. Empty if the model has no language-model head.
+    """
+    if context.layout.model.get_output_embeddings() is None:
+        return {}
+    blocks, found = context.layout.blocks, {}
+    with phase("importance"):
+        moving, in_front = cache.beginning(TOKENS, context.ranks), []
+        for block in blocks:
+            in_front.append(moving.hidden)
+            with context.autocast():
+                moving.hidden = run_block(context, block, moving)
+        gradients = [_of_output(context, *pair) for pair in zip(moving.hidden, moving.valid, strict=True)]
+        for block in reversed(blocks):
+            found[block.index] = _squares(context, moving, gradients)
+            if block is not blocks[0]:
+                moving.hidden = in_front[block.index]
+                gradients = _through(context, block, moving, gradients)
+    return found
+
+
+def _squares(context: Context, cache: ActivationCache, gradients: list[Tensor]) -> Tensor:
+    """Sums over all ranks' valid tokens, divided by their mean."""
+    total = torch.zeros(gradients[0].shape[-1], dtype=torch.float64, device=context.device)
+    for gradient, valid in zip(gradients, cache.valid, strict=True):
+        tokens = gradient.flatten(0, -2) if valid is None else gradient[valid.to(gradient.device)].flatten(0, -2)
+        total += tokens.to(context.device).double().square().sum(0)
+    context.ranks.sum_(total)
+    return (total / total.mean().clamp(min=torch.finfo(torch.float64).tiny)).float()
+
+
+def _of_output(context: Context, hidden: Tensor, valid: Tensor | None) -> Tensor:
+    """The gradient of ``Σ_t log q(y_t)`` over valid tokens behind the last block, (windows, positions, d)."""
+    positions = hidden.shape[1]
+    counts = torch.ones(hidden.shape[:2], device=context.device) if valid is None else valid.to(context.device)
+    generator = torch.Generator().manual_seed(context.config.seed)
+    uniform = torch.rand(positions, generator=generator).to(context.device)
+    gradients: list[Tensor] = []
+    for start in range(0, positions, POSITIONS):
+        chosen = slice(start, start + POSITIONS)
+        with torch.enable_grad(), context.autocast():
+            leaf = hidden[:, chosen].to(context.device).requires_grad_()
+            log_q = torch.log_softmax(tail_logits(context, leaf).float(), -1)
+            level = uniform[chosen].expand(len(leaf), -1).unsqueeze(-1).contiguous()
+            with torch.no_grad():
+                sampled = torch.searchsorted(log_q.exp().cumsum(-1), level).clamp(max=log_q.shape[-1] - 1)
+            likelihood = (log_q.gather(-1, sampled).squeeze(-1) * counts[:, chosen]).sum()
+            gradients += torch.autograd.grad(likelihood, leaf)
+    return torch.cat(gradients, 1)
+
+
+def _through(context: Context, block: Block, cache: ActivationCache, gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients in front of a block, from those behind it."""
+    found: list[Tensor] = []
+    for index, gradient in enumerate(gradients):
+        args, kwargs = cache.arguments[block.index][index]
+        with torch.enable_grad(), context.adapter.forward_context(), context.autocast():
+            leaf = cache.hidden[index].to(context.device).requires_grad_()
+            # A product, because a block may change its input in place, which a leaf forbids.
+            output = block.batch_first(hidden_states(block.module(block.as_block_takes(leaf * 1), *args, **kwargs)))
+        found += torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+    return found
