@@ -78,7 +78,7 @@ class PruningConfig:
             rules by block (arXiv 2310.05175, 2502.14770). ``kl``: by projection, from the measured KL divergence of the model's
             output when that projection alone is pruned. Unstructured patterns only.
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
-            fixed. 0: none.
+            fixed. Features of the block's output count by the gradient of the model's output. 0: none.
         distillation_steps: Adam steps of 2,048 tokens that tune all kept weights together at the end, on the dense model's
             next-token distributions over the fitted windows. They need memory as training does. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. They are fitted too.

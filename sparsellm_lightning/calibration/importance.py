@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
     output.
 
     Every window uses the same random numbers, so that the result does not depend on how windows lie on ranks. One block's
-    forward with gradients is in memory at a time.
+    forward with gradients is on the device at a time.
 
     Args:
         context: of the run. The model is dense. All ranks call this together.
@@ -39,6 +41,7 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
     blocks, found = context.layout.blocks, {}
     with phase("importance"):
         moving, in_front = cache.beginning(TOKENS, context.ranks), []
+        moving.move_to(torch.device("cpu"))  # those in front of all blocks are kept
         for block in blocks:
             in_front.append(moving.hidden)
             with context.autocast():
@@ -53,13 +56,14 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
 
 
 def _squares(context: Context, cache: ActivationCache, gradients: list[Tensor]) -> Tensor:
-    """Sums over all ranks' valid tokens, divided by their mean."""
+    """Sums over all ranks' valid tokens, divided by their mean. Ones where float16 gradients vanish or overflow."""
     total = torch.zeros(gradients[0].shape[-1], dtype=torch.float64, device=context.device)
     for gradient, valid in zip(gradients, cache.valid, strict=True):
         tokens = gradient.flatten(0, -2) if valid is None else gradient[valid.to(gradient.device)].flatten(0, -2)
         total += tokens.to(context.device).double().square().sum(0)
     context.ranks.sum_(total)
-    return (total / total.mean().clamp(min=torch.finfo(torch.float64).tiny)).float()
+    mean = total.mean()
+    return (total / mean).float() if 0 < float(mean) < math.inf else torch.ones_like(total).float()
 
 
 def _of_output(context: Context, hidden: Tensor, valid: Tensor | None) -> Tensor:

@@ -83,7 +83,8 @@ def prune_blocks(
                 solver = LayerSolver(context, allocate(context, cache, batches))
     importance: Mapping[int, Tensor] = {}
     if context.config.reconstruction_steps and context.config.requested_sparsity > 0:
-        importance = feature_importance(context, cache)
+        with explaining_memory(lambda: _explain_memory(context, cache, sizes, "importance of features")):
+            importance = feature_importance(context, cache)
     removed = frozenset() if shrinkage is None else shrinkage.blocks
     # Blocks before the first that changes are still exact.
     first = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0

@@ -78,10 +78,10 @@ class PruningReport:
         evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
         examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``
             model continue them, always with the likeliest token. Empty where not measured.
-        phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``forward``:
-            block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``. ``reconstruction``.
-            ``distillation``. In a Trainer also ``evaluation``: perplexity, ``baseline``: SparseGPT,
-            and ``export``: writing the model.
+        phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``importance``:
+            of features, for reconstruction. ``forward``: block forwards. ``statistics``: Gram matrices. ``local_solve``: local
+            solver. ``alternation``. ``reconstruction``. ``distillation``. In a Trainer also ``evaluation``: perplexity,
+            ``baseline``: SparseGPT, and ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
