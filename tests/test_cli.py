@@ -101,6 +101,7 @@ def test_evaluate_needs_no_prunable_model(
     assert any("Blocks must be somewhere" in str(warning.message) for warning in recwarn)
 
 
+@pytest.mark.slow
 def test_completion(tmp_path: Path) -> None:
     pytest.importorskip("shtab")
     run = sparsellm("--print_completion", "shtab-bash", cwd=tmp_path)

@@ -20,7 +20,7 @@ POSITIONS = 64  # of a batch, whose logits are in memory at once
 def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Tensor]:
     """The diagonal of the Fisher information of the hidden states behind each block, divided by its mean.
 
-        F_j = Σ_t (∂ log q(y_t) / ∂h_tj)²,  y_t sampled from the next-token distribution q at token t
+        F_j = Σ_t (∂ log q(y_t) / ∂h_tj)²,  y_t sampled from the next-token distribution q at fitted token t
 
     To second order, a change δ of the hidden states moves the output by the divergence ``½ Σ_j F_j E δ_j²``, if features are
     taken one by one. Where a few features are huge and the next norm's weights shrink them, ``Σ_j δ_j²`` says little about the
@@ -46,7 +46,7 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
             in_front.append(moving.hidden)
             with context.autocast():
                 moving.hidden = run_block(context, block, moving)
-        gradients = [_of_output(context, *pair) for pair in zip(moving.hidden, moving.valid, strict=True)]
+        gradients = [_of_output(context, moving, index) for index in range(len(moving.hidden))]
         for block in reversed(blocks):
             found[block.index] = _squares(context, moving, gradients)
             if block is not blocks[0]:
@@ -57,19 +57,29 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
 
 def _squares(context: Context, cache: ActivationCache, gradients: list[Tensor]) -> Tensor:
     """Sums over all ranks' valid tokens, divided by their mean. Ones where float16 gradients vanish or overflow."""
-    total = torch.zeros(gradients[0].shape[-1], dtype=torch.float64, device=context.device)
+    sizes = context.ranks.gather_counts(gradients[0].shape[-1] if gradients else 0)  # a rank may have no windows
+    total = torch.zeros(max(size for (size,) in sizes), dtype=torch.float64, device=context.device)
     for gradient, valid in zip(gradients, cache.valid, strict=True):
-        tokens = gradient.flatten(0, -2) if valid is None else gradient[valid.to(gradient.device)].flatten(0, -2)
-        total += tokens.to(context.device).double().square().sum(0)
+        tokens = gradient if valid is None else gradient[valid.to(gradient.device)]
+        total += tokens.flatten(0, -2).double().square().sum(0)
     context.ranks.sum_(total)
     mean = total.mean()
     return (total / mean).float() if 0 < float(mean) < math.inf else torch.ones_like(total).float()
 
 
-def _of_output(context: Context, hidden: Tensor, valid: Tensor | None) -> Tensor:
-    """The gradient of ``Σ_t log q(y_t)`` over valid tokens behind the last block, (windows, positions, d)."""
+def _of_output(context: Context, cache: ActivationCache, index: int) -> Tensor:
+    """The gradient of ``Σ_t log q(y_t)`` over a batch's fitted tokens behind the last block, (windows, positions, d).
+
+    As windows do not see each other, it is 0 for windows that are held out, behind every block.
+    """
+    hidden, valid = cache.hidden[index], cache.valid[index]
     positions = hidden.shape[1]
-    counts = torch.ones(hidden.shape[:2], device=context.device) if valid is None else valid.to(context.device)
+    counts = (
+        torch.ones(hidden.shape[:2], device=context.device)
+        if valid is None
+        else valid.to(context.device, torch.float32)
+    )
+    counts[cache.fitted_by_batch()[index] :] = 0
     generator = torch.Generator().manual_seed(context.config.seed)
     uniform = torch.rand(positions, generator=generator).to(context.device)
     gradients: list[Tensor] = []

@@ -455,7 +455,8 @@ def test_ranks_of_an_accelerator(tmp_path: Path, preset: str) -> None:
             torch.testing.assert_close(first[name], weight.detach(), rtol=1e-3, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("preset", ["paper", pytest.param("balanced", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "balanced"])
 def test_sharded_on_an_accelerator(
     tmp_path: Path, folder_of: Callable[[str], str], alone: Callable[..., Exported], preset: str
 ) -> None:

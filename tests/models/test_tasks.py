@@ -77,6 +77,7 @@ def test_unknown_tasks_are_refused(folder: Path) -> None:
         find_tasks(["local_choice", "no_such_task"], str(folder))
 
 
+@pytest.mark.slow
 def test_command(folder: Path, model_dir: Path) -> None:
     text = ("--data.sequence_length", 64, "--data.max_eval_windows", 2)
     out = folder / "out"
