@@ -86,7 +86,7 @@ def _of_output(context: Context, cache: ActivationCache, index: int) -> Tensor:
     for start in range(0, positions, POSITIONS):
         chosen = slice(start, start + POSITIONS)
         with torch.enable_grad(), context.autocast():
-            leaf = hidden[:, chosen].to(context.device).requires_grad_()
+            leaf = hidden[:, chosen].detach().to(context.device).requires_grad_()
             log_q = torch.log_softmax(tail_logits(context, leaf).float(), -1)
             level = uniform[chosen].expand(len(leaf), -1).unsqueeze(-1).contiguous()
             with torch.no_grad():
@@ -102,7 +102,7 @@ def _through(context: Context, block: Block, cache: ActivationCache, gradients: 
     for index, gradient in enumerate(gradients):
         args, kwargs = cache.arguments[block.index][index]
         with torch.enable_grad(), context.adapter.forward_context(), context.autocast():
-            leaf = cache.hidden[index].to(context.device).requires_grad_()
+            leaf = cache.hidden[index].detach().to(context.device).requires_grad_()
             # A product, because a block may change its input in place, which a leaf forbids.
             output = block.batch_first(hidden_states(block.module(block.as_block_takes(leaf * 1), *args, **kwargs)))
         found += torch.autograd.grad(output, leaf, gradient.to(output.dtype))
