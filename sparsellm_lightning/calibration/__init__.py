@@ -5,6 +5,7 @@ from sparsellm_lightning.calibration.checks import check_finite_activations, che
 from sparsellm_lightning.calibration.context import Context, works_under_autocast
 from sparsellm_lightning.calibration.forward import (
     Observer,
+    block_output,
     capture,
     observe_input,
     observe_routing,
@@ -22,6 +23,7 @@ __all__ = [
     "LayerSolver",
     "Observer",
     "RoutedTokens",
+    "block_output",
     "capture",
     "check_finite_activations",
     "check_finite_weights",

@@ -98,6 +98,12 @@ def run_block(
     return states
 
 
+def block_output(block: Block, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """A block's output (windows, length, d), with its gradient, for hidden states of that shape and its other arguments."""
+    args, kwargs = arguments
+    return block.batch_first(hidden_states(block.module(block.as_block_takes(hidden), *args, **kwargs)))
+
+
 def observe_input(
     context: Context, block: Block, cache: ActivationCache, unit: Linears | Network, observer: Observer
 ) -> None:

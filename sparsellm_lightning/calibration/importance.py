@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block, hidden_states
+from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration.activations import ActivationCache
 from sparsellm_lightning.calibration.context import Context
-from sparsellm_lightning.calibration.forward import run_block, tail_logits
+from sparsellm_lightning.calibration.forward import block_output, run_block, tail_logits
 from sparsellm_lightning.runtime import phase
 
 TOKENS = 2048  # over all ranks, on which importances are measured
@@ -100,10 +100,9 @@ def _through(context: Context, block: Block, cache: ActivationCache, gradients: 
     """Gradients in front of a block, from those behind it."""
     found: list[Tensor] = []
     for index, gradient in enumerate(gradients):
-        args, kwargs = cache.arguments[block.index][index]
         with torch.enable_grad(), context.adapter.forward_context(), context.autocast():
             leaf = cache.hidden[index].detach().to(context.device).requires_grad_()
             # A product, because a block may change its input in place, which a leaf forbids.
-            output = block.batch_first(hidden_states(block.module(block.as_block_takes(leaf * 1), *args, **kwargs)))
+            output = block_output(block, leaf * 1, cache.arguments[block.index][index])
         found += torch.autograd.grad(output, leaf, gradient.to(output.dtype))
     return found

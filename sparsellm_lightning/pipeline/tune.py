@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block, device_of, hidden_states
-from sparsellm_lightning.calibration import ActivationCache, Context
+from sparsellm_lightning.architecture import Block, device_of
+from sparsellm_lightning.calibration import ActivationCache, Context, block_output
 from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.solvers import count
 
@@ -122,9 +122,8 @@ class Reconstructor:
         )
 
     def _forward(self, index: int) -> Tensor:
-        args, kwargs = self.cache.arguments[self.block.index][index]
-        hidden = self.block.as_block_takes(self.cache.hidden[index].to(self.device, non_blocking=True))
-        return self.block.batch_first(hidden_states(self.block.module(hidden, *args, **kwargs)))
+        hidden = self.cache.hidden[index].to(self.device, non_blocking=True)
+        return block_output(self.block, hidden, self.cache.arguments[self.block.index][index])
 
     def _distances(self, output: Tensor, index: int, rows: slice) -> Tensor:
         """``‖output − g‖² / ‖g‖²`` of the tokens of some rows of a batch, (rows, length). 0 for padding."""
