@@ -61,7 +61,7 @@ def text(tokenizer: PreTrainedTokenizerFast) -> TextDataModule:
 
 
 @pytest.fixture(scope="session")
-def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of trained models, which all workers of the session share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
@@ -70,12 +70,12 @@ def _models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _trained(_models: Path, text: TextDataModule) -> Callable[[str], PreTrainedModel]:
+def _trained(models_dir: Path, text: TextDataModule) -> Callable[[str], PreTrainedModel]:
     loaded: dict[str, PreTrainedModel] = {}
 
     def get(name: str) -> PreTrainedModel:
         if name not in loaded:
-            loaded[name] = load_or_train(_models, name, text)
+            loaded[name] = load_or_train(models_dir, name, text)
         return loaded[name]
 
     return get
@@ -88,12 +88,12 @@ def trained(_trained: Callable[[str], PreTrainedModel]) -> Callable[[str], PreTr
 
 
 @pytest.fixture(scope="session")
-def folder_of(_models: Path, _trained: Callable[[str], PreTrainedModel]) -> Callable[[str], str]:
+def folder_of(models_dir: Path, _trained: Callable[[str], PreTrainedModel]) -> Callable[[str], str]:
     """``folder_of(name)``: the trained tiny model of that name as a Hugging Face folder. Tests must not write to it."""
 
     def get(name: str) -> str:
         _trained(name)
-        return str(_models / name)
+        return str(models_dir / name)
 
     return get
 
