@@ -1,14 +1,18 @@
 """Perplexity, size and speed of SmolLM2-135M by budget: smaller dense models, 2:4 and unstructured zeros, also fine-tuned.
 
+A budget of parameters stands beside units alone and blocks alone that keep at most as many.
+
     python tests/benchmarks/budgets.py --out budgets --train-files train.txt --test-files test.txt
-        [--rows "80 % of parameters"] [--steps 150] [--layers 6] [--windows 32] [--results recipes/RESULTS.md]
+        [--rows "80 % of parameters"] [--tuned "80 % of parameters"] [--steps 150] [--layers 6] [--windows 32]
+        [--results recipes/RESULTS.md]
 
-Every row is pruned by preset ``fast`` with 32 distillation steps, exported, and then fine-tuned as the recipe
-finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens and at a
-lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed in turn,
-in one process, as ``sparsellm benchmark`` does.
+Every row is pruned by preset ``fast`` with 32 distillation steps and exported. Those of ``--tuned`` are then fine-tuned as the
+recipe finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens
+and at a lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed
+in turn, in one process, as ``sparsellm benchmark`` does.
 
-Finished rows are kept in ``budgets.json`` and in folders beside it. ``--results`` writes the table into a section of that file.
+Perplexities are kept in ``budgets.json``, exports in folders beside it. ``--results`` writes the table into a section of that
+file.
 """
 
 from __future__ import annotations
@@ -19,39 +23,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PYTHON_DOCS, TEST_TEXT, Job, parser, prepared, run_job, save_windows, scores, text, write_section
+from common import (
+    PYTHON_DOCS,
+    TEST_TEXT,
+    Job,
+    complete,
+    parser,
+    prepared,
+    prune_job,
+    run_job,
+    save_windows,
+    score_job,
+    scores,
+    text,
+    write_section,
+)
 
 DISTILLED: dict[str, Any] = {"preset": "fast", "distillation_steps": 32}
+# Three quarters of the parameters of a block of SmolLM2 are its feed-forward network.
 ROWS: dict[str, dict[str, Any]] = {
     "80 % of parameters": {"pattern": {"parameters": 0.8}},
+    "80 %, units alone": {"pattern": {"neurons": 0.29}},
+    "80 %, blocks alone": {"pattern": {"blocks": 6}},
     "70 % of parameters": {"pattern": {"parameters": 0.7}},
+    "70 %, units alone": {"pattern": {"neurons": 0.41}},
+    "70 %, blocks alone": {"pattern": {"blocks": 9}},
     "2:4 zeros": {"pattern": "2:4"},
     "50 % zeros": {"sparsity": 0.5},
 }
+TUNED = [row for row in ROWS if "alone" not in row]
 STEP_WINDOWS = 2  # of 512 tokens
 
 
 def answer(job: Job) -> Job:
     if "names" in job:
         return speed_job(job)
-    return prune_job(job) if "config" in job else fine_tune_job(job)
-
-
-def prune_job(job: Job) -> Job:
-    """Prune by ``config``, export into ``folder``, and evaluate."""
-    from sparsellm_lightning import PruningConfig, load_model, load_tokenizer, prune_model
-    from sparsellm_lightning.architecture import describe
-    from sparsellm_lightning.models import export_model, shrink
-
-    model = load_model(job["model"])
-    windows = torch.load(job["windows"])
-    config = PruningConfig(num_calibration_samples=len(windows), **job["config"])
-    report = prune_model(model, windows.split(8), config)
-    found: Job = scores(model, job["texts"])["perplexity"]
-    if config.removes:
-        model = shrink(describe(model, config), config).model
-    export_model(model, job["folder"], load_tokenizer(job["model"]), overwrite=True, report=report.to_dict)
-    return found
+    if "rate" in job:
+        return fine_tune_job(job)
+    return prune_job(job) if "config" in job else score_job(job)
 
 
 def fine_tune_job(job: Job) -> Job:
@@ -81,8 +90,7 @@ def fine_tune_job(job: Job) -> Job:
         enable_progress_bar=False,
     )
     trainer.fit(module, loader)
-    found: Job = scores(module.model.eval(), job["texts"])["perplexity"]
-    return found
+    return scores(module.model.eval(), job["texts"])
 
 
 def speed_job(job: Job) -> Job:
@@ -91,7 +99,7 @@ def speed_job(job: Job) -> Job:
 
     found = measure_speed(job["names"])
     return {
-        Path(speed.name).name: {
+        speed.name: {
             "parameters": speed.parameters,
             "zeros": speed.zeros,
             "file_bytes": speed.file_bytes,
@@ -102,62 +110,58 @@ def speed_job(job: Job) -> Job:
     }
 
 
-def table(known: dict[str, Job]) -> str:
+def table(known: dict[str, Job], sizes: dict[str, Job]) -> str:
     """A line for each model: perplexities on both texts, size, and speed against dense."""
-    texts = list(known["dense"]["one-shot"])
+    texts = list(known["dense"]["perplexity"])
     lines = [
         f"| | one-shot: {' / '.join(texts)} | fine-tuned | parameters, zeros | file, MiB | prefill, decode: times dense |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in known.items():
-        size = row.get("speed")
-        if size is None:
+    for row in ("dense", *ROWS):
+        if row not in known:
             continue
-        perplexities = [
-            " / ".join(f"{row[kind][text]:,.1f}" for text in texts) if row.get(kind) else ""
-            for kind in ("one-shot", "fine-tuned")
-        ]
-        lines.append(
-            f"| {name} | {' | '.join(perplexities)} | {size['parameters'] / 1e6:.1f} M, "
-            f"{100 * size['zeros'] / size['parameters']:.0f} % | {size['file_bytes'] / 2**20:.0f} | "
-            f"{size['prefill'][1]:.2f}, {size['decode'][1]:.2f} |"
+        one_shot, tuned = (
+            " / ".join(f"{found['perplexity'][text]:,.1f}" for text in texts) if found else ""
+            for found in (known[row], known.get(f"{row}, fine-tuned"))
         )
+        line = [row, one_shot, tuned, "", "", ""]
+        if size := sizes.get(row):
+            line[3:] = [
+                f"{size['parameters'] / 1e6:.1f} M, {100 * size['zeros'] / size['parameters']:.0f} %",
+                f"{size['file_bytes'] / 2**20:.0f}",
+                f"{size['prefill'][1]:.2f}, {size['decode'][1]:.2f}",
+            ]
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     arguments = parser(__doc__, "--model", "--layers", "--windows", "--train-files", "--test-files")
     arguments.add_argument("--out", type=Path, required=True, help="folder of budgets.json and of the exports")
-    arguments.add_argument("--rows", nargs="*", default=list(ROWS), help="names of rows; all by default")
-    arguments.add_argument("--steps", type=int, default=150, help="of fine-tuning; 0: none")
+    arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
+    arguments.add_argument(
+        "--tuned", nargs="*", choices=list(ROWS), default=TUNED, help="of the rows; those not alone by default"
+    )
+    arguments.add_argument("--steps", type=int, default=150, help="of fine-tuning")
     arguments.add_argument("--rate", type=float, default=3e-4, help="largest learning rate of fine-tuning")
     arguments.add_argument("--results", type=Path, help="Markdown file whose section budgets is replaced")
     options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "budgets.json"
-    known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
     with prepared(options, texts) as job:
-        if "dense" not in known:
-            known["dense"] = {"one-shot": run_job(str(Path(__file__).with_name("common.py")), job)["perplexity"]}
         train = text(job["model"], options.train_files).train_dataloader()
         job["train"] = save_windows(Path(job["model"]).with_name("train.pt"), train)
-        folders = {row: options.out / row.replace(" % ", "-percent-").replace(" ", "-") for row in options.rows}
-        for row, folder in folders.items():
-            training = {"row": row, "steps": options.steps, "rate": options.rate}
-            work = {"one-shot": {"config": {**DISTILLED, **ROWS[row]}}} | (
-                {"fine-tuned": training} if options.steps else {}
-            )
-            for kind, settings in work.items():
-                if kind not in known.setdefault(row, {}):
-                    known[row][kind] = run_job(__file__, {**job, **settings, "folder": str(folder)})
-                    file.write_text(json.dumps(known, indent=1))
-                    print(row, kind, known[row][kind], file=sys.stderr, flush=True)
-        names = {job["model"]: "dense"} | {str(folder): row for row, folder in folders.items()}
-        for name, speed in run_job(__file__, {"names": list(names)}).items():
-            known[next(row for path, row in names.items() if Path(path).name == name)]["speed"] = speed
-        file.write_text(json.dumps(known, indent=1))
-    found = table(known)
+        folders = {row: options.out / row.replace(" %", "-percent").replace(",", "").replace(" ", "-") for row in ROWS}
+        wanted: dict[str, Job] = {"dense": job}
+        for row in options.rows:
+            here = {**job, "row": row, "folder": str(folders[row])}
+            wanted[row] = {**here, "config": {**DISTILLED, **ROWS[row]}}
+            if row in options.tuned:
+                wanted[f"{row}, fine-tuned"] = {**here, "steps": options.steps, "rate": options.rate}
+        known = complete(options.out / "budgets.json", wanted, __file__)
+        names = {job["model"]: "dense"} | {str(folder): row for row, folder in folders.items() if folder.exists()}
+        sizes = run_job(__file__, {"names": list(names)})
+    found = table(known, {names[path]: size for path, size in sizes.items()})
     if options.results:
         write_section(options.results, "budgets", found)
     print(found)

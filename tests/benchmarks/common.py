@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,18 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
     return answer
 
 
+def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Job]:
+    """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one."""
+    known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
+    for name, job in wanted.items():
+        if name not in known:
+            found = run_job(script, job)
+            known[name] = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
+            file.write_text(json.dumps(known, indent=1))
+            print(name, known[name], file=sys.stderr, flush=True)
+    return known
+
+
 def measure(job: Job, their_python: str = sys.executable) -> Job:
     """Do a job of :func:`answer` in a process of its own, or in two: what llm-compressor wrote is evaluated by this package.
 
@@ -147,10 +159,15 @@ def answer(job: Job) -> Job:
 
 
 def prune_job(job: Job) -> Job:
-    """Prune the model in ``model`` on the windows in ``windows`` by ``config``, and evaluate it on ``texts``."""
+    """Prune the model in ``model`` on the windows in ``windows`` by ``config``, and evaluate it on ``texts``.
+
+    With ``folder`` it is exported there, without what the pattern removes.
+    """
     import torch
 
-    from sparsellm_lightning import PruningConfig, load_model, prune_model
+    from sparsellm_lightning import PruningConfig, load_model, load_tokenizer, prune_model
+    from sparsellm_lightning.architecture import describe
+    from sparsellm_lightning.models import export_model, shrink
 
     model = load_model(job["model"])
     windows = torch.load(job["windows"])
@@ -160,6 +177,10 @@ def prune_job(job: Job) -> Job:
     before = peak_bytes()
     report = prune_model(model, windows.split(8), config)
     after = peak_bytes()
+    found = scores(model, job["texts"])
+    if "folder" in job:
+        smaller = shrink(describe(model, config), config).model if config.removes else model
+        export_model(smaller, job["folder"], load_tokenizer(job["model"]), overwrite=True, report=report.to_dict)
     return {
         "seconds": report.wall_seconds,
         "peak_bytes": after,
@@ -170,7 +191,7 @@ def prune_job(job: Job) -> Job:
         "share": report.peak_share(),
         "table": report.phase_table(),
         "errors": [block["errors"] for block in report.blocks],
-        **scores(model, job["texts"]),
+        **found,
     }
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PYTHON_DOCS, TEST_TEXT, Job, parser, prepared, prune_job, run_job, score_job, scores, write_section
+from common import PYTHON_DOCS, TEST_TEXT, Job, complete, parser, prepared, prune_job, score_job, scores, write_section
 from torch import Tensor, nn
 
 UNITS = {"25 % of units": 0.25, "50 % of units": 0.5}
@@ -38,7 +38,6 @@ UNIT_ROWS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
 }
-DISTILLED: dict[str, Any] = {"preset": "fast", "distillation_steps": 32}
 DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "ShortGPT": {},
     "paper": {"preset": "paper"},
@@ -46,13 +45,6 @@ DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
     "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
-}
-
-
-# With as many parameters as the budget at most: three quarters of a block of SmolLM2 are its feed-forward network.
-BUDGETS: dict[str, dict[str, dict[str, float]]] = {
-    "80 % of parameters": {"units": {"neurons": 0.29}, "blocks": {"blocks": 6}, "mixture": {"parameters": 0.8}},
-    "70 % of parameters": {"units": {"neurons": 0.41}, "blocks": {"blocks": 9}, "mixture": {"parameters": 0.7}},
 }
 
 
@@ -67,9 +59,6 @@ def cells(blocks: int) -> dict[str, Job]:
         for row, config in DEPTH_ROWS.items():
             settings = {"config": {**config, "pattern": "blocks", "sparsity": count / blocks}}
             found[f"{row}, {column}"] = settings if config else {"shortgpt": count}
-    for column, patterns in BUDGETS.items():
-        for row, pattern in patterns.items():
-            found[f"{row}, {column}"] = {"config": {**DISTILLED, "pattern": pattern}}
     return found
 
 
@@ -162,28 +151,16 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, help="Markdown file whose section structured is replaced")
     options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "structured.json"
-    known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
     with prepared(options, texts) as job:
-        wanted = cells(options.layers or 30)
-        for name in ["dense", *(options.cells or wanted)]:
-            if name not in known:
-                found = run_job(__file__, {**job, **wanted[name]})
-                known[name] = {
-                    key: value for key, value in found.items() if key in ("seconds", "perplexity", "peak_bytes")
-                }
-                file.write_text(json.dumps(known, indent=1))
-                print(name, known[name], file=sys.stderr, flush=True)
+        every = cells(options.layers or 30)
+        wanted = {name: {**job, **every[name]} for name in ("dense", *(options.cells or every))}
+        known = complete(options.out / "structured.json", wanted, __file__)
     dense = ", ".join(f"{value:.1f} on {name}" for name, value in known["dense"]["perplexity"].items())
-    budgets = table(known, ("units", "blocks", "mixture"), BUDGETS)
     parts = (
         f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",
         table(known, UNIT_ROWS, UNITS),
         table(known, DEPTH_ROWS, DEPTHS),
-        budgets
-        and "Preset `fast`, 32 steps of distillation: one pattern or a mixture, with so many of the blocks' parameters:",
-        budgets,
     )
     text = "\n\n".join(part for part in parts if part)
     if options.results:

@@ -55,8 +55,7 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
 @pytest.mark.parametrize("settings", PLAIN, ids=lambda settings: settings["method"])
 def test_solvers(name: str, settings: dict[str, Any]) -> None:
     expected = pruned(name, {"preset": "paper", **settings}, batch=4)
-    for batch, threads in ((5, 2), (1, 1)):
-        assert_same(pruned(name, {"preset": "paper", **settings}, batch, threads), expected)
+    assert_same(pruned(name, {"preset": "paper", **settings}, batch=5, threads=2), expected)
 
 
 @pytest.mark.parametrize("settings", TUNED, ids=lambda settings: settings["preset"])
