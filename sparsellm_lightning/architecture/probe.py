@@ -16,12 +16,16 @@ from sparsellm_lightning.architecture.blocks import (
     evaluating,
     unwrapped_names,
 )
-from sparsellm_lightning.architecture.examination import TOKENS, WINDOWS, BlockCall, Examination, hidden_of, order_of
-from sparsellm_lightning.architecture.feed_forward import (
-    activations_of,
-)
-from sparsellm_lightning.architecture.layout import (
-    Block,
+from sparsellm_lightning.architecture.examination import Examination
+from sparsellm_lightning.architecture.feed_forward import activations_of
+from sparsellm_lightning.architecture.layout import Block
+from sparsellm_lightning.architecture.observation import (
+    TOKENS,
+    WINDOWS,
+    BlockCall,
+    Observation,
+    hidden_of,
+    order_of,
 )
 from sparsellm_lightning.errors import UserError
 
@@ -52,10 +56,12 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
     with evaluating(model):
         calls = _block_calls(model, modules, names, run)
         activations = activations_of(model.config.get_text_config(decoder=True))
-        return [
-            Examination(index, model, module, names, calls[index], activations).block()
-            for index, module in enumerate(modules)
-        ]
+        blocks = []
+        for index, module in enumerate(modules):
+            seen = Observation(model, module, names, calls[index], activations)
+            seen.observe()
+            blocks.append(Examination(index, seen).block())
+        return blocks
 
 
 def _block_calls(
