@@ -11,7 +11,7 @@ from sparsellm_lightning.models.export import (
     export_model,
     export_or_rescue,
 )
-from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
+from sparsellm_lightning.models.head import Forward, decoder_output, head_in, logits_at
 from sparsellm_lightning.models.hub import check_hub, upload
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
@@ -38,6 +38,7 @@ __all__ = [
     "export_or_rescue",
     "first_prompts",
     "fixed_shrinkage",
+    "head_in",
     "inspect_model",
     "load_model",
     "load_tokenizer",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import patched_forward
@@ -56,6 +58,24 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
     """
     with patched_forward(_decoder(model), lambda *_, **__: _at(output, hidden)):
         return forward()
+
+
+@contextmanager
+def head_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """The head's weights are rounded to a dtype inside this context, so that autocast does not round them at every call.
+
+    Embeddings that share them keep theirs. The head does nothing else in another dtype: it must be a plain linear layer.
+    """
+    head: Any = model.get_output_embeddings()
+    if dtype is None or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+        yield
+        return
+    weight = head.weight
+    head.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = weight
 
 
 def _decoder(model: PreTrainedModel) -> Any:

@@ -13,7 +13,7 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import Forward, decoder_output, logits_at, positions_together
+from sparsellm_lightning.models import Forward, decoder_output, head_in, logits_at, positions_together
 from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import count, kl_divergence
@@ -68,9 +68,10 @@ class Distiller:
         """
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps)
-        best, best_step, before = parameters.state(), 0, self.divergence()
-        least, checks = before, min(MAX_CHECKS, steps)
-        with parameters.trainable([self.model]):
+        best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
+        rounded = None if self.adapter.weights_are_split else self.autocast_dtype
+        with head_in(self.model, rounded), parameters.trainable([self.model]):
+            before = least = self.divergence()
             for step, chosen in zip(tracked(range(steps), "Distilling", "step"), self._choices(), strict=False):
                 self._add_gradients(chosen)
                 parameters.step()
