@@ -56,7 +56,9 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    with patched_forward(_decoder(model), lambda *_, **__: _at(output, hidden)):
+    # For a slice of positions torch would copy the head's weights for every window.
+    piece = _at(output, hidden.contiguous())
+    with patched_forward(_decoder(model), lambda *_, **__: piece):
         return forward()
 
 
