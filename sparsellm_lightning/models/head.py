@@ -56,8 +56,8 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    # For a slice of positions torch would copy the head's weights for every window.
-    piece = _at(output, hidden.contiguous())
+    # With the strides of a slice of positions, torch would copy the head's weights. Contiguous, a single window keeps them.
+    piece = _at(output, hidden.flatten(0, 1).view(hidden.shape))
     with patched_forward(_decoder(model), lambda *_, **__: piece):
         return forward()
 
