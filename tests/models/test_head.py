@@ -1,13 +1,43 @@
-"""The head alone, in another dtype."""
+"""The head on some positions, and in another dtype."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from support.batches import random_batches
 from support.models import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsellm_lightning.models import head_in
+from sparsellm_lightning.models import decoder_output, head_in, logits_at
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+@torch.no_grad()
+def test_logits_of_some_positions(windows: int) -> None:
+    """They are those of a whole forward, by one product: torch multiplies slices of positions window by window."""
+    model = build_model("llama").requires_grad_(False)
+    ids = random_batches()[1]["input_ids"][:windows]
+    whole = model(input_ids=ids).logits
+    output = decoder_output(model, lambda: model(input_ids=ids).logits, tuple(ids.shape))
+    with Operations() as operations:
+        found = logits_at(model, lambda: model(input_ids=ids).logits, output, output.last_hidden_state[:, 5:9])
+    torch.testing.assert_close(found, whole[:, 5:9])
+    assert "mm" in operations.names
+    assert "bmm" not in operations.names
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt-350m"])
