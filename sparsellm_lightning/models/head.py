@@ -56,7 +56,7 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    # With the strides of a slice of positions, torch would copy the head's weights. Contiguous, a single window keeps them.
+    # Torch copies the head's weights for an input with the strides of a slice. contiguous() would not change those of one window.
     piece = _at(output, hidden.flatten(0, 1).view(hidden.shape))
     with patched_forward(_decoder(model), lambda *_, **__: piece):
         return forward()
@@ -66,7 +66,8 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
 def head_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """The head's weights are rounded to a dtype inside this context, so that autocast does not round them at every call.
 
-    Embeddings that share them keep theirs. The head does nothing else in another dtype: it must be a plain linear layer.
+    Embeddings that share the weights keep theirs. Nothing happens if the dtype is None, or if the head is not a plain linear
+    layer without bias.
     """
     head: Any = model.get_output_embeddings()
     if dtype is None or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
