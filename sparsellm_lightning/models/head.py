@@ -56,7 +56,7 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    # Torch copies the head's weights for an input with the strides of a slice. contiguous() would not change those of one window.
+    # Torch copies the head's weights for an input with the strides of a slice. contiguous() leaves those of one window.
     piece = _at(output, hidden.flatten(0, 1).view(hidden.shape))
     with patched_forward(_decoder(model), lambda *_, **__: piece):
         return forward()
