@@ -54,16 +54,16 @@ class Examination:
 
     def block(self) -> Block:
         """What was found."""
-        row = ARCHITECTURES.get(self.seen.model.config.model_type)
+        seen = self.seen
+        row = ARCHITECTURES.get(seen.model.config.model_type)
         proofs = self._proofs() if row is None or row.up is None else [self._proof_of(row)]
         units = self._units(proofs)
         self._name_other_weights(units)
         rest = None
-        if isinstance(self.seen.call.returned, (tuple, list)):
-            rest = tuple(None if isinstance(value, Tensor) else value for value in self.seen.call.returned[1:])
-        order = None if self.seen.order == tuple(range(len(self.seen.order))) else self.seen.order
-        attention = find_attention(self.seen.run, units, self._heads, self.seen.outermost)
-        seen = self.seen
+        if isinstance(seen.call.returned, (tuple, list)):
+            rest = tuple(None if isinstance(value, Tensor) else value for value in seen.call.returned[1:])
+        order = None if seen.order == tuple(range(len(seen.order))) else seen.order
+        attention = find_attention(seen.run, units, self._heads, seen.outermost)
         return Block(self.index, seen.name, seen.module, units, self._replay(units), rest, seen.dense, order, attention)
 
     def _proofs(self) -> list[Proof]:
@@ -93,7 +93,7 @@ class Examination:
         named = None if row.gate is None else by_name[row.gate]
         if proof is None or proof.up is not by_name[row.up or ""] or proof.gate is not named:
             raise UserError(
-                f"{prefix[:-1]}: the row's feed-forward network does not reproduce what {row.down} sees. Correct gate, up, "
+                f"{self.seen.name}: the row's feed-forward network does not reproduce what {row.down} sees. Correct gate, up, "
                 "down and activation with register_architecture."
             )
         return proof

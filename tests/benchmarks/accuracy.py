@@ -59,6 +59,8 @@ ROWS: dict[str, Settings] = {
     "sparsegpt": {"preset": "paper", "method": "sparsegpt"},
     "admm": {"preset": "paper", "method": "admm"},
     **{preset: {"preset": preset} for preset in PRESETS},
+    "fast, distilled": {"preset": "fast", "distillation_steps": 32},
+    "balanced, distilled": {"preset": "balanced", "reconstruction_steps": 24, "distillation_steps": 24},
     "llm-compressor SparseGPT": {"modifier": "SparseGPTModifier", "block_size": 128, "dampening_frac": 0.01},
     "llm-compressor Wanda": {"modifier": "WandaPruningModifier"},
 }

@@ -11,8 +11,8 @@ recipe finetune/distilled.yaml does, half of the loss being from the dense model
 and at a lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed
 in turn, in one process, as ``sparsellm benchmark`` does.
 
-Perplexities are kept in ``budgets.json``, exports in folders beside it. ``--results`` writes the table into a section of that
-file.
+Perplexities are kept in ``budgets.json`` by row, exports in folders beside it: other options need another ``--out``.
+``--results`` writes the table into a section of that file.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 _CPU = torch.device("cpu")
@@ -282,11 +281,11 @@ def collectives_on_the_device() -> Iterator[None]:
 
     def refusing(collective: Any) -> Any:
         def on_device(*args: Any, **kwargs: Any) -> Any:
-            tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+            tensors: list[Tensor] = []
+            inside_args, inside_kwargs = _inside(args, tensors), _inside(kwargs, tensors)
             if not all(isinstance(tensor, OnAccelerator) for tensor in tensors):
                 raise RuntimeError(f"No backend type associated with device type cpu ({collective.__name__})")
-            args, kwargs = tree_map_only(OnAccelerator, lambda value: value.inside, (args, kwargs))
-            return collective(*args, **kwargs)
+            return collective(*inside_args, **inside_kwargs)
 
         return on_device
 
