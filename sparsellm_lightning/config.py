@@ -95,8 +95,8 @@ class PruningConfig:
             windows.
         seed: of the choice of calibration windows, of continuations and of the order of reconstruction batches.
         solver_precision: ``auto``: bfloat16 products for the alternation's auxiliaries, for reconstruction, and for
-            continuations, where the hardware has matrix units for bfloat16 and the model is float32. Gram matrices and solvers
-            are always float32. ``float32``: no bfloat16.
+            continuations, where the hardware is faster at them and the model is float32. Gram matrices and solvers are always
+            float32. ``float32``: no bfloat16.
         memory: bytes that pruning may hold on each rank's device besides the model, or ``auto``: most of what is free. With
             less, activations are kept in pinned host memory: slower, the same result.
 

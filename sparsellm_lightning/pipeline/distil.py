@@ -73,7 +73,7 @@ class Distiller:
         with head_in(self.model, rounded), parameters.trainable([self.model]):
             before = least = self.divergence()
             for step, chosen in zip(tracked(range(steps), "Distilling", "step"), self._choices(), strict=False):
-                self._add_gradients(chosen)
+                self._add_gradients(parameters, chosen)
                 parameters.step()
                 if (step + 1) * checks // steps > step * checks // steps:
                     divergence = self.divergence()
@@ -92,7 +92,7 @@ class Distiller:
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
-    def _add_gradients(self, chosen: Sequence[int]) -> None:
+    def _add_gradients(self, parameters: KeptParameters, chosen: Sequence[int]) -> None:
         """Add the gradient of the mean divergence, over all ranks, of this rank's tokens in these fitted batches."""
         (tokens,) = self.ranks.total(sum(self.fitted[index][0].tokens for index in chosen))
         scale = (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
@@ -100,6 +100,7 @@ class Distiller:
             with torch.enable_grad():
                 for part in self._divergences(*self.fitted[index]):
                     (part.sum() * scale).backward()
+            parameters.collect()
             self._count(self.fitted[index][0])
 
     def _steps(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:

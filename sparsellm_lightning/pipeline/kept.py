@@ -25,8 +25,8 @@ class KeptParameters:
     is the root mean square of its kept entries, ρ their share. So the rate fits the scale of the weights, and is larger where
     fewer weights are left.
 
-    Gradients are summed over ranks, each of which has its own tokens. Parameters below float32 have float32 masters. Sharded
-    parameters are tuned shard by shard.
+    Kept entries, their gradients and Adam's moments are float32 vectors, so that the memory shrinks with the sparsity.
+    Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
 
     Args:
         context: of the run.
@@ -37,7 +37,6 @@ class KeptParameters:
 
     def __init__(self, context: Context, blocks: Sequence[Block], learning_rate: float, steps: int) -> None:
         self.adapter, self.ranks = context.adapter, context.ranks
-        self.blocks = blocks
         projections = [p for block in blocks for p in block.projections()]
         weights = {id(p.parameter) for p in projections}
         self.parameters = [
@@ -48,14 +47,14 @@ class KeptParameters:
         ]
         pruned = {id(p.parameter) for p in projections if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
-        self.masters = [local.float() for local in self.locals]  # shares the memory of a float32 parameter
-        self.masks = [
-            local != 0 if id(parameter) in pruned else None
+        self.kept = [
+            _positions(local) if id(parameter) in pruned else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
+        self.values = [self._kept_of(index, local) for index, local in enumerate(self.locals)]
         groups = [
-            {"params": [master], "lr": learning_rate * scale}
-            for master, scale in zip(self.masters, self._scales(), strict=True)
+            {"params": [values], "lr": learning_rate * scale}
+            for values, scale in zip(self.values, self._scales(), strict=True)
         ]
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _share_of_rate(step, steps))
@@ -65,29 +64,40 @@ class KeptParameters:
         """Whether some parameters are below float32."""
         return any(local.dtype != torch.float32 for local in self.locals)
 
+    def collect(self) -> None:
+        """Add the parameters' gradients to those of the next step, and free them. For after each backward."""
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            gradient = self._kept_of(index, local_tensor(parameter.grad))
+            parameter.grad = None
+            values = self.values[index]
+            values.grad = gradient if values.grad is None else values.grad.add_(gradient)
+
     def step(self) -> None:
         """Take the gradients of all ranks and change the parameters once."""
-        for master, gradient in zip(self.masters, self._gradients(), strict=True):
-            master.grad = gradient
+        for values in self.values:
+            if values.grad is None:
+                values.grad = torch.zeros_like(values)
+        if self.ranks.size > 1 and not self.adapter.weights_are_split:
+            message = torch.cat([values.grad for values in self.values if values.grad is not None])
+            self.ranks.sum_(message)
+            for values, summed in zip(self.values, message.split([v.numel() for v in self.values]), strict=True):
+                values.grad = summed
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.schedule.step()
-        self.store()
+        self._store()
 
     def state(self) -> list[Tensor]:
-        """A copy of the values."""
-        return [master.clone() for master in self.masters]
+        """A copy of the kept entries."""
+        return [values.clone() for values in self.values]
 
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a copy."""
-        for master, kept in zip(self.masters, state, strict=True):
-            master.copy_(kept)
-        self.store()
-
-    def store(self) -> None:
-        """Copy masters into parameters below float32."""
-        for local, master in zip(self.locals, self.masters, strict=True):
-            if master is not local:
-                local.copy_(master)
+        for values, before in zip(self.values, state, strict=True):
+            values.copy_(before)
+        self._store()
 
     @contextmanager
     def trainable(self, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
@@ -105,37 +115,40 @@ class KeptParameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
 
-    def _gradients(self) -> list[Tensor]:
-        """Gradients over all ranks, float32, this rank's part, 0 where a weight is 0. Those of the parameters are freed."""
-        gradients = []
-        for parameter, mask in zip(self.parameters, self.masks, strict=True):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradient = local_tensor(gradient).float()
-            parameter.grad = None
-            gradients.append(gradient if mask is None else gradient.mul_(mask))  # masked_fill_ takes four times as long
-        if self.ranks.size > 1 and not self.adapter.weights_are_split:
-            message = torch.cat([gradient.flatten() for gradient in gradients])
-            self.ranks.sum_(message)
-            for gradient, summed in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
-        return gradients
+    def _kept_of(self, index: int, local: Tensor) -> Tensor:
+        """The kept entries of a parameter or of its gradient, as a float32 vector of its own."""
+        kept, flat = self.kept[index], local.detach().reshape(-1)
+        return flat.to(torch.float32, copy=True) if kept is None else flat.index_select(0, kept).float()
+
+    def _store(self) -> None:
+        """Write the kept entries into the parameters."""
+        for local, kept, values in zip(self.locals, self.kept, self.values, strict=True):
+            if kept is None:
+                local.copy_(values.view_as(local))
+                continue
+            flat = local.reshape(-1)  # a copy, if the parameter is not contiguous
+            flat.index_copy_(0, kept.long(), values.to(local.dtype))
+            if flat.data_ptr() != local.data_ptr():
+                local.copy_(flat.view_as(local))
 
     def _scales(self) -> list[float]:
         """``rms / ρ`` of each parameter, over all of its shards."""
         sums = [
-            [
-                float(master.square().sum(dtype=torch.float64)),
-                float(master.numel() if mask is None else mask.sum()),
-                master.numel(),
-            ]
-            for master, mask in zip(self.masters, self.masks, strict=True)
+            [float(values.square().sum(dtype=torch.float64)), values.numel(), local.numel()]
+            for values, local in zip(self.values, self.locals, strict=True)
         ]
-        totals = torch.tensor(sums, dtype=torch.float64, device=self.masters[0].device)
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.locals[0].device)
         if self.adapter.weights_are_split:
             self.ranks.sum_(totals)
         squares, entries, size = totals.clamp(min=1e-30).T
         scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
         return scales
+
+
+def _positions(local: Tensor) -> Tensor:
+    """Where a parameter is not zero, in its entries in order, in the smallest dtype that torch indexes by."""
+    positions = local.reshape(-1).nonzero().squeeze(1)
+    return positions.to(torch.int32 if local.numel() < 2**31 else torch.int64)
 
 
 def _share_of_rate(step: int, steps: int) -> float:

@@ -154,6 +154,7 @@ class Reconstructor:
                 self._count(index, 3)  # the backward has two products for each product of the forward
             with torch.enable_grad():
                 (self._distances(output, index, slice(self.fitted[index])).sum() * scale).backward()
+            self.parameters.collect()
 
     def _count(self, index: int, forwards: int) -> None:
         tokens = self.cache.hidden[index].shape[:2].numel()

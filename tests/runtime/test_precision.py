@@ -72,6 +72,7 @@ def test_bfloat16_where_the_hardware_has_matrix_units(
 
     # The other device's check says the opposite, so that the wrong check fails.
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported == (device == CPU), raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     if device == GPU:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16_supported)
     else:
@@ -83,13 +84,23 @@ def test_bfloat16_where_the_hardware_has_matrix_units(
 
 @pytest.mark.usefixtures("_no_clock")
 def test_the_choice_follows_the_check_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     for supported in (True, False, True):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=supported: found, raising=False)
         assert coarse_dtype(CPU) is (torch.bfloat16 if supported else torch.float32)
 
 
+@pytest.mark.usefixtures("_no_clock")
+@pytest.mark.parametrize(("bf16", "amd"), [(True, True), (True, False), (False, True)])
+def test_avx512_bf16_counts_on_amd_alone(bf16: bool, amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16, "sse4a": amd}, raising=False)
+    assert coarse_dtype(CPU) is (torch.bfloat16 if bf16 and amd else torch.float32)
+
+
 def test_float32_where_torch_has_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert coarse_dtype(CPU) is torch.float32
 
 
