@@ -79,7 +79,7 @@ class PruningConfig:
             output when that projection alone is pruned. Unstructured patterns only.
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
             fixed. Features of the block's output count by the gradient of the model's output. 0: none.
-        distillation_steps: Adam steps of 2,048 tokens that tune all kept weights together at the end, on the dense model's
+        distillation_steps: Adam steps of 512 tokens that tune all kept weights together at the end, on the dense model's
             next-token distributions over the fitted windows. They need memory as training does. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. They are fitted too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.

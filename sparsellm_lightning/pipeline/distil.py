@@ -12,15 +12,17 @@ from torch import Tensor
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
+from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Forward, decoder_output, head_in, logits_at, positions_together
 from sparsellm_lightning.pipeline.kept import KeptParameters
-from sparsellm_lightning.runtime import tracked
+from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 1e-3  # largest one, in units of each parameter's scale
-STEP_TOKENS = 2048  # tokens of a step, over all ranks
+STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 MAX_CHECKS = 4  # of the held-out divergence, besides the one before
+VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 
 
 class Distiller:
@@ -42,9 +44,11 @@ class Distiller:
         fitted: number of windows that are fitted: the first ones. The best state is chosen on the others.
 
     Raises:
-        UserError: a model without a language-model head, or whose forward does not call its decoder once.
+        UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
+            gradients.
     """
 
+    @torch.no_grad()
     def __init__(self, context: Context, batches: Sequence[CalibrationBatch], fitted: int) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
@@ -54,9 +58,17 @@ class Distiller:
                 f"distillation_steps compare next-token distributions, but {type(self.model).__name__} has no language-model "
                 "head. Set distillation_steps to 0."
             )
+        self._check_room()
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
         parts = split_windows([batch for batch in batches if batch.tokens], fitted)
-        self.fitted, self.held_out = ([self._with_goal(batch) for batch in self._steps(part)] for part in parts)
+        made = [self._steps(part) for part in parts]
+        first = next((batch for part in made for batch in part), None)
+        if not self.ranks.all(first is None or self._decode(first) is not None):
+            raise UserError(
+                f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
+                "not. Set distillation_steps to 0."
+            )
+        self.fitted, self.held_out = ([self._with_goal(batch) for batch in part] for part in made)
 
     @torch.no_grad()
     def tune(self, steps: int) -> dict[str, Any]:
@@ -67,7 +79,7 @@ class Distiller:
             are held out.
         """
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
-        parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps)
+        parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
         best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
         rounded = None if self.adapter.weights_are_split else self.autocast_dtype
         with head_in(self.model, rounded), parameters.trainable([self.model]):
@@ -92,6 +104,21 @@ class Distiller:
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
+    def _check_room(self) -> None:
+        parameters = [local_tensor(p) for block in self.context.layout.blocks for p in block.module.parameters()]
+        gradients = sum(p.numel() * p.element_size() for p in parameters)
+        kept = (1 - self.context.config.requested_sparsity) * sum(p.numel() for p in parameters)
+        device, limit = self.context.device, room(self.context.config.memory, self.context.device)
+        vectors = VECTORS * 4 * kept
+        needed = gradients + vectors if device.type == "cpu" else gradients
+        if not self.ranks.all(needed <= limit):
+            raise UserError(
+                f"distillation_steps need {format_bytes(needed)} besides the model, for gradients, and there are "
+                f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or use more ranks."
+            )
+        fits = self.ranks.all(gradients + vectors <= limit)
+        self.storage = device if fits else torch.device("cpu")
+
     def _add_gradients(self, parameters: KeptParameters, chosen: Sequence[int]) -> None:
         """Add the gradient of the mean divergence, over all ranks, of this rank's tokens in these fitted batches."""
         (tokens,) = self.ranks.total(sum(self.fitted[index][0].tokens for index in chosen))
@@ -110,8 +137,7 @@ class Distiller:
 
     def _with_goal(self, batch: CalibrationBatch) -> tuple[CalibrationBatch, Tensor]:
         """A batch and the dense model's decoder output for it, on the host."""
-        with torch.no_grad():
-            return batch, self._decode(batch).last_hidden_state.cpu()
+        return batch, self._decode(batch).last_hidden_state.cpu()
 
     def _count(self, batch: CalibrationBatch) -> None:
         """Forward and backward of the blocks, which has two products for each of the forward's, and of the head, for p too."""
@@ -155,11 +181,6 @@ class Distiller:
         forward = partial(self.adapter.logits, self.model, batch.inputs)
         with self.context.autocast():
             output = decoder_output(self.model, forward, (batch.windows, batch.length))
-        if output is None:
-            raise UserError(
-                f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
-                "not. Set distillation_steps to 0."
-            )
         self._output = self._output or output
         return output
 

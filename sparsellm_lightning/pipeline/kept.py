@@ -25,18 +25,28 @@ class KeptParameters:
     is the root mean square of its kept entries, ρ their share. So the rate fits the scale of the weights, and is larger where
     fewer weights are left.
 
-    Kept entries, their gradients and Adam's moments are float32 vectors, so that the memory shrinks with the sparsity.
-    Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
+    Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
+    sparsity. Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
 
     Args:
         context: of the run.
         blocks: pruned. Their zeros stay zero.
         learning_rate: in units of each parameter's scale.
         steps: that are planned.
+        storage: of the vectors. None: the model's device.
     """
 
-    def __init__(self, context: Context, blocks: Sequence[Block], learning_rate: float, steps: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        blocks: Sequence[Block],
+        learning_rate: float,
+        steps: int,
+        storage: torch.device | None = None,
+    ) -> None:
         self.adapter, self.ranks = context.adapter, context.ranks
+        self.device = context.device
+        self.storage = storage or context.device
         projections = [p for block in blocks for p in block.projections()]
         weights = {id(p.parameter) for p in projections}
         self.parameters = [
@@ -48,7 +58,7 @@ class KeptParameters:
         pruned = {id(p.parameter) for p in projections if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.kept = [
-            _positions(local) if id(parameter) in pruned else None
+            _positions(local).to(self.storage) if id(parameter) in pruned else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
         self.values = [self._kept_of(index, local) for index, local in enumerate(self.locals)]
@@ -80,10 +90,10 @@ class KeptParameters:
             if values.grad is None:
                 values.grad = torch.zeros_like(values)
         if self.ranks.size > 1 and not self.adapter.weights_are_split:
-            message = torch.cat([values.grad for values in self.values if values.grad is not None])
-            self.ranks.sum_(message)
-            for values, summed in zip(self.values, message.split([v.numel() for v in self.values]), strict=True):
-                values.grad = summed
+            for values in self.values:
+                summed = values.grad.to(self.device)  # what travels between ranks lies on their device
+                self.ranks.sum_(summed)
+                values.grad.copy_(summed)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -118,16 +128,18 @@ class KeptParameters:
     def _kept_of(self, index: int, local: Tensor) -> Tensor:
         """The kept entries of a parameter or of its gradient, as a float32 vector of its own."""
         kept, flat = self.kept[index], local.detach().reshape(-1)
-        return flat.to(torch.float32, copy=True) if kept is None else flat.index_select(0, kept).float()
+        if kept is None:
+            return flat.to(self.storage, torch.float32, copy=True)
+        return flat.index_select(0, kept.to(flat.device)).to(self.storage, torch.float32)
 
     def _store(self) -> None:
         """Write the kept entries into the parameters."""
         for local, kept, values in zip(self.locals, self.kept, self.values, strict=True):
             if kept is None:
-                local.copy_(values.view_as(local))
+                local.copy_(values.view(local.shape))
                 continue
             flat = local.reshape(-1)  # a copy, if the parameter is not contiguous
-            flat.index_copy_(0, kept.long(), values.to(local.dtype))
+            flat.index_copy_(0, kept.to(local.device).long(), values.to(local.device, local.dtype))
             if flat.data_ptr() != local.data_ptr():
                 local.copy_(flat.view_as(local))
 
@@ -137,7 +149,7 @@ class KeptParameters:
             [float(values.square().sum(dtype=torch.float64)), values.numel(), local.numel()]
             for values, local in zip(self.values, self.locals, strict=True)
         ]
-        totals = torch.tensor(sums, dtype=torch.float64, device=self.locals[0].device)
+        totals = torch.tensor(sums, dtype=torch.float64, device=self.device)
         if self.adapter.weights_are_split:
             self.ranks.sum_(totals)
         squares, entries, size = totals.clamp(min=1e-30).T

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import ROUTES
 from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
-from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
     CalibrationBatch,
     add_written_windows,
@@ -28,10 +28,10 @@ from sparsellm_lightning.data import (
     rewrite_windows,
     take_windows,
 )
-from sparsellm_lightning.distributed import StrategyAdapter, local_tensor
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
-from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.pipeline.distil import STEP_TOKENS, Distiller
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
@@ -42,7 +42,6 @@ from sparsellm_lightning.runtime import (
     Profile,
     claimed,
     explaining_memory,
-    format_bytes,
     gemm_peak,
     phase,
     showing,
@@ -132,10 +131,7 @@ def prune_model(
             batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
         _warn_of_dense_layers(context)
-        distiller = None
-        if config.distillation_steps and config.requested_sparsity > 0:
-            with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
-                distiller = Distiller(context, batches, fitted)
+        distiller = _distiller(context, batches, fitted)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
@@ -225,11 +221,27 @@ def _count_tokens(context: Context, batches: list[CalibrationBatch], fitted: int
     return tokens
 
 
+def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -> Distiller | None:
+    """What tunes all blocks at the end. None, with a warning, if only the preset asks for it and it cannot be done."""
+    config = context.config
+    if not config.distillation_steps or config.requested_sparsity == 0:
+        return None
+    try:
+        with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
+            return Distiller(context, batches, fitted)
+    except UserError as error:
+        if config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
+            raise
+        if context.ranks.rank == 0:
+            warnings.warn(f"Preset {config.preset} goes without distillation: {error}", stacklevel=3)
+        return None
+
+
 def _memory_of_distillation(context: Context) -> str:
-    size = sum(local_tensor(p).numel() for block in context.layout.blocks for p in block.module.parameters())
     return (
-        f"Distillation keeps gradients and Adam's moments of all blocks ({format_bytes(12 * size)}), and the activations of a "
-        "training step. Set distillation_steps to 0, or shard the model over more devices."
+        "Distillation keeps gradients and Adam's moments of all blocks, and the activations of a training step of "
+        f"{STEP_TOKENS} tokens. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to keep the moments on "
+        "the host, or shard the model over more devices."
     )
 
 

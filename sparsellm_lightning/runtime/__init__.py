@@ -10,6 +10,7 @@ from sparsellm_lightning.runtime.memory import (
     peak_memory,
     place,
     return_free_memory,
+    room,
 )
 from sparsellm_lightning.runtime.precision import coarse_dtype, fastest_float32
 from sparsellm_lightning.runtime.profiling import Profile, gemm_peak, phase
@@ -31,6 +32,7 @@ __all__ = [
     "phase",
     "place",
     "return_free_memory",
+    "room",
     "showing",
     "tracked",
 ]

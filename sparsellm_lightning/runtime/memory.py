@@ -94,7 +94,7 @@ def place(budget: int | str, sizes: Sizes, device: torch.device) -> Placement:
     Raises:
         UserError: not even the smallest placement fits the bytes asked for.
     """
-    limit = _available(device) if budget == "auto" else float(budget)
+    limit = room(budget, device)
     host = torch.device("cpu")
     least = sizes.work if device.type != "cpu" else sizes.work + sizes.activations + sizes.auxiliaries
     if budget != "auto" and least > limit:
@@ -106,6 +106,11 @@ def place(budget: int | str, sizes: Sizes, device: torch.device) -> Placement:
         activations=device if sizes.work + sizes.activations <= limit else host,
         auxiliaries=device if sizes.work + sizes.activations + sizes.auxiliaries <= limit else host,
     )
+
+
+def room(budget: int | str, device: torch.device) -> float:
+    """Bytes of a budget on a device: as many as it says, or for ``auto`` most of what is free now."""
+    return _available(device) if budget == "auto" else float(budget)
 
 
 @contextmanager

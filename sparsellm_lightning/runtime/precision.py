@@ -68,5 +68,5 @@ def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
 def _cpu_is_faster_at_bfloat16() -> bool:
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") and capabilities.get("sse4a"))  # only AMD's CPUs have SSE4a
