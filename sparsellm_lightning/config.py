@@ -34,14 +34,22 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "fast": _PAPER | {"method": "sparsegpt", "reconstruction_steps": 6, "damping": 0.1},
-    "balanced": _PAPER | {"method": "sparsegpt", "target": "model", "reconstruction_steps": 96, "damping": 0.1},
+    "balanced": _PAPER
+    | {
+        "method": "sparsegpt",
+        "target": "model",
+        "reconstruction_steps": 24,
+        "distillation_steps": 40,
+        "damping": 0.1,
+    },
     "best": _PAPER
     | {
         "method": "admm",
         "target": "model",
         "allocation": "kl",
-        "reconstruction_steps": 256,
-        "continuations": 2,
+        "reconstruction_steps": 24,
+        "continuations": 1,
+        "distillation_steps": 128,
         "damping": 0.1,
     },
 }
@@ -80,7 +88,9 @@ class PruningConfig:
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
             fixed. Features of the block's output count by the gradient of the model's output. 0: none.
         distillation_steps: Adam steps of 512 tokens that tune all kept weights together at the end, on the dense model's
-            next-token distributions over the fitted windows. They need memory as training does. 0: none.
+            next-token distributions over the fitted windows. They need the memory of all gradients, and of Adam's moments of
+            the kept weights. A preset that asks for them goes without, with a warning, where the model has no language-model
+            head or the memory does not suffice. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. They are fitted too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,

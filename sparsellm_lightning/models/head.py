@@ -56,8 +56,7 @@ def logits_at(model: PreTrainedModel, forward: Forward, output: Any, hidden: Ten
         output: of the decoder.
         hidden: its ``last_hidden_state`` at these positions, (batch, positions, d).
     """
-    # Torch copies the head's weights for an input with the strides of a slice. contiguous() leaves those of one window.
-    piece = _at(output, hidden.flatten(0, 1).view(hidden.shape))
+    piece = _at(output, hidden)
     with patched_forward(_decoder(model), lambda *_, **__: piece):
         return forward()
 
@@ -91,5 +90,6 @@ def _decoder(model: PreTrainedModel) -> Any:
 
 def _at(output: Any, hidden: Tensor) -> Any:
     piece = copy.copy(output)
-    piece.last_hidden_state = hidden
+    # Torch copies the head's weights for an input with the strides of a slice. contiguous() leaves those of one window.
+    piece.last_hidden_state = hidden.flatten(0, 1).view(hidden.shape)
     return piece

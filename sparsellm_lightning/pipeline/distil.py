@@ -19,7 +19,7 @@ from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
-LEARNING_RATE = 1e-3  # largest one, in units of each parameter's scale
+LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
 STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 MAX_CHECKS = 4  # of the held-out divergence, besides the one before
 VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state

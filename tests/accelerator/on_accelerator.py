@@ -73,7 +73,9 @@ def test_the_device_refuses_what_a_gpu_refuses(device: torch.device) -> None:
     assert here.tolist() == [[2.0] * 3] * 2
 
 
-LITTLE = 1_300_000  # bytes: room for the work on a block of the tiny LLaMA, not for its activations
+LITTLE = (
+    1_300_000  # bytes: room for the work on a block of the tiny LLaMA, not for its activations, nor for Adam's moments
+)
 OTHERS = ("opt-350m", "gemma2")
 SETTINGS: dict[str, dict[str, Any]] = {
     "wanda": {"preset": "paper", "method": "wanda", "pattern": "2:4"},
@@ -81,11 +83,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "admm": {"preset": "paper", "method": "admm"},
     "paper": {"preset": "paper"},
     "paper 2:4": {"preset": "paper", "pattern": "2:4"},
-    "balanced": {"preset": "balanced", "reconstruction_steps": 8},
-    "best": {"preset": "best", "reconstruction_steps": 4},
+    "balanced": {"preset": "balanced", "reconstruction_steps": 8, "distillation_steps": 2},
+    "best": {"preset": "best", "reconstruction_steps": 4, "distillation_steps": 2},
     "owl": {"preset": "fast", "allocation": "owl"},
     "on the host": {"preset": "paper", "target": "model", "memory": LITTLE},
-    "on the host, tuned": {"preset": "balanced", "reconstruction_steps": 4, "memory": LITTLE},
+    "on the host, tuned": {"preset": "balanced", "reconstruction_steps": 4, "distillation_steps": 2, "memory": LITTLE},
 }
 
 
@@ -148,6 +150,7 @@ def test_fit_and_export(
         preset="balanced",
         sparsity=0.6,
         reconstruction_steps=2,
+        distillation_steps=2,
         num_calibration_samples=8,
         finetune=True,
         export_dir=str(tmp_path / "out"),

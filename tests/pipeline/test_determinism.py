@@ -22,8 +22,8 @@ PLAIN: list[dict[str, Any]] = [
 ]
 TUNED: list[dict[str, Any]] = [
     {"preset": "fast"},
-    {"preset": "balanced", "reconstruction_steps": 12},
-    {"preset": "best", "reconstruction_steps": 4},
+    {"preset": "balanced", "reconstruction_steps": 12, "distillation_steps": 4},
+    {"preset": "best", "reconstruction_steps": 4, "distillation_steps": 4},
 ]
 
 

@@ -202,8 +202,44 @@ def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextData
     assert 0 < lost[48] < 0.75 * lost[0]
 
 
-def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+def test_parameters_that_are_not_contiguous() -> None:
+    results = []
+    for transposed in (False, True):
+        model = build_model("llama")
+        if transposed:
+            for projection in (p for block in describe(model).blocks for p in block.projections()):
+                projection.parameter.data = projection.parameter.data.T.contiguous().T
+        context = make_context(model, PruningConfig(**ONE, distillation_steps=2, solver_precision="float32"))
+        distiller = Distiller(context, calibration_batches(random_batches()), 8)
+        prune_by_magnitude(model)
+        distiller.tune(2)
+        results.append(model.state_dict())
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
     torch.manual_seed(0)
     model = LlamaModel(build_model("llama").config)
     with pytest.raises(UserError, match="distillation_steps compare next-token distributions, but LlamaModel has no"):
         prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2))
+
+
+def test_a_preset_goes_without_what_the_model_cannot_do() -> None:
+    torch.manual_seed(0)
+    model = LlamaModel(build_model("llama").config)
+    settings = {"num_calibration_samples": 8, "reconstruction_steps": 2}
+    with pytest.warns(UserWarning, match="Preset balanced goes without distillation: .* LlamaModel has no"):
+        report = prune_model(model, random_batches(), PruningConfig(**settings))
+    assert report.distillation is None
+    assert report.sparsity["achieved"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_no_room_for_gradients_is_refused_before_long_work() -> None:
+    model = build_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        UserError, match=r"distillation_steps need .*iB besides the model, for gradients, .* are 1000 B"
+    ):
+        prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2, memory=1000))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
