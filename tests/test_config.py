@@ -163,7 +163,7 @@ ACCEPTED: list[tuple[str, Any]] = [
     *(("method", value) for value in ("sparsellm", "admm", "sparsegpt", "wanda", "magnitude")),
     *(("local_solver", value) for value in ("admm", "sparsegpt", "wanda", "magnitude")),
     *(("target", value) for value in ("block", "model")),
-    *(("allocation", value) for value in ("uniform", "owl", "atp", "kl")),
+    *(("allocation", value) for value in ("uniform", "owl", "atp", "kl", "kl_blocks")),
     *(("solver_precision", value) for value in ("auto", "float32")),
     *(("alternation_blocks", value) for value in ("all", "none", "first_half", [], [0, -1])),
     *((name, 1) for name in INTEGERS_FROM_1),

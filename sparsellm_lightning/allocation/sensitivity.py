@@ -39,14 +39,14 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
     """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero, to the weight.
 
-    ``atp`` and ``owl`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
-    all projections of one role. Part i is pruned alone, by the local
-    solver (SparseGPT in place of ADMM) with statistics of the dense model, and its damage at sparsity s is taken to be
+    ``atp``, ``owl`` and ``kl_blocks`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
+    all projections of one role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place
+    of ADMM) with statistics of the dense model, and its damage at sparsity s is taken to be
 
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
 
-    where KL is the divergence of the model's next-token distribution from the dense model's, e the local error
-    ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+    where KL is the divergence of the model's next-token distribution from the dense model's, e the sum of the projections'
+    local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
 
     Reconstruction with target ``model`` tunes every block to repair the errors of the blocks before it. Then damage in block
     l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
@@ -57,11 +57,12 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
         batches: this rank's calibration windows, those of the cache.
 
     Raises:
-        UserError: allocation ``kl`` for a model without a language-model head.
+        UserError: allocation ``kl`` or ``kl_blocks`` for a model without a language-model head.
     """
     config, layout = context.config, context.layout
     sparsity, spread = config.requested_sparsity, _spread(config)
-    parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "kl")]
+    apart = config.allocation == "kl"
+    parts = [part for block in layout.blocks for part in _parts(block, apart)]
     sizes = [sum(p.size for p in part) for part in parts]
     if not spread:
         chosen = [sparsity] * len(parts)
@@ -70,7 +71,7 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     elif config.allocation == "owl":
         chosen = owl(list(_outlier_ratios(context, cache)), sizes, sparsity, spread)
     else:
-        curves = list(_damages(context, cache, batches))
+        curves = list(_damages(context, cache, batches, apart))
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     by_projection = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
@@ -161,7 +162,9 @@ def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]
             yield outliers / scores
 
 
-def _damages(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Iterator[Curve]:
+def _damages(
+    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], apart: bool
+) -> Iterator[Curve]:
     """Damage curves of the parts, in order."""
     config, blocks = context.config, context.layout.blocks
     sparsity, spread = config.requested_sparsity, _spread(config)
@@ -174,7 +177,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     for block in tracked(blocks, "Measuring sensitivity", "block"):
         statistics = BlockStatistics(context, block, sample)
         weight = depth_discount(block.index, len(blocks), config)
-        for part in _parts(block, apart=True):
+        for part in _parts(block, apart):
             damages = _curve(context, solver, probe, block, part, statistics, at)
             yield at, [weight * damage for damage in damages]
         probe.advance(block)

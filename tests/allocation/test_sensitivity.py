@@ -58,8 +58,11 @@ def zeros_of(projection: Projection, sparsities: dict[str, float]) -> float:
 @pytest.mark.parametrize(
     ("name", "allocation", "ignore"),
     [
-        *(("llama", rule, ()) for rule in ("owl", "atp", "kl")),
-        *(("llama", rule, ("*.1.*", "*.0.self_attn.q_proj", "down_proj")) for rule in ("owl", "atp", "kl")),
+        *(("llama", rule, ()) for rule in ("owl", "atp", "kl", "kl_blocks")),
+        *(
+            ("llama", rule, ("*.1.*", "*.0.self_attn.q_proj", "down_proj"))
+            for rule in ("owl", "atp", "kl", "kl_blocks")
+        ),
         *((name, "kl", ("*.1.*",)) for name in ("gemma3", "gpt2")),
     ],
 )
@@ -86,7 +89,9 @@ def test_sum_of_zeros(name: str, allocation: Any, ignore: tuple[str, ...]) -> No
         for block in layout.blocks:
             values = [sparsities[p.name] for p in block.projections() if p.pruned]
             assert max(values, default=0) - min(values, default=0) <= 2 * max(width.values()), "by block"
-    if allocation == "kl" or (allocation == "atp" and not ignore):  # the others fix the range's width, not its middle
+    if allocation.startswith("kl") or (
+        allocation == "atp" and not ignore
+    ):  # the others fix the range's width, not its middle
         assert all(0.56 - width[name] <= value <= 0.70 + width[name] for name, value in sparsities.items())
     assert len({round(value, 3) for value in sparsities.values()}) > 1
     assert max(sparsities.values()) - min(sparsities.values()) <= 0.14 + 1e-3
@@ -254,6 +259,17 @@ def test_a_harmless_part_is_pruned_most() -> None:
     assert min(others) < 0.6
 
 
+def test_a_harmless_block_is_pruned_most() -> None:
+    model = build_model("llama")
+    for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        projection.weight.data.mul_(1e-6)
+    config = PruningConfig(
+        preset="paper", sparsity=0.6, method="sparsegpt", allocation="kl_blocks", allocation_spread=0.2
+    )
+    for name, value in allocated(model, random_windows(), config).items():
+        assert (value == pytest.approx(0.8, abs=1e-3)) == (".1." in name), name
+
+
 def test_damage_in_early_blocks_weighs_less() -> None:
     """Only if blocks are tuned to the dense model's output: then by 1/e in the first block, and not in the last."""
     settings: dict[str, Any] = {"preset": "paper", "sparsity": 0.6, "method": "sparsegpt", "allocation": "kl"}
@@ -296,7 +312,7 @@ def test_depth_and_outliers(trained: Trained, padded: list[Batch]) -> None:
 
 
 def test_no_spread_is_uniform() -> None:
-    for rule in ("atp", "owl", "kl"):
+    for rule in ("atp", "owl", "kl", "kl_blocks"):
         config = PruningConfig(preset="paper", method="magnitude", allocation=rule, allocation_spread=0.0)
         assert set(allocated(build_model("llama"), random_windows(), config).values()) == {0.5}
 
@@ -313,7 +329,7 @@ def test_every_layout(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("allocation", ["owl", "kl"])
+@pytest.mark.parametrize("allocation", ["owl", "kl", "kl_blocks"])
 @pytest.mark.parametrize("windows", [7, 1])
 def test_ranks_give_the_result_of_one_process(allocation: Any, windows: int) -> None:
     """The ranks have unequal numbers of windows. If there is one window, the second rank has none."""

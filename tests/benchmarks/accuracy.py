@@ -1,8 +1,8 @@
 """Perplexity after pruning models by every preset, by the local solvers and by llm-compressor, from the same windows.
 
     python tests/benchmarks/accuracy.py --out accuracy --train-files train.txt --test-files test.txt [--models MODEL ...]
-        [--seeds 0 1] [--rows sparsegpt best] [--columns 70 2:4] [--ablation] [--allocations] [--together 2] [--layers 6]
-        [--windows 32] [--results recipes/RESULTS.md]
+        [--seeds 0 1] [--rows sparsegpt best] [--columns 70 2:4] [--ablation balanced] [--allocations] [--together 2]
+        [--layers 6] [--windows 32] [--results recipes/RESULTS.md]
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
@@ -59,8 +59,6 @@ ROWS: dict[str, Settings] = {
     "sparsegpt": {"preset": "paper", "method": "sparsegpt"},
     "admm": {"preset": "paper", "method": "admm"},
     **{preset: {"preset": preset} for preset in PRESETS},
-    "fast, distilled": {"preset": "fast", "distillation_steps": 32},
-    "balanced, distilled": {"preset": "balanced", "reconstruction_steps": 24, "distillation_steps": 24},
     "llm-compressor SparseGPT": {"modifier": "SparseGPTModifier", "block_size": 128, "dampening_frac": 0.01},
     "llm-compressor Wanda": {"modifier": "WandaPruningModifier"},
 }
@@ -74,12 +72,12 @@ SELDOM = ("60", "90")
 SECONDS, MEMORY = "seconds", "peak MiB"
 
 
-def parts_of_best() -> dict[str, Settings]:
-    """Preset ``best`` without one of its parts at a time: each setting that differs from preset ``paper`` put back."""
-    best, paper = PRESETS["best"], PRESETS["paper"]
-    without: Settings = {name: paper[name] for name, value in best.items() if value != paper[name]}
-    without |= {"method": "sparsegpt", "calibration_val_fraction": 0.0}
-    return {f"best, {name}={value}": {"preset": "best", name: value} for name, value in without.items()}
+def parts_of(preset: str) -> dict[str, Settings]:
+    """A preset without one of its parts at a time: each setting that differs from preset ``paper`` put back."""
+    paper = PRESETS["paper"]
+    without: Settings = {name: paper[name] for name, value in PRESETS[preset].items() if value != paper[name]}
+    without |= {"calibration_val_fraction": 0.0}
+    return {f"{preset}, {name}={value}": {"preset": preset, name: value} for name, value in without.items()}
 
 
 def allocations() -> dict[str, Settings]:
@@ -91,7 +89,8 @@ def allocations() -> dict[str, Settings]:
     }
 
 
-ALL_ROWS = {**allocations(), **parts_of_best(), **ROWS}
+ABLATED = ("balanced", "best")
+ALL_ROWS = {**allocations(), **{row: value for preset in ABLATED for row, value in parts_of(preset).items()}, **ROWS}
 
 
 def config_of(cell: Cell) -> Settings:
@@ -233,7 +232,7 @@ def markdown(seeds: Sequence[Results], title: str, texts: Sequence[str]) -> str:
     figures = [*texts, SECONDS, MEMORY]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
-        ("Preset best without one of its parts", ["best", *parts_of_best()], ["70"]),
+        *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in ABLATED),
         (f"Preset balanced with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
     ):
         more = [(row, column) for row in rows if row not in ROWS for column in columns]
@@ -302,7 +301,9 @@ def main() -> None:
     )
     arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
     arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")
-    arguments.add_argument("--ablation", action="store_true", help="best without each of its parts, at 70 %%")
+    arguments.add_argument(
+        "--ablation", nargs="*", choices=ABLATED, default=[], help="presets without each of their parts, at 70 %%"
+    )
     arguments.add_argument("--allocations", action="store_true", help="balanced with every allocation, at 70 and 80 %%")
     arguments.add_argument(
         "--together", type=int, default=1, help="number of cells at once, each on its share of the cores"
@@ -312,8 +313,7 @@ def main() -> None:
     options = arguments.parse_args()
 
     wanted = [DENSE, *(cell for cell in main_cells() if cell[0] in options.rows and cell[1] in options.columns)]
-    if options.ablation:
-        wanted += [(row, "70") for row in ("best", *parts_of_best())]
+    wanted += [(row, "70") for preset in options.ablation for row in (preset, *parts_of(preset))]
     if options.allocations:
         wanted += [(row, column) for column in ("70", "80") for row in allocations()]
     texts = [TEST_TEXT, PYTHON_DOCS, PYTHON_SOURCE] if options.train_files else [PYTHON_DOCS, PYTHON_SOURCE]
