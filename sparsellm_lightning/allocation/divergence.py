@@ -11,10 +11,10 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context, capture, run_block, tail_logits
 from sparsellm_lightning.data import CalibrationBatch, first_tokens
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.solvers import kl_divergence
 
 OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
 OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
-CHUNK_TOKENS = 128  # tokens whose log-probabilities are in memory at once, besides the dense model's
 
 
 class OutputProbe:
@@ -38,8 +38,7 @@ class OutputProbe:
         few = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks)
         self.cache = capture(context, few, 0)
         self._start = self.cache.copy()
-        # float16 halves the memory. bfloat16 would hide the effect of small projections.
-        self.dense = [chunk.half() for chunk in self._log_probabilities(self._ends(0))]
+        self.dense = list(self._logits(self._ends(0)))
 
     def divergence(self, block: Block, without: Collection[int] = ()) -> float:
         """Mean KL divergence over all ranks' valid tokens, with the blocks from ``block`` on as they are now.
@@ -49,15 +48,10 @@ class OutputProbe:
             without: indices of blocks that pass hidden states through.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        masks = [
-            tokens for mask in self.cache.valid if mask is not None for tokens in mask.flatten().split(CHUNK_TOKENS)
-        ]
-        current = self._log_probabilities(self._ends(block.index, without))
-        for now, before, valid in zip(current, self.dense, masks, strict=True):
-            dense = before.float()
-            p, q = dense.exp(), now.exp()
-            # Each term is at least 0, so that the rounding of the dense log-probabilities enters squared.
-            divergence = (p * (dense - now) - p + q).sum(-1)[valid.to(total.device)]
+        logits = self._logits(self._ends(block.index, without))
+        for now, dense, valid in zip(logits, self.dense, self.cache.valid, strict=True):
+            assert valid is not None
+            divergence = kl_divergence(dense, now)[valid.flatten().to(total.device)]
             total += torch.stack([divergence.sum(dtype=torch.float64), total.new_tensor(len(divergence))])
         self.context.ranks.sum_(total)
         return max(float(total[0] / total[1]), 0.0)
@@ -81,10 +75,8 @@ class OutputProbe:
                 moving.hidden = run_block(self.context, block, moving)
         return moving.hidden
 
-    def _log_probabilities(self, ends: list[Tensor]) -> Iterator[Tensor]:
-        """(tokens, vocabulary) float32, in chunks of tokens."""
+    def _logits(self, ends: list[Tensor]) -> Iterator[Tensor]:
+        """(tokens, vocabulary) of each batch."""
         for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
             with self.context.autocast():
-                logits = tail_logits(self.context, hidden.to(self.context.device))
-            for tokens in logits.flatten(0, 1).split(CHUNK_TOKENS):
-                yield torch.log_softmax(tokens.float(), -1).clamp(min=-1e4)  # float16 ends at -65,504
+                yield tail_logits(self.context, hidden.to(self.context.device)).flatten(0, 1)

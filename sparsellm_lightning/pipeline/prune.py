@@ -87,6 +87,7 @@ def prune_model(
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     adapter = adapter or StrategyAdapter()
+    config = _without_head(model, config, adapter)
     context = Context(adapter.describe(model, config), config, adapter, keep_zeros)
     adapter.check(context.layout)
     start = time.perf_counter()
@@ -176,6 +177,23 @@ def prune_model(
         config=asdict(config),
         dtype=_name(model.dtype),
     )
+
+
+def _without_head(model: PreTrainedModel, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
+    """The settings without what a preset asks for and a model without a language-model head cannot do, with a warning."""
+    preset = PRESETS[config.preset]
+    needs_head = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
+    if config.allocation not in ("kl", "kl_blocks"):
+        del needs_head["allocation"]
+    dropped = {name: value for name, value in needs_head.items() if getattr(config, name) == preset[name] != value}
+    if not dropped or model.get_output_embeddings() is not None:
+        return config
+    if adapter.ranks.rank == 0:
+        warnings.warn(
+            f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(model).__name__} has no language-model head.",
+            stacklevel=3,
+        )
+    return replace(config, **dropped)
 
 
 def _checked(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:

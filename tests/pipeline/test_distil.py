@@ -224,14 +224,28 @@ def test_a_model_without_a_head_is_refused() -> None:
         prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2))
 
 
-def test_a_preset_goes_without_what_the_model_cannot_do() -> None:
+@pytest.mark.parametrize(
+    ("preset", "dropped"),
+    [("balanced", "distillation_steps"), ("best", "allocation, continuations, distillation_steps")],
+)
+def test_a_preset_goes_without_what_the_model_cannot_do(preset: Any, dropped: str) -> None:
     torch.manual_seed(0)
     model = LlamaModel(build_model("llama").config)
     settings = {"num_calibration_samples": 8, "reconstruction_steps": 2}
-    with pytest.warns(UserWarning, match="Preset balanced goes without distillation: .* LlamaModel has no"):
-        report = prune_model(model, random_batches(), PruningConfig(**settings))
+    with pytest.warns(
+        UserWarning, match=f"Preset {preset} goes without its {dropped}: LlamaModel has no language-model"
+    ):
+        report = prune_model(model, random_batches(), PruningConfig(preset=preset, **settings))
     assert report.distillation is None
     assert report.sparsity["achieved"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_preset_goes_without_what_the_memory_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "room", lambda *_: 1000.0)
+    config = PruningConfig(num_calibration_samples=8, reconstruction_steps=2)
+    with pytest.warns(UserWarning, match="Preset balanced goes without distillation: distillation_steps need"):
+        report = prune_model(build_model("llama"), random_batches(), config)
+    assert report.distillation is None
 
 
 def test_no_room_for_gradients_is_refused_before_long_work() -> None:
