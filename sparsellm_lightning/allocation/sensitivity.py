@@ -61,8 +61,7 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     """
     config, layout = context.config, context.layout
     sparsity, spread = config.requested_sparsity, _spread(config)
-    apart = config.allocation == "kl"
-    parts = [part for block in layout.blocks for part in _parts(block, apart)]
+    parts = [part for block in layout.blocks for part in _parts(block, apart=config.allocation == "kl")]
     sizes = [sum(p.size for p in part) for part in parts]
     if not spread:
         chosen = [sparsity] * len(parts)
@@ -71,7 +70,7 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     elif config.allocation == "owl":
         chosen = owl(list(_outlier_ratios(context, cache)), sizes, sparsity, spread)
     else:
-        curves = list(_damages(context, cache, batches, apart))
+        curves = list(_damages(context, cache, batches))
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
     by_projection = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
@@ -162,9 +161,7 @@ def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]
             yield outliers / scores
 
 
-def _damages(
-    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], apart: bool
-) -> Iterator[Curve]:
+def _damages(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Iterator[Curve]:
     """Damage curves of the parts, in order."""
     config, blocks = context.config, context.layout.blocks
     sparsity, spread = config.requested_sparsity, _spread(config)
@@ -177,7 +174,7 @@ def _damages(
     for block in tracked(blocks, "Measuring sensitivity", "block"):
         statistics = BlockStatistics(context, block, sample)
         weight = depth_discount(block.index, len(blocks), config)
-        for part in _parts(block, apart):
+        for part in _parts(block, apart=config.allocation == "kl"):
             damages = _curve(context, solver, probe, block, part, statistics, at)
             yield at, [weight * damage for damage in damages]
         probe.advance(block)
