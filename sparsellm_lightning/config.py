@@ -38,8 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "method": "sparsegpt",
         "target": "model",
+        "allocation": "kl_blocks",
         "reconstruction_steps": 24,
-        "distillation_steps": 40,
+        "distillation_steps": 32,
         "damping": 0.1,
     },
     "best": _PAPER
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "model",
         "allocation": "kl",
         "reconstruction_steps": 24,
-        "continuations": 1,
+        "continuations": 2,
         "distillation_steps": 128,
         "damping": 0.1,
     },
