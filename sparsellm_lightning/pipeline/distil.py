@@ -21,7 +21,7 @@ from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
 STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
-MAX_CHECKS = 4  # of the held-out divergence, besides the one before
+MAX_CHECKS = 2  # of the held-out divergence, besides the one before, each of which takes as long as a few steps
 VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 
 
