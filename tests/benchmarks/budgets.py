@@ -6,7 +6,7 @@ A budget of parameters stands beside units alone and blocks alone that keep at m
         [--rows "80 % of parameters"] [--tuned "80 % of parameters"] [--steps 150] [--layers 6] [--windows 32]
         [--results recipes/RESULTS.md]
 
-Every row is pruned by preset ``fast`` with 32 distillation steps and exported. Those of ``--tuned`` are then fine-tuned as the
+Every row is pruned by preset ``fast`` with 128 distillation steps and exported. Those of ``--tuned`` are then fine-tuned as the
 recipe finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens
 and at a lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed
 in turn, in one process, as ``sparsellm benchmark`` does.
@@ -39,7 +39,7 @@ from common import (
     write_section,
 )
 
-DISTILLED: dict[str, Any] = {"preset": "fast", "distillation_steps": 32}
+DISTILLED: dict[str, Any] = {"preset": "fast", "distillation_steps": 128}
 # Three quarters of the parameters of a block of SmolLM2 are its feed-forward network.
 ROWS: dict[str, dict[str, Any]] = {
     "80 % of parameters": {"pattern": {"parameters": 0.8}},

@@ -36,7 +36,7 @@ UNIT_ROWS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "balanced, method=sparsellm": {"preset": "balanced", "method": "sparsellm"},
     "best": {"preset": "best"},
-    "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
+    "fast, distillation_steps=128": {"preset": "fast", "distillation_steps": 128},
 }
 DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "ShortGPT": {},
@@ -44,7 +44,7 @@ DEPTH_ROWS: dict[str, dict[str, Any]] = {
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
     "best": {"preset": "best"},
-    "fast, distillation_steps=32": {"preset": "fast", "distillation_steps": 32},
+    "fast, distillation_steps=128": {"preset": "fast", "distillation_steps": 128},
 }
 
 
