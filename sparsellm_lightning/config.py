@@ -110,7 +110,7 @@ class PruningConfig:
             continuations, where the hardware is faster at them and the model is float32. Gram matrices and solvers are always
             float32. ``float32``: no bfloat16.
         memory: bytes that pruning may hold on each rank's device besides the model, or ``auto``: most of what is free. With
-            less, activations are kept in pinned host memory: slower, the same result.
+            less, activations and Adam's moments are kept in host memory: slower, the same result.
 
     Raises:
         UserError: a value out of its range. The message says what to write instead.
