@@ -105,6 +105,7 @@ class Distiller:
         return float(totals[0] / totals[1])
 
     def _check_room(self) -> None:
+        """Choose where the vectors of kept entries lie. Gradients of whole parameters lie on the device."""
         parameters = [local_tensor(p) for block in self.context.layout.blocks for p in block.module.parameters()]
         gradients = sum(p.numel() * p.element_size() for p in parameters)
         kept = (1 - self.context.config.requested_sparsity) * sum(p.numel() for p in parameters)
