@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "model",
         "allocation": "kl_blocks",
         "reconstruction_steps": 24,
-        "distillation_steps": 32,
+        "distillation_steps": 40,
         "damping": 0.1,
     },
     "best": _PAPER
