@@ -40,7 +40,7 @@ from sparsellm_lightning.models import (
 from sparsellm_lightning.pipeline import estimate_work
 from sparsellm_lightning.quiet import quieten
 from sparsellm_lightning.reporting import format_table, layer_rows, speed_table, structure
-from sparsellm_lightning.runtime import gemm_peak
+from sparsellm_lightning.runtime import format_bytes, gemm_peak
 from sparsellm_lightning.shorthand import expanded
 from sparsellm_lightning.sweep import sweep
 
@@ -221,11 +221,14 @@ def inspect(
     tokens = config.num_calibration_samples * sequence_length
     expected = estimate_work(layout, config, tokens, sequence_length)
     work = sum(expected.operations.values())
+    distillation = (
+        f"; distillation {format_bytes(expected.distillation)} and activations" if expected.distillation else ""
+    )
     seconds = work / (0.5 * gemm_peak(torch.device("cpu"), torch.float32))
     print(
         f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.0f} minutes at half the "
         f"float32 speed of this CPU; allocation and continuations not counted). Memory besides the model: "
-        f"{expected.sizes.describe()}."
+        f"{expected.sizes.describe()}{distillation}."
     )
 
 

@@ -76,7 +76,7 @@ class StrategyAdapter:
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
         """Logits of this rank's part of an evaluation batch. None if the rank has no part of it."""
-        if not len(inputs["input_ids"]):
+        if not len(next(iter(inputs.values()))):
             return None
         with self.forward_context():
             logits: Tensor = model(**inputs, use_cache=False).logits

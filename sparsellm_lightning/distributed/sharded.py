@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
@@ -26,10 +27,11 @@ class ShardedAdapter(StrategyAdapter):
         self._through_root(lambda: model(**inputs, **one, use_cache=False))
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
-        part = inputs if len(inputs["input_ids"]) else {"input_ids": inputs["input_ids"].new_zeros(1, 2)}
+        given = next(iter(inputs.values()))
+        part = inputs if len(given) else {"input_ids": given.new_zeros(1, 2, dtype=torch.long)}
         with self.forward_context():
             logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits
-        return logits if len(inputs["input_ids"]) else None
+        return logits if len(given) else None
 
     def _through_root(self, call: Callable[[], Any]) -> Any:
         """Call a function inside the forward of the outermost wrapped module, whose hooks gather its parameters."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.architecture import Block, DecoderLayout
 from sparsellm_lightning.calibration import Context
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
@@ -106,11 +107,8 @@ class Distiller:
 
     def _check_room(self) -> None:
         """Choose where the vectors of kept entries lie. Gradients of whole parameters lie on the device."""
-        parameters = [local_tensor(p) for block in self.context.layout.blocks for p in block.module.parameters()]
-        gradients = sum(p.numel() * p.element_size() for p in parameters)
-        kept = (1 - self.context.config.requested_sparsity) * sum(p.numel() for p in parameters)
+        gradients, vectors = memory_of_distillation(self.context.layout, self.context.config)
         device, limit = self.context.device, room(self.context.config.memory, self.context.device)
-        vectors = VECTORS * 4 * kept
         needed = gradients + vectors if device.type == "cpu" else gradients
         if not self.ranks.all(needed <= limit):
             raise UserError(
@@ -205,6 +203,13 @@ class Distiller:
         projections = list(block.projections())
         (zeros,) = self.ranks.total(sum(int(self.adapter.count_zeros(p)) for p in projections))
         return zeros < sum(p.size for p in projections)
+
+
+def memory_of_distillation(layout: DecoderLayout, config: PruningConfig) -> tuple[float, float]:
+    """Bytes of the gradients of this rank's parts of all blocks, and of the vectors of their kept weights."""
+    parameters = [local_tensor(p) for block in layout.blocks for p in block.module.parameters()]
+    kept = (1 - config.requested_sparsity) * sum(p.numel() for p in parameters)
+    return sum(p.numel() * p.element_size() for p in parameters), VECTORS * 4 * kept
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.pipeline.distil import STEP_TOKENS, memory_of_distillation
 from sparsellm_lightning.pipeline.sequential import ALTERNATION_TOKENS
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.runtime import Sizes
@@ -18,11 +19,13 @@ class Estimate:
     Args:
         operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them. Neither the
             phases of an allocation nor of continuations are counted.
-        sizes: bytes besides the model.
+        sizes: bytes besides the model while a block is solved.
+        distillation: bytes besides the model at the end: gradients, and vectors of the kept weights. 0 without it.
     """
 
     operations: dict[str, float]
     sizes: Sizes
+    distillation: float
 
 
 def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, window: int) -> Estimate:
@@ -39,7 +42,15 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     for block in layout.blocks:
         for phase, work in _of_block(block, config, tokens, window, block.index in alternating).items():
             operations[phase] += work
-    return Estimate({phase: work for phase, work in operations.items() if work}, _sizes(layout, config, tokens))
+    memory = 0.0
+    if config.distillation_steps:
+        head = layout.model.get_output_embeddings()
+        seen = config.distillation_steps * min(STEP_TOKENS, tokens)
+        forward = sum(block.forward_work(window) for block in layout.blocks)
+        operations["distillation"] = seen * (3.0 * forward + (6.0 * head.weight.numel() if head else 0.0))
+        memory = sum(memory_of_distillation(layout, config))
+    done = {phase: work for phase, work in operations.items() if work}
+    return Estimate(done, _sizes(layout, config, tokens), memory)
 
 
 def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alternates: bool) -> dict[str, float]:

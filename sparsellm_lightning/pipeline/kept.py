@@ -86,14 +86,13 @@ class KeptParameters:
 
     def step(self) -> None:
         """Take the gradients of all ranks and change the parameters once."""
+        summed = self.ranks.size > 1 and not self.adapter.weights_are_split
         for values in self.values:
-            if values.grad is None:
-                values.grad = torch.zeros_like(values)
-        if self.ranks.size > 1 and not self.adapter.weights_are_split:
-            for values in self.values:
-                summed = values.grad.to(self.device)  # what travels between ranks lies on their device
-                self.ranks.sum_(summed)
-                values.grad.copy_(summed)
+            gradient = torch.zeros_like(values) if values.grad is None else values.grad
+            if summed:
+                gradient = gradient.to(self.device)  # what travels between ranks lies on their device
+                self.ranks.sum_(gradient)
+            values.grad = gradient.to(self.storage)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()

@@ -182,7 +182,7 @@ def prune_model(
 def _without_head(model: PreTrainedModel, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
     """The settings without what a preset asks for and a model without a language-model head cannot do, with a warning."""
     preset = PRESETS[config.preset]
-    needs_head = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
+    needs_head: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
     if config.allocation not in ("kl", "kl_blocks"):
         del needs_head["allocation"]
     dropped = {name: value for name, value in needs_head.items() if getattr(config, name) == preset[name] != value}

@@ -90,6 +90,8 @@ class Gram(Cross):
                 part.copy_(summed.view_as(part))
         for low in starts:
             high = low + _SYMMETRIC_BLOCK
+            diagonal = self._sum[low:high, low:high]  # products may be rounded otherwise below the diagonal than above
+            diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
             self._sum[high:, low:high] = self._sum[low:high, high:].T
 
 

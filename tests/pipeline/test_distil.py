@@ -192,14 +192,14 @@ def test_only_the_blocks_change() -> None:
 def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
     """At 70 %, a quarter of the loss at least is made up for, on text that was not seen."""
     dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
-    for steps in (0, 48):
+    for steps in (0, 96):
         model = trained("llama")
         config = PruningConfig(
             sparsity=0.7, preset="paper", method="sparsegpt", num_calibration_samples=128, distillation_steps=steps
         )
         prune_model(model, text.train_dataloader(), config)
         lost[steps] = math.log(perplexity(model, text.val_dataloader()) / dense)
-    assert 0 < lost[48] < 0.75 * lost[0]
+    assert 0 < lost[96] < 0.75 * lost[0]
 
 
 def test_parameters_that_are_not_contiguous() -> None:
@@ -227,7 +227,7 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "dropped"),
-    [("balanced", "distillation_steps"), ("best", "allocation, continuations, distillation_steps")],
+    [("balanced", "allocation, distillation_steps"), ("best", "allocation, continuations, distillation_steps")],
 )
 def test_a_preset_goes_without_what_the_model_cannot_do(preset: Any, dropped: str) -> None:
     torch.manual_seed(0)
@@ -257,3 +257,16 @@ def test_no_room_for_gradients_is_refused_before_long_work() -> None:
     ):
         prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2, memory=1000))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_windows_of_embeddings() -> None:
+    """As the tokens whose embeddings they are."""
+    results = []
+    for embedded in (False, True):
+        model = build_model("llama")
+        ids = torch.randint(1, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+        batch = {"inputs_embeds": model.get_input_embeddings()(ids).detach()} if embedded else {"input_ids": ids}
+        config = PruningConfig(num_calibration_samples=8, reconstruction_steps=2, distillation_steps=2)
+        prune_model(model, [batch], config)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())

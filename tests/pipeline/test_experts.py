@@ -100,7 +100,9 @@ def test_an_expert_that_no_token_reaches() -> None:
     model.model.layers[0].mlp.experts.register_forward_pre_hook(reroute)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = prune_model(model, random_batches(), PruningConfig(sparsity=0.5, num_calibration_samples=8))
+        report = prune_model(
+            model, random_batches(), PruningConfig(sparsity=0.5, allocation="uniform", num_calibration_samples=8)
+        )
     assert report.blocks[0]["borrowing_experts"] >= 1
     for p in experts_of(model).projections:
         matrix = p.matrix
