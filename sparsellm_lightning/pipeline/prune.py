@@ -139,7 +139,7 @@ def prune_model(
             on_block(result)
         distillation = None
         if distiller is not None:
-            with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
+            with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
                 distillation = distiller.tune(config.distillation_steps)
         adapter.finish(model)
         seconds = time.perf_counter() - start
@@ -245,7 +245,7 @@ def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -
     if not config.distillation_steps or config.requested_sparsity == 0:
         return None
     try:
-        with phase("distillation"), explaining_memory(partial(_memory_of_distillation, context)):
+        with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
             return Distiller(context, batches, fitted)
     except UserError as error:
         if config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
@@ -255,7 +255,7 @@ def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -
         return None
 
 
-def _memory_of_distillation(context: Context) -> str:
+def _explain_distillation(context: Context) -> str:
     return (
         "Distillation keeps gradients and Adam's moments of all blocks, and the activations of a training step of "
         f"{STEP_TOKENS} tokens. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to keep the moments on "

@@ -124,8 +124,8 @@ def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextData
     dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
     for steps in (0, 96):
         model = trained("llama")
-        settings: dict[str, Any] = {**BLOCKS, "num_calibration_samples": 128, "reconstruction_steps": steps}
-        settings["distillation_steps"] = 0
+        steps_of = {"reconstruction_steps": steps, "distillation_steps": 0}
+        settings: dict[str, Any] = {**BLOCKS, "num_calibration_samples": 128, **steps_of}
         prune_model(model, text.train_dataloader(), PruningConfig(**settings))
         lost[steps] = math.log(perplexity(model, text.val_dataloader()) / dense)
     assert 0 < lost[96] < 0.5 * lost[0]
