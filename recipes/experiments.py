@@ -10,8 +10,8 @@
 
 ``omega``: the alternation in all blocks, the first half, every second one, none. ``sparsity``: perplexity from 50 to 90 %.
 ``patterns``: 50 % zeros anywhere, 4:8, 2:4, and 25 % zeros anywhere, 3:4. ``samples``: 8, 32 and 128 calibration windows.
-``convergence``: the objective, the relative error of the feed-forward output, after each iteration. ``noise``: the same for
-weights with Gaussian noise of 0, 1, 5 and 10 % of their standard deviation. ``activations``: the gain of the alternation in
+``convergence``: the relative error of the feed-forward output, on held-out windows, after each iteration. ``noise``: the same
+for weights with Gaussian noise of 0, 1, 5 and 10 % of their standard deviation. ``activations``: the gain of the alternation in
 feed-forward networks with the model's weights and ReLU, GELU or SiLU.
 
 Perplexities are kept in FOLDER/perplexities.json, so that no run is made twice, by whatever experiment.
@@ -153,8 +153,13 @@ def noise(runs: Runs) -> list[Row]:
 
 
 def _iterations(report: Any, line: str) -> list[Row]:
-    """Mean and largest over blocks of the objective after each iteration, as a share of the local solver's."""
-    blocks = [[error / block["errors"][0] for error in block["errors"]] for block in report.blocks if block["errors"]]
+    """Mean and largest over blocks of the error after each iteration, as a share of the local solver's.
+
+    The error is that of held-out tokens, which chooses the iterate, if there are any. On the fitted tokens iterations cannot be
+    compared, because those between the first and the last see fewer of them.
+    """
+    by_block = [block["held_out_errors"] or block["errors"] for block in report.blocks]
+    blocks = [[error / errors[0] for error in errors] for errors in by_block if errors]
     kinds: dict[str, Callable[[Sequence[float]], float]] = {"mean of the blocks": statistics.fmean, "largest": max}
     return [
         (line + name, index, kind(shares))
@@ -214,12 +219,28 @@ def plot(rows: Sequence[Row], across: str, up: str) -> Figure:
         places, values = zip(*((x, y) for name, x, y in rows if name == line), strict=True)
         axes.plot(places, values, marker="o", label=line)
     axes.set(xlabel=across, ylabel=up)
-    if up == "perplexity":
+    heights = [row[2] for row in rows]
+    if max(heights) > 10 * min(heights):
         axes.set_yscale("log")
     if all(isinstance(row[1], int) for row in rows):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
+
+
+def table(rows: Sequence[Row], across: str) -> str:
+    """In Markdown: a row for each line of the plot, a column for each place on its axis."""
+    places = list(dict.fromkeys(row[1] for row in rows))
+    values = {(line, place): f"{value:.4g}" for line, place, value in rows}
+    cells = [
+        [across, *(f"{place:g}" if isinstance(place, float) else str(place) for place in places)],
+        ["---"] * (len(places) + 1),
+        *(
+            [line, *(values.get((line, place), "") for place in places)]
+            for line in dict.fromkeys(row[0] for row in rows)
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def main(args: Sequence[str] | None = None) -> list[Row]:
@@ -239,8 +260,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     with (options.out / f"{options.experiment}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("line", across, up), *rows])
     plot(rows, across, up).savefig(options.out / f"{options.experiment}.png", dpi=120)
-    for line, place, value in rows:
-        print(f"{line} | {place} | {value:.4g}")
+    print(table(rows, across))
     assert all(math.isfinite(row[2]) for row in rows)
     return rows
 

@@ -232,7 +232,9 @@ def test_the_classifier_recipe(model_dir: Path) -> None:
         pytest.param("samples", 6, marks=pytest.mark.slow),
     ],
 )
-def test_the_experiments(model_dir: Path, tmp_path: Path, experiment: str, rows: int) -> None:
+def test_the_experiments(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, rows: int
+) -> None:
     recipe = runpy.run_path(str(RECIPES / "experiments.py"))
     small = ("--pretrained", str(model_dir), "--length", "64", "--windows", "4", "--out", str(tmp_path))
     found = recipe["main"]([experiment, *small])
@@ -241,6 +243,10 @@ def test_the_experiments(model_dir: Path, tmp_path: Path, experiment: str, rows:
         f"{experiment}.csv",
         f"{experiment}.png",
     }
+    header, *_ = table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len({line for line, _, _ in found}), "a row for each line of the plot"
+    assert len(header) == 1 + len({place for _, place, _ in found}), "a column for each place"
+    assert table[-1][-1].rstrip(" |") == f"{found[-1][2]:.4g}"
     values = [value for _, _, value in found]
     if experiment in ("convergence", "noise"):
         assert all(value == 1 for _, iteration, value in found if iteration == 0)
