@@ -260,6 +260,23 @@ def test_the_experiments(
         assert len(set(values)) == len(values), "every run differs"
 
 
+@pytest.mark.slow
+def test_the_card_repeats_the_run(model_dir: Path, tmp_path: Path) -> None:
+    text = ("--data.sequence_length", 64, "--data.max_eval_windows", 2, "--data.seed", 3)
+    settings = ("--pruner.preset", "paper", "--pruner.sparsity", 0.6, "--pruner.num_calibration_samples", 4)
+    run = sparsellm("prune", model_dir, *text, *settings, "--pruner.export_dir", "first", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    config = (tmp_path / "first" / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "again.yaml").write_text(config)
+    run = sparsellm("prune", "--config", "again.yaml", "--pruner.export_dir", "second", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    reports = [json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("first", "second")]
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    assert reports[0]["evaluation"] == reports[1]["evaluation"]
+
+
 def test_an_unknown_strategy(model_dir: Path, tmp_path: Path) -> None:
     run = sparsellm("prune", "--model.pretrained", model_dir, "--trainer.strategy", "nonsense", cwd=tmp_path)
     assert run.returncode == 1

@@ -279,6 +279,7 @@ class SparseLLMCallback(SparseFinetuning):
         report.calibration["source"] = source
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
+        report.data = getattr(trainer.datamodule, "settings", None)  # type: ignore[attr-defined]
         report.examples = self._examples(trainer, pl_module, "pruned", examples)
         report.perplexity = {**known, "pruned": after}
         if self.schedule is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from inspect import signature
 from itertools import islice, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +69,9 @@ class TextDataModule(LightningDataModule):
             trainer's module.
         model_attribute: attribute of the trainer's module that holds the model of source ``self``, if it holds several.
 
+    Attributes:
+        settings: the arguments that differ from their defaults, without the tokenizer.
+
     Raises:
         UserError: a value out of its range, a missing file, or settings that do not belong to the source.
     """
@@ -89,10 +94,14 @@ class TextDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         model_attribute: str | None = None,
     ) -> None:
+        given = dict(locals())
         super().__init__()
         _at_least(1, sequence_length=sequence_length, batch_size=batch_size)
         _at_least(1, max_train_windows=max_train_windows, max_eval_windows=max_eval_windows)
         _at_least(0, num_workers=num_workers)
+        usual = {name: parameter.default for name, parameter in signature(TextDataModule).parameters.items()}
+        usual.pop("tokenizer")
+        self.settings = {name: _plain(given[name]) for name in usual if given[name] != usual[name]}
         self.source = source
         self.texts = TextSource(
             source,
@@ -310,6 +319,13 @@ class TextDataModule(LightningDataModule):
         return DataLoader(
             WindowDataset(windows), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
         )
+
+
+def _plain(value: Any) -> Any:
+    """A path, or each of several, as a string. Other values as they are."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _at_least(minimum: int, **values: int | None) -> None:

@@ -69,7 +69,11 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         if reported is None:
             found.append(f"perplexity: the report has none, the files give {measured:.4f}")
         elif not abs(measured - reported) <= tolerance * reported:
-            found.append(f"perplexity: the report says {reported:.4f}, the files give {measured:.4f} on this text")
+            of = report.get("evaluation")
+            text = f" on {of['windows']} windows of {of['length']} tokens of {of['source']}" if of else ""
+            found.append(
+                f"perplexity: the report says {reported:.4f}{text}, the files give {measured:.4f} on this text"
+            )
     return found
 
 

@@ -111,8 +111,12 @@ def settings(report: PruningReport) -> str:
         for name, value in report.config.items()
         if name in usual and value != usual[name]
     }
-    lines = [f"  {name}: {json.dumps(value)}" for name, value in {"preset": preset, **changed}.items()]
-    return "\n".join(["model:", f"  pretrained: {json.dumps(report.model)}", "pruner:", *lines])
+    sections = {"model": {"pretrained": report.model}, "data": report.data, "pruner": {"preset": preset, **changed}}
+    return "\n".join(
+        "\n".join([f"{section}:", *(f"  {name}: {json.dumps(value)}" for name, value in values.items())])
+        for section, values in sections.items()
+        if values
+    )
 
 
 def _repeat(report: PruningReport) -> str:
@@ -123,7 +127,9 @@ def _repeat(report: PruningReport) -> str:
         [
             "## How",
             "",
-            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings:",
+            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings:"
+            if report.data is None
+            else "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), by `sparsellm prune --config FILE` with FILE:",
             "",
             f"```yaml\n{settings(report)}\n```",
             "",

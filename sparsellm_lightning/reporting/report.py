@@ -76,6 +76,7 @@ class PruningReport:
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
             text (``self``: the model wrote it). Written windows are those of ``continuations``. Tokens include them.
         evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
+        data: arguments of the :class:`~sparsellm_lightning.TextDataModule` that differ from their defaults. None without one.
         examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``
             model continue them, always with the likeliest token. Empty where not measured.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``importance``:
@@ -117,6 +118,7 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     dtype: str = ""
     evaluation: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
     distillation: dict[str, Any] | None = None
     mask_check: dict[str, int] | None = None

@@ -504,3 +504,16 @@ def test_files_of_the_other_split(tokenizer: PreTrainedTokenizerFast, text_file:
 def test_settings_of_another_source(extra: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(extra))} has no meaning with source wikitext2, got x"):
         TextDataModule("wikitext2", **extra)
+
+
+def test_settings_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    data = TextDataModule("files", 128, train_files=[file], test_files=str(file), tokenizer="gpt2", seed=0)  # type: ignore[list-item]
+    assert data.settings == {
+        "source": "files",
+        "sequence_length": 128,
+        "train_files": [str(file)],
+        "test_files": str(file),
+    }
+    assert TextDataModule().settings == {}
