@@ -25,7 +25,7 @@ from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import calibration_batches
+from sparsellm_lightning.data import TextDataModule, calibration_batches
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
@@ -279,7 +279,8 @@ class SparseLLMCallback(SparseFinetuning):
         report.calibration["source"] = source
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
-        report.data = getattr(trainer.datamodule, "settings", None)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        report.data = data.settings if isinstance(data, TextDataModule) else None
         report.examples = self._examples(trainer, pl_module, "pruned", examples)
         report.perplexity = {**known, "pruned": after}
         if self.schedule is not None:

@@ -127,9 +127,8 @@ def _repeat(report: PruningReport) -> str:
         [
             "## How",
             "",
-            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings:"
-            if report.data is None
-            else "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), by `sparsellm prune --config FILE` with FILE:",
+            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings, as a file for `sparsellm prune --config FILE`"
+            f"{' (the text was a dataloader of the caller)' if report.data is None else ''}:",
             "",
             f"```yaml\n{settings(report)}\n```",
             "",
