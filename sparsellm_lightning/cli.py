@@ -325,7 +325,7 @@ def main(args: Any = None) -> None:
             arguments[0] if arguments else ""
         )
         if command is not None:
-            auto_cli(command, args=arguments[1:], prog=f"sparsellm {arguments[0]}")
+            auto_cli(command, args=arguments[1:], prog=f"sparsellm {arguments[0]}", parser_class=Parser)
             return
         SparseLLMCLI(
             CausalLM,
@@ -340,6 +340,10 @@ def main(args: Any = None) -> None:
         )
     except (UserError, NumericalError, PeerError, MisconfigurationException) as error:
         _end(f"error: {error}", 1)
+    except ValueError as error:
+        if not isinstance(error.__cause__, UserError):  # jsonargparse wraps what an optional class refuses
+            raise
+        _end(f"error: {error.__cause__}", 1)
     except SIGTERMException:
         _end("ended by SIGTERM", 128 + signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -17,10 +17,13 @@ def brief(message: str, options: Collection[str]) -> str:
         message: of jsonargparse or argparse.
         options: that exist, such as ``--pruner.sparsity``.
     """
-    names = [option.removeprefix("--") for option in options]
+    names = [option.removeprefix("--") for option in options if not option.endswith(".help")]
     unknown = re.search(r"nrecognized arguments: (\S+)", message)
     if unknown:
         name = unknown[1].partition("=")[0].removeprefix("--")
+        section, _, setting = name.partition(".")
+        if section == "pruner" and "settings" in names:  # sweep has one option for all of the pruner's
+            return f"there is no option --{name}. Write --settings.{setting}."
         return f"there is no option --{name}.{_meant(name, names, '--')} `--help` shows all."
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
@@ -28,14 +31,16 @@ def brief(message: str, options: Collection[str]) -> str:
     if unexpected:
         inside = f"{key[1]}." if key else ""
         name = inside + (unexpected[1] or unexpected[2])
-        return f"there is no setting {name}.{_meant(name, names)}"
+        return f"there is no setting {name}.{_meant(name, [other for other in names if other.startswith(inside)])}"
     if key and value:
         allowed = [choice for found in re.findall(r"Literal\[(.*?)\]", message) for choice in _choices(found)]
         if allowed:
             meant = _meant(value[1], allowed)
             return f"--{key[1]} must be one of {', '.join(dict.fromkeys(allowed))}, got {value[1]}.{meant}"
         kinds = [
-            kind for kind in re.findall(r"<class '([\w.]+)'>", re.split("Given|Got", message)[0]) if kind != "NoneType"
+            kind
+            for kind in re.findall(r"<class '([\w.]+)'>", re.split("Given|Got", message)[0])
+            if kind != "NoneType" and not kind.startswith("sparsellm_lightning.")  # the class that has the setting
         ]
         if kinds:
             number = re.fullmatch(r"([\d.]+) ?%", value[1])

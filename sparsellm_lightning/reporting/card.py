@@ -111,7 +111,8 @@ def settings(report: PruningReport) -> str:
         for name, value in report.config.items()
         if name in usual and value != usual[name]
     }
-    sections = {"model": {"pretrained": report.model}, "data": report.data, "pruner": {"preset": preset, **changed}}
+    model = {"pretrained": report.model, **({"dtype": report.dtype} if report.dtype else {})}
+    sections = {"model": model, "data": report.data, "pruner": {"preset": preset, **changed}}
     return "\n".join(
         "\n".join([f"{section}:", *(f"  {name}: {json.dumps(value)}" for name, value in values.items())])
         for section, values in sections.items()

@@ -134,6 +134,10 @@ def test_changed_reports(folder: Path) -> None:
     (line,) = verify_export(folder, random_batches())
     assert line.startswith("perplexity: the report says")
     assert verify_export(folder, random_batches(), tolerance=0.03) == []
+    measured = {"windows": 24, "length": 512, "source": "a.txt"}
+    write(perplexity={"pruned": 1.5}, evaluation=measured)
+    (line,) = verify_export(folder, random_batches())
+    assert line.startswith("perplexity: the report says 1.5000 on 24 windows of 512 tokens of a.txt, the files give")
     write(perplexity={"pruned": 1.0, "finetuned": whole["perplexity"]["pruned"]})
     assert verify_export(folder, random_batches()) == []
 
