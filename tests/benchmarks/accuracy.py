@@ -10,9 +10,9 @@ a hash of its configuration, its windows and the number of blocks. The hash does
 or is asked for more cells, goes on. ``--again`` measures the chosen cells again. The tables show all known cells. With
 ``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
-The gap of a cell is ``ln(perplexity / dense perplexity)``. Tables show it in brackets, divided by the gap of this package's
-``sparsegpt`` at the same sparsity and seed: 0 is the dense model, 1 SparseGPT. With several ``--seeds``, each of which chooses
-other calibration windows, tables show means.
+The gap of a cell is ``ln(perplexity / dense perplexity)``. R is the gap divided by that of this package's ``sparsegpt`` at the
+same sparsity and seed: 0 is the dense model, 1 SparseGPT. With several ``--seeds``, each of which chooses other calibration
+windows, tables show means, and mark the cells of which some seeds are missing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ COLUMNS: dict[str, Settings] = {
 # Only these rows have all columns.
 WHOLE_ROWS = ("sparsegpt", "paper", "balanced", "best")
 SELDOM = ("60",)
-SECONDS, MEMORY = "seconds", "peak MiB"
+PERPLEXITY, SHARE, SECONDS, MEMORY = FIGURES = ("perplexity", "R", "seconds", "peak MiB")
 
 
 def parts_of(preset: str) -> dict[str, Settings]:
@@ -109,12 +109,12 @@ class Results:
     """
 
     def __init__(self, path: Path, job: Job, layers: int | None, seed: int) -> None:
-        self.path, self.seed = path, seed
+        self.path, self.seed, self.texts = path, seed, list(job["texts"])
         self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
         files = [job["windows"], *job["texts"].values()]
         self.common: Settings = {
             "layers": layers,
-            "texts": list(job["texts"]),
+            "texts": self.texts,
             "windows": [_hash_of_windows(f) for f in files],
         }
 
@@ -151,20 +151,29 @@ class Results:
         own, reference = self.gap(cell, text), self.gap(("sparsegpt", cell[1]), text)
         return own / reference if own and reference else None
 
+    def figures(self, cell: Cell, figure: str) -> list[float] | None:
+        """One of the :data:`FIGURES`: perplexity and R on every text, or a single number. None if it is not known."""
+        found = self.find(cell)
+        if found is None:
+            return None
+        if figure == SECONDS:
+            return [found["seconds"]] if found["together"] == 1 else None
+        if figure == MEMORY:
+            return [found["peak_bytes"] / 2**20]
+        if figure == PERPLEXITY:
+            return [found["perplexity"][text] for text in self.texts]
+        shares = [share for text in self.texts if (share := self.share(cell, text)) is not None]
+        return shares if len(shares) == len(self.texts) else None
+
 
 def show(seeds: Sequence[Results], cell: Cell, figure: str) -> str:
-    """Mean over seeds of a figure of a cell, ``seconds``, ``peak MiB`` or the name of a text, as a table shows it."""
-    found = [result for results in seeds if (result := results.find(cell)) is not None]
-    if not found:
+    """Mean over seeds of one of the :data:`FIGURES` of a cell, as a table shows it: perplexity and R on every text."""
+    figures = [values for results in seeds if (values := results.figures(cell, figure)) is not None]
+    if not figures:
         return ""
-    if figure == SECONDS:
-        alone = [result["seconds"] for result in found if result["together"] == 1]
-        return f"{statistics.fmean(alone):.0f}" if alone else ""
-    if figure == MEMORY:
-        return f"{statistics.fmean(result['peak_bytes'] for result in found) / 2**20:.0f}"
-    shares = [share for results in seeds if (share := results.share(cell, figure)) is not None]
-    perplexity = _perplexity(statistics.fmean(result["perplexity"][figure] for result in found))
-    return perplexity + (f" ({statistics.fmean(shares):.2f})" if shares else "")
+    means = [statistics.fmean(values) for values in zip(*figures, strict=True)]
+    shown = " / ".join(_shown(mean, figure) for mean in means)
+    return shown + (" *" if len(figures) < len(seeds) else "")
 
 
 def _hash_of_windows(file: str) -> str:
@@ -173,8 +182,9 @@ def _hash_of_windows(file: str) -> str:
     return hashlib.sha256(torch.load(file).numpy().tobytes()).hexdigest()
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+def _shown(value: float, figure: str) -> str:
+    digits = {PERPLEXITY: 1 if value < 1000 else 0, SHARE: 2}.get(figure, 0)
+    return f"{value:,.{digits}f}"
 
 
 def _sparsity(column: str) -> str:
@@ -192,15 +202,14 @@ def work_of(job: Job, results: Results, cell: Cell) -> Job:
     return {**job, "config": results.config_of(cell)}
 
 
-def table(seeds: Sequence[Results], rows: Iterable[str], columns: Sequence[str], figures: Sequence[str]) -> str:
-    """One Markdown table: a column for every sparsity and figure. Rows of which nothing is known are left out."""
-    pairs = [(column, figure) for column in columns for figure in figures]
-    heads = [_sparsity(c) + (f": {figure}" if len(figures) > 1 else "") for c, figure in pairs]
-    lines = [["", *heads]]
-    for row in rows:
-        shown = [show(seeds, (row, column), figure) for column, figure in pairs]
-        if any(shown):
-            lines.append([row, *shown])
+def table(seeds: Sequence[Results], rows: Iterable[str], pairs: Sequence[tuple[str, str]]) -> str:
+    """One Markdown table: a column for every pair of a sparsity and a figure. What is not known at all is left out."""
+    shown = {row: [show(seeds, (row, column), figure) for column, figure in pairs] for row in rows}
+    rows = [row for row in shown if any(shown[row])]
+    known = [i for i in range(len(pairs)) if any(shown[row][i] for row in rows)]
+    alike = len({figure for _, figure in pairs}) == 1
+    heads = [_sparsity(pairs[i][0]) if alike else f"{_sparsity(pairs[i][0])}: {pairs[i][1]}" for i in known]
+    lines = [["", *heads], *([row, *(shown[row][i] for i in known)] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads) + 1)]
     lines.insert(1, ["-" * (widths[0]), *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(
@@ -209,27 +218,27 @@ def table(seeds: Sequence[Results], rows: Iterable[str], columns: Sequence[str],
     )
 
 
-def markdown(seeds: Sequence[Results], title: str, texts: Sequence[str]) -> str:
+def markdown(seeds: Sequence[Results], title: str) -> str:
     """All that is known under these settings."""
     dense = seeds[0].find(DENSE)
     found = [(cell, results.find(cell)) for results in seeds for cell in main_cells()]
     off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found if result is not None]
     parts = [f"## {title}"]
+    note = f"Perplexity on {' / '.join(seeds[0].texts)}"
     if dense is not None:
-        perplexities = [f"{_perplexity(dense['perplexity'][name])} on {name}" for name in texts]
-        parts.append(f"Perplexity of the dense model: {', '.join(perplexities)}.")
-    parts.append(
-        f"In brackets: ln(perplexity / dense), as a share of sparsegpt's. Zeros are at most {100 * max(off, default=0):.3f} "
-        "points off what the column says."
-    )
-    for name in texts:
-        parts += [f"### Perplexity on {name}", table(seeds, ROWS, list(COLUMNS), [name])]
-    parts += [
-        f"### Seconds of pruning, on {os.cpu_count()} cores",
-        table(seeds, ROWS, list(COLUMNS), [SECONDS]),
-    ]
-    parts += ["### Peak memory of the process, MiB", table(seeds, ROWS, list(COLUMNS), [MEMORY])]
-    figures = [*texts, SECONDS, MEMORY]
+        note += (
+            f"; the dense model: {' / '.join(_shown(dense['perplexity'][text], PERPLEXITY) for text in seeds[0].texts)}"
+        )
+    note += f". Zeros are at most {100 * max(off, default=0):.3f} points off what the column says."
+    parts.append(note + (" \\* some seeds are missing." if len(seeds) > 1 else ""))
+    headings = {
+        PERPLEXITY: "Perplexity",
+        SHARE: "R: ln(perplexity / dense) as a share of sparsegpt's",
+        SECONDS: f"Seconds of pruning, on {os.cpu_count()} cores",
+        MEMORY: "Peak memory of the process, MiB",
+    }
+    for figure, heading in headings.items():
+        parts += [f"### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
         *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in ABLATED),
@@ -237,7 +246,8 @@ def markdown(seeds: Sequence[Results], title: str, texts: Sequence[str]) -> str:
     ):
         more = [(row, column) for row in rows if row not in ROWS for column in columns]
         if any(results.find(cell) for results in seeds for cell in more):
-            parts += [f"### {heading}", table(seeds, rows, columns, figures)]
+            pairs = [(column, figure) for column in columns for figure in FIGURES]
+            parts += [f"### {heading}", table(seeds, rows, pairs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -333,7 +343,7 @@ def main() -> None:
         title = f"{name}, {options.windows} windows of 512 tokens"
         title += f", the first {options.layers} blocks" if options.layers else ""
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
-        parts.append(markdown(seeds, title, texts))
+        parts.append(markdown(seeds, title))
         picture = "accuracy.png" if len(options.models) == 1 else f"accuracy-{name}.png"
         plot(seeds[0], title, texts[0]).savefig(options.out / picture, dpi=120)
     (options.out / "accuracy.md").write_text("\n".join(parts))
