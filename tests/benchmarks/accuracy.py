@@ -223,7 +223,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
     dense = seeds[0].find(DENSE)
     found = [(cell, results.find(cell)) for results in seeds for cell in main_cells()]
     off = [abs(result["sparsity"] - COLUMNS[c]["sparsity"]) for (_, c), result in found if result is not None]
-    parts = [f"## {title}"]
+    parts = [f"### {title}"]
     note = f"Perplexity on {' / '.join(seeds[0].texts)}"
     if dense is not None:
         note += (
@@ -238,7 +238,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
         MEMORY: "Peak memory of the process, MiB",
     }
     for figure, heading in headings.items():
-        parts += [f"### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
+        parts += [f"#### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
         *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in ABLATED),
@@ -247,7 +247,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
         more = [(row, column) for row in rows if row not in ROWS for column in columns]
         if any(results.find(cell) for results in seeds for cell in more):
             pairs = [(column, figure) for column in columns for figure in FIGURES]
-            parts += [f"### {heading}", table(seeds, rows, pairs)]
+            parts += [f"#### {heading}", table(seeds, rows, pairs)]
     return "\n\n".join(parts) + "\n"
 
 
