@@ -45,6 +45,7 @@ from common import (
     write_section,
 )
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from sparsellm_lightning import PruningConfig
 from sparsellm_lightning.config import PRESETS, Allocation
@@ -275,6 +276,10 @@ def plot(results: Results, title: str, text: str) -> Figure:
         left.legend(fontsize="small")
     right.set(xlabel="seconds of pruning to 70 %", ylabel="ln(perplexity / dense perplexity) at 70 %")
     right.set(xscale="log", yscale="log")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     right.margins(0.15)
     figure.suptitle(title)
     return figure
