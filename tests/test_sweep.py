@@ -43,7 +43,7 @@ def test_rows_are_those_of_single_runs(tmp_path: Path, model_dir: Path) -> None:
     dense, sparsegpt, paper = rows[0].perplexity, rows[2].perplexity, rows[4].perplexity
     assert rows[4].r == pytest.approx(math.log(paper / dense) / math.log(sparsegpt / dense))
     assert float(lines[4]["r"]) == rows[4].r
-    assert "nan" not in (out / "sweep.html").read_text()
+    assert ">nan<" not in (out / "sweep.html").read_text()  # pictures are base64, which may spell anything
     assert {path.name for path in out.iterdir()} == {"sweep.csv", "sweep.html", "sweep.json", "sweep.png"}
 
 
