@@ -90,9 +90,9 @@ class PruningConfig:
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
             fixed. Features of the block's output count by the gradient of the model's output. 0: none.
         distillation_steps: Adam steps of 512 tokens that tune all kept weights together at the end, on the dense model's
-            next-token distributions over the fitted windows. They need the memory of all gradients, and of Adam's moments of
-            the kept weights. A preset that asks for them goes without, with a warning, where the model has no language-model
-            head or the memory does not suffice. 0: none.
+            next-token distributions over the fitted windows. They need the memory of the gradients and Adam's moments of all
+            kept weights, and where weights are sharded of all gradients. A preset that asks for them goes without, with a
+            warning, where the model has no language-model head or the memory does not suffice. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. They are fitted too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,

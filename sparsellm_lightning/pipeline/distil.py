@@ -106,9 +106,10 @@ class Distiller:
         return float(totals[0] / totals[1])
 
     def _check_room(self) -> None:
-        """Choose where the vectors of kept entries lie. Gradients of whole parameters lie on the device."""
-        gradients, vectors = memory_of_distillation(self.context.layout, self.context.config)
-        device, limit = self.context.device, room(self.context.config.memory, self.context.device)
+        """Choose where the vectors of kept entries lie. Gradients of parameters lie on the device."""
+        context, split = self.context, self.adapter.weights_are_split
+        gradients, vectors = memory_of_distillation(context.layout, context.config, split)
+        device, limit = context.device, room(context.config.memory, context.device)
         needed = gradients + vectors if device.type == "cpu" else gradients
         if not self.ranks.all(needed <= limit):
             raise UserError(
@@ -205,11 +206,15 @@ class Distiller:
         return zeros < sum(p.size for p in projections)
 
 
-def memory_of_distillation(layout: DecoderLayout, config: PruningConfig) -> tuple[float, float]:
-    """Bytes of the gradients of this rank's parts of all blocks, and of the vectors of their kept weights."""
+def memory_of_distillation(layout: DecoderLayout, config: PruningConfig, split: bool = False) -> tuple[float, float]:
+    """Bytes of gradients and of the vectors of all kept weights on this rank.
+
+    Whole parameters hold one gradient at a time. Those of sharded parameters (``split``) are held together.
+    """
     parameters = [local_tensor(p) for block in layout.blocks for p in block.module.parameters()]
     kept = (1 - config.requested_sparsity) * sum(p.numel() for p in parameters)
-    return sum(p.numel() * p.element_size() for p in parameters), VECTORS * 4 * kept
+    gradients = [p.numel() * p.element_size() for p in parameters]
+    return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:

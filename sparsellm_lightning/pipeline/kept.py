@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class KeptParameters:
     fewer weights are left.
 
     Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
-    sparsity. Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
+    sparsity. A whole parameter's gradient is gathered and freed during the backward, as soon as it is known. Gradients are
+    summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
 
     Args:
         context: of the run.
@@ -75,14 +77,9 @@ class KeptParameters:
         return any(local.dtype != torch.float32 for local in self.locals)
 
     def collect(self) -> None:
-        """Add the parameters' gradients to those of the next step, and free them. For after each backward."""
+        """Add the gradients of sharded parameters to those of the next step, and free them. For after each backward."""
         for index, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                continue
-            gradient = self._kept_of(index, local_tensor(parameter.grad))
-            parameter.grad = None
-            values = self.values[index]
-            values.grad = gradient if values.grad is None else values.grad.add_(gradient)
+            self._collect(index, parameter)
 
     def step(self) -> None:
         """Take the gradients of all ranks and change the parameters once."""
@@ -111,18 +108,32 @@ class KeptParameters:
     @contextmanager
     def trainable(self, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         """Only these parameters get gradients. Flags and gradients of the modules' parameters are restored at the end."""
+        # FSDP sets the gradients of shards after these hooks.
+        whole = [] if self.adapter.weights_are_split else list(enumerate(self.parameters))
         everything = [parameter for module in modules for parameter in module.parameters()]
         before = [(parameter.requires_grad, parameter.grad) for parameter in everything]
         tuned = {id(parameter) for parameter in self.parameters}
         for parameter in everything:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in tuned)
+        hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, index)) for index, p in whole]
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for parameter, (requires_grad, gradient) in zip(everything, before, strict=True):
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+    def _collect(self, index: int, parameter: Tensor) -> None:
+        """Add a parameter's gradient to that of the next step, and free it."""
+        if parameter.grad is None:
+            return
+        gradient = self._kept_of(index, local_tensor(parameter.grad))
+        parameter.grad = None
+        values = self.values[index]
+        values.grad = gradient if values.grad is None else values.grad.add_(gradient)
 
     def _kept_of(self, index: int, local: Tensor) -> Tensor:
         """The kept entries of a parameter or of its gradient, as a float32 vector of its own."""

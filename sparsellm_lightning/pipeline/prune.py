@@ -257,7 +257,7 @@ def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -
 
 def _explain_distillation(context: Context) -> str:
     return (
-        "Distillation keeps gradients and Adam's moments of all blocks, and the activations of a training step of "
+        "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a training step of "
         f"{STEP_TOKENS} tokens. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to keep the moments on "
         "the host, or shard the model over more devices."
     )

@@ -189,6 +189,17 @@ def test_only_the_blocks_change() -> None:
     assert all(p.requires_grad and torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())  # type: ignore[arg-type]
 
 
+def test_one_gradient_is_held_at_a_time() -> None:
+    model = build_model("llama")
+    parameters = [p for block in describe(model).blocks for p in block.module.parameters()]
+    held: list[int] = []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda _: held.append(sum(p.grad is not None for p in parameters)))
+    prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2))
+    assert len(held) >= 2 * len(parameters)
+    assert max(held) == 1
+
+
 def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextDataModule) -> None:
     """At 70 %, a quarter of the loss at least is made up for, on text that was not seen."""
     dense, lost = perplexity(trained("llama"), text.val_dataloader()), {}
