@@ -36,12 +36,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": _PAPER | {"method": "sparsegpt", "reconstruction_steps": 6, "damping": 0.1},
     "balanced": _PAPER
     | {
-        "method": "sparsegpt",
+        "method": "admm",
         "target": "model",
         "allocation": "kl_blocks",
         "reconstruction_steps": 24,
         "distillation_steps": 40,
-        "damping": 0.1,
+        "damping": 0.3,
     },
     "best": _PAPER
     | {
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruction_steps": 24,
         "continuations": 2,
         "distillation_steps": 128,
-        "damping": 0.1,
+        "damping": 0.3,
     },
 }
 """The settings that each preset decides. All presets decide the same ones."""

@@ -12,9 +12,8 @@ from sparsellm_lightning.solvers.patterns import Pattern
 _FIRST_PENALTY = 0.1
 _CONVERGED = 1e-12  # share of the first squared residual at which conjugate gradients have converged in float32
 _FLAT = 1e-6  # curvature below which float32 rounding decides, in units of h's unit diagonal
-_EVERY = 3  # iterations between two comparisons of the support
-# (share, factor): the penalty grows by the factor of the first entry whose share of the support, or more, still changes.
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+_EVERY = 3  # iterations between two comparisons of the support, and between two inverses, which take longest
+_GROWTH = 2.0  # of the penalty. ALPS has 1.1 to 1.3: 2 to 3 % less error in about twice the time
 
 
 def admm(
@@ -26,8 +25,8 @@ def admm(
 
         B = (Ŵ H + ρ (D − u)) (H + ρI)⁻¹,    T = B + u,    D = the pattern's largest entries of T,    u = T − D
 
-    Every three iterations ρ grows by a factor of 1.1 to 1.3: a larger one while more of the support changes. The loop ends when
-    the support no longer changes. Conjugate-gradient steps on the fixed support follow.
+    Every three iterations ρ doubles. The loop ends when the support no longer changes. Conjugate-gradient steps on the fixed
+    support follow.
 
     Args:
         weight: Ŵ, (rows, columns) float32; this rank's rows. Not changed.
@@ -62,14 +61,11 @@ def admm(
         d = t * keep
         u = t - d
         if (iteration + 1) % _EVERY == 0:
-            changed, kept = pattern.ranks.total(int((keep ^ support).sum()), int(keep.sum()))
-            share = changed / max(2 * kept, 1)
-            if share == 0:
+            if pattern.ranks.total(int((keep ^ support).sum())) == [0]:
                 break
             support = keep
-            growth = next(rate for above, rate in _GROWTH if share > above)
-            rho *= growth
-            u /= growth
+            rho *= _GROWTH
+            u /= _GROWTH
             inverse = _damped_inverse(h, rho)
     solved = solve_on_support(d, target, h, keep, refinements) / scale
     # Kept weights of dead inputs stay as they are.
