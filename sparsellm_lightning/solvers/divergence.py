@@ -55,4 +55,5 @@ class _KLDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * upstream.unsqueeze(-1).to(gradient.dtype), None
+        # In place, for memory. Autograd refuses a second backward.
+        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)), None

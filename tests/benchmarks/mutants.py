@@ -66,7 +66,6 @@ SAME: dict[str, dict[str, str]] = {
         "t.square -> t.abs": _RANKING,
         "squares > least": _TIE,
         "curvature > ": _TIE,
-        "share > above": _TIE,
     },
     "auxiliaries": {
         "4 -> 8": "entries that are not used",
@@ -116,11 +115,8 @@ SEARCH: dict[str, dict[str, str]] = {
         "0.1": _STEP,
     },
     "admm": {
-        "changed / max": _PENALTY,
         "iteration + 1": _PENALTY,
-        "2 * kept": _PENALTY,
         "1 -> 2": _PENALTY,
-        "2 -> 4": _PENALTY,
         "direction.square": "from where a row's refinement stops",
     },
 }
