@@ -153,7 +153,7 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
         (
             "pipeline.distil.kl_divergence",
             {"distillation_steps": 1},
-            r"moments of all blocks.*training step of 512 tokens.*Set distillation_steps to 0.*or shard",
+            r"moments of all kept weights.*training step of 512 tokens.*Set distillation_steps to 0.*or shard",
         ),
     ],
 )
