@@ -110,10 +110,11 @@ class Distiller:
         context, split = self.context, self.adapter.weights_are_split
         gradients, vectors = memory_of_distillation(context.layout, context.config, split)
         device, limit = context.device, room(context.config.memory, context.device)
-        needed = gradients + vectors if device.type == "cpu" else gradients
+        on_cpu = device.type == "cpu"
+        needed, what = (gradients + vectors, "gradients and Adam's moments") if on_cpu else (gradients, "gradients")
         if not self.ranks.all(needed <= limit):
             raise UserError(
-                f"distillation_steps need {format_bytes(needed)} besides the model, for gradients, and there are "
+                f"distillation_steps need {format_bytes(needed)} besides the model, for {what}, and there are "
                 f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or use more ranks."
             )
         fits = self.ranks.all(gradients + vectors <= limit)
