@@ -264,7 +264,8 @@ def test_no_room_for_gradients_is_refused_before_long_work() -> None:
     model = build_model("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        UserError, match=r"distillation_steps need .*iB besides the model, for gradients and Adam's moments, .* are 1000 B"
+        UserError,
+        match=r"distillation_steps need .*iB besides the model, for gradients and Adam's moments, .* are 1000 B",
     ):
         prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2, memory=1000))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
