@@ -45,7 +45,7 @@ def test_no_fitted_token_counts() -> None:
     "name",
     ["model.layers.2.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight"],
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_is_not_finite(preset: Any, name: str, value: float) -> None:
     model = build_model("llama")
     with torch.no_grad():
