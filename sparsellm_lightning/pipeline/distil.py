@@ -219,5 +219,5 @@ def memory_of_distillation(layout: DecoderLayout, config: PruningConfig, split: 
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:
-    """Of logits (windows, positions, vocabulary): (windows, positions)."""
-    return kl_divergence(dense.flatten(0, 1), logits.flatten(0, 1)).view(logits.shape[:2])
+    """Of logits (windows, positions, vocabulary): (windows, positions). The dense ones are written over."""
+    return kl_divergence(dense.flatten(0, 1), logits.flatten(0, 1), reuse=True).view(logits.shape[:2])

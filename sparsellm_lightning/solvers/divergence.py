@@ -8,52 +8,74 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ENTRIES = 2**19  # of the logits that are in float32 at once: on a CPU those that its caches hold
+CPU_ENTRIES = 2**18  # of the logits that are in float32 at once: on a CPU those that its caches hold
 GPU_ENTRIES = 2**23
-LEAST = -1e4  # log-probability instead of minus infinity, of tokens that a model excludes
+TOKENS = 512  # largest number of tokens at once. The rest of the entries are tokens of the vocabulary
+LEAST = -1e4  # logit below the largest one, instead of minus infinity, of tokens that a model excludes
 
 
-def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0, *, reuse: bool = False) -> Tensor:
     """``Σ_v p_v (log p_v − log q_v)`` with ``p = softmax(dense / T)`` and ``q = softmax(logits / T)``, of each token.
 
-    The gradient of ``logits`` is ``(q − p) / T``. It is computed in the forward, a few tokens at a time: autograd would keep
-    half a dozen float32 copies of all logits, which for a vocabulary of 50,000 is more memory than a small model.
+    The gradient of ``logits`` is ``(q − p) / T``. It is computed in the forward, a part of the vocabulary at a time: autograd
+    would keep half a dozen float32 copies of all logits, which for a vocabulary of 50,000 is more memory than a small model.
 
     Args:
         dense: (tokens, vocabulary), any dtype. Computed in float32. It gets no gradient.
         logits: likewise, with a gradient.
         temperature: T > 0.
+        reuse: write the gradient over ``dense``, which the caller needs no more. Both must have the same dtype.
 
     Returns:
         (tokens,) float32.
     """
-    divergence: Tensor = _KLDivergence.apply(dense, logits, temperature)
+    divergence: Tensor = _KLDivergence.apply(dense, logits, temperature, reuse)
     return divergence
 
 
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dense: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        entries = CPU_ENTRIES if logits.device.type == "cpu" else GPU_ENTRIES
-        rows = max(1, entries // logits.shape[-1])
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
-        divergences = [logits.new_empty(0, dtype=torch.float32)]
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            log_p, log_q = (
-                torch.log_softmax(x[part].float() / temperature, -1).clamp_(min=LEAST) for x in (dense, logits)
-            )
-            p = log_p.exp()
-            divergences.append(log_p.sub_(log_q).mul_(p).sum(-1))
-            if gradient is not None:
-                gradient[part] = log_q.exp_().sub_(p).div_(temperature)
-        if gradient is not None:
+    def forward(ctx: Any, dense: Tensor, logits: Tensor, temperature: float, reuse: bool) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[1]:
+            gradient = dense if reuse else torch.empty_like(logits)
             ctx.save_for_backward(gradient)
+        divergences = [logits.new_empty(0, dtype=torch.float32)]
+        for start in range(0, len(logits), TOKENS):
+            some = slice(start, start + TOKENS)
+            into = None if gradient is None else gradient[some]
+            divergences.append(_divergence(dense[some], logits[some], temperature, into))
         return torch.cat(divergences)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place, for memory. Autograd refuses a second backward.
-        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)), None
+        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)), None, None
+
+
+def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Tensor | None) -> Tensor:
+    """As :func:`kl_divergence`, of at least one token. The gradient, which may lie where ``dense`` does, is filled in."""
+    tokens, vocabulary = logits.shape
+    columns = max(1, (CPU_ENTRIES if logits.device.type == "cpu" else GPU_ENTRIES) // tokens)
+    parts = [slice(start, start + columns) for start in range(0, vocabulary, columns)]
+    # log p = a − log Σ exp(a), where a is a logit minus the largest one, divided by T.
+    largest = [x.amax(-1, keepdim=True).float() for x in (dense, logits)]
+
+    def below(part: slice) -> list[Tensor]:
+        pairs = zip((dense, logits), largest, strict=True)
+        return [(x[:, part] - most).div_(temperature).clamp_(min=LEAST) for x, most in pairs]
+
+    sum_p, sum_q, weighted = logits.new_zeros(3, tokens, 1, dtype=torch.float32)
+    for part in parts:
+        a, b = below(part)
+        p = a.exp()
+        sum_p += p.sum(-1, keepdim=True)
+        weighted += a.sub_(b).mul_(p).sum(-1, keepdim=True)
+        sum_q += b.exp_().sum(-1, keepdim=True)
+    if gradient is not None:
+        for part in parts:
+            p, q = (x.exp_().div_(temperature * total) for x, total in zip(below(part), (sum_p, sum_q), strict=True))
+            gradient[:, part] = q.sub_(p)
+    return (weighted / sum_p - sum_p.log() + sum_q.log()).squeeze(-1)
