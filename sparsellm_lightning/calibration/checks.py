@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.distributed import local_tensor
-from sparsellm_lightning.solvers import NumericalError
+from sparsellm_lightning.solvers import NumericalError, all_finite
 
 
 def check_finite_weights(context: Context, parameters: Mapping[str, Tensor]) -> None:
@@ -18,7 +17,7 @@ def check_finite_weights(context: Context, parameters: Mapping[str, Tensor]) -> 
     Raises:
         NumericalError: names the first such parameter, on the ranks that hold it.
     """
-    wrong = [name for name, parameter in parameters.items() if not _finite(local_tensor(parameter))]
+    wrong = [name for name, parameter in parameters.items() if not all_finite(local_tensor(parameter))]
     if not context.ranks.all(not wrong):
         found = f"{wrong[0]} holds" if wrong else "a weight on another rank holds"
         raise NumericalError(f"Weights must be finite, but {found} NaN or infinity. Load a model without them.")
@@ -35,13 +34,8 @@ def check_finite_activations(context: Context, activations: Iterable[Tensor], wh
     Raises:
         NumericalError: on every rank.
     """
-    if not context.ranks.all(all(_finite(x) for x in activations)):
+    if not context.ranks.all(all(map(all_finite, activations))):
         raise NumericalError(
             f"Activations must be finite, but the hidden states {where} hold NaN or infinity on the calibration tokens. Check "
             "the calibration text and the dense model, or run in bf16 or float32 rather than float16."
         )
-
-
-def _finite(x: Tensor) -> bool:
-    # The extremes of a tensor with NaN are NaN. isfinite copies all entries, a gigabyte for a large vocabulary's embeddings.
-    return x.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(x))

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
 from sparsellm_lightning.models.loading import load_model
 from sparsellm_lightning.models.packed import is_packed, read_packed
+from sparsellm_lightning.solvers import all_finite
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -56,7 +56,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     else:
         stored = _Stored(path)
         found += stored.damaged
-    found += [f"{name}: holds NaN or infinity" for name in stored if not bool(torch.isfinite(stored[name]).all())]
+    found += [f"{name}: holds NaN or infinity" for name in stored if not all_finite(stored[name])]
     try:
         model = load_model(str(path)).eval()
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,23 +70,28 @@ class Distiller:
                 f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
                 "not. Set distillation_steps to 0."
             )
-        self.fitted, self.held_out = ([self._with_goal(batch) for batch in part] for part in made)
+        fitted_batches, held_out = made
+        self.schedule = list(islice(self._choices(fitted_batches), context.config.distillation_steps))
+        seen = sorted({index for chosen in self.schedule for index in chosen})
+        self.fitted = {index: self._with_goal(fitted_batches[index]) for index in seen}
+        self.held_out = [self._with_goal(batch) for batch in held_out]
 
     @torch.no_grad()
-    def tune(self, steps: int) -> dict[str, Any]:
-        """Tune the model in place, and keep the best of the checked states.
+    def tune(self) -> dict[str, Any]:
+        """Tune the model in place for ``distillation_steps``, and keep the best of the checked states.
 
         Returns:
             ``steps`` that were kept, and the mean divergences on held-out windows before and after; on the fitted ones if none
             are held out.
         """
+        steps = len(self.schedule)
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
         best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
         rounded = None if self.adapter.weights_are_split else self.autocast_dtype
         with head_in(self.model, rounded), parameters.trainable([self.model]):
             before = least = self.divergence()
-            for step, chosen in zip(tracked(range(steps), "Distilling", "step"), self._choices(), strict=False):
+            for step, chosen in enumerate(tracked(self.schedule, "Distilling", "step")):
                 self._add_gradients(parameters, chosen)
                 parameters.step()
                 if (step + 1) * checks // steps > step * checks // steps:
@@ -96,10 +102,10 @@ class Distiller:
         return {"steps": best_step, "divergence": [before, least]}
 
     def divergence(self) -> float:
-        """Mean divergence over all ranks' held-out tokens. Over the fitted ones if none are held out."""
+        """Mean divergence over all ranks' held-out tokens. Over those that steps see if none are held out."""
         (held_out,) = self.ranks.total(sum(batch.tokens for batch, _ in self.held_out))
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        for batch, goal in self.held_out if held_out else self.fitted:
+        for batch, goal in self.held_out if held_out else self.fitted.values():
             totals[0] += sum(part.sum() for part in self._divergences(batch, goal))
             totals[1] += batch.tokens
         self.ranks.sum_(totals)
@@ -185,10 +191,10 @@ class Distiller:
         self._output = self._output or output
         return output
 
-    def _choices(self) -> Iterator[list[int]]:
-        """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
-        mine = list(range(len(self.fitted)))
-        largest = max((batch.tokens for batch, _ in self.fitted), default=0)
+    def _choices(self, batches: Sequence[CalibrationBatch]) -> Iterator[list[int]]:
+        """Indices of this rank's batches for each step: every batch once, in random order, then again."""
+        mine = list(range(len(batches)))
+        largest = max((batch.tokens for batch in batches), default=0)
         shapes = self.ranks.gather_counts(largest, len(mine))
         tokens, numbers = zip(*shapes, strict=True)
         together = min(max(1, round(STEP_TOKENS / max(sum(tokens), 1))), max(numbers))

@@ -140,7 +140,7 @@ def prune_model(
         distillation = None
         if distiller is not None:
             with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-                distillation = distiller.tune(config.distillation_steps)
+                distillation = distiller.tune()
         adapter.finish(model)
         seconds = time.perf_counter() - start
         dtypes = {dtype for counts in profile.work.values() for dtype in counts}

@@ -23,7 +23,14 @@ from sparsellm_lightning.solvers.patterns import Containing, NofM, Pattern, Stac
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks, split_sizes
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
 from sparsellm_lightning.solvers.sparsellm import Prune, Solution, solve_feed_forward, solve_locally
-from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics, check_finite, relative_error
+from sparsellm_lightning.solvers.statistics import (
+    Cross,
+    Gram,
+    InputStatistics,
+    all_finite,
+    check_finite,
+    relative_error,
+)
 from sparsellm_lightning.solvers.storage import TokenBuffer, empty, moved
 from sparsellm_lightning.solvers.wanda import wanda
 
@@ -53,6 +60,7 @@ __all__ = [
     "TokenBuffer",
     "Unstructured",
     "admm",
+    "all_finite",
     "check_finite",
     "choose_columns",
     "count",

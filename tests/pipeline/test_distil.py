@@ -82,7 +82,7 @@ def test_steps_are_those_of_plain_adam(name: str, positions: int, monkeypatch: p
     distiller = Distiller(context, calibration_batches(random_batches()), 8)
     prune_by_magnitude(model)
     plain = copy.deepcopy(model)
-    found = distiller.tune(5)
+    found = distiller.tune()
     adam_by_hand(plain, dense, 5, distil.LEARNING_RATE)
     for (key, tensor), expected in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-5, msg=key)
@@ -107,10 +107,19 @@ def test_the_best_state_on_held_out_windows_is_kept(later: float, monkeypatch: p
         return next(falling)
 
     monkeypatch.setattr(Distiller, "divergence", divergence)
-    assert distiller.tune(8) == {"steps": 4, "divergence": [3.0, 1.0]}
+    assert distiller.tune() == {"steps": 4, "divergence": [3.0, 1.0]}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, states[1][name])
     assert not all(torch.equal(tensor, states[2][name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_dense_model_runs_on_the_windows_of_the_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    context = make_context(build_model("llama"), PruningConfig(**ONE, distillation_steps=2))
+    distiller = Distiller(context, calibration_batches(random_batches()), 5)
+    assert len(distiller.fitted) == 2
+    assert len(distiller.held_out) == 3
+    assert {index for chosen in distiller.schedule for index in chosen} == set(distiller.fitted)
 
 
 def test_held_out_windows_are_not_fitted() -> None:
@@ -126,7 +135,7 @@ def test_held_out_windows_are_not_fitted() -> None:
         context = make_context(model, PruningConfig(**ONE, distillation_steps=1, solver_precision="float32"))
         distiller = Distiller(context, calibration_batches(batches), 5)
         prune_by_magnitude(model)
-        distiller.tune(1)
+        distiller.tune()
         results.append(model.state_dict())
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
 
@@ -144,14 +153,14 @@ def test_ranks_take_the_same_steps() -> None:
         mine = batches[ranks.rank : ranks.rank + 1]
         distiller = Distiller(context, calibration_batches(mine), 8)
         prune_by_magnitude(model)
-        return distiller.tune(3)["divergence"], model.state_dict()
+        return distiller.tune()["divergence"], model.state_dict()
 
     shared = on_ranks(4, on_rank)
     model = build_model("llama")
     context = make_context(model, PruningConfig(**ONE, distillation_steps=3, solver_precision="float32"))
     distiller = Distiller(context, calibration_batches(batches), 8)
     prune_by_magnitude(model)
-    alone = distiller.tune(3)["divergence"]
+    alone = distiller.tune()["divergence"]
     for divergence, state in shared:
         assert divergence == pytest.approx(alone, rel=1e-3)
         for name, tensor in model.state_dict().items():
@@ -223,7 +232,7 @@ def test_parameters_that_are_not_contiguous() -> None:
         context = make_context(model, PruningConfig(**ONE, distillation_steps=2, solver_precision="float32"))
         distiller = Distiller(context, calibration_batches(random_batches()), 8)
         prune_by_magnitude(model)
-        distiller.tune(2)
+        distiller.tune()
         results.append(model.state_dict())
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)

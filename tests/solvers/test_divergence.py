@@ -7,17 +7,30 @@ from torch.nn import functional
 from sparsellm_lightning.solvers import divergence, kl_divergence
 
 
-@pytest.mark.parametrize("entries", [1, 40, 10**6])  # of the logits that are in float32 at once
+@pytest.mark.parametrize(("entries", "tokens"), [(1, 512), (40, 512), (10**6, 2)])  # in float32 at once
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])  # in memory
 def test_divergence_and_gradient(
-    entries: int, dtype: torch.dtype, accuracy: float, monkeypatch: pytest.MonkeyPatch
+    entries: int,
+    tokens: int,
+    dtype: torch.dtype,
+    accuracy: float,
+    reuse: bool,
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(divergence, "CPU_ENTRIES", entries)
+    monkeypatch.setattr(divergence, "TOKENS", tokens)
     generator = torch.Generator().manual_seed(0)
     dense, logits = (3 * torch.randn(5, 17, generator=generator) for _ in range(2))
     dense[0] = logits[0]
     dense[1, 3] = -torch.inf if dtype == torch.float32 else -1e4  # a token that the dense model excludes
-    dense, logits = dense.to(dtype), logits.to(dtype).requires_grad_()
+    dense, logits = dense.to(dtype), logits.to(dtype)
+    if transposed:
+        dense, logits = dense.T.contiguous().T, logits.T.contiguous().T
+    logits.requires_grad_()
+    given = dense.clone()
     upstream = torch.tensor([1.0, 0.5, -2.0, 0.0, 3.0])
 
     reference = logits.detach().double().requires_grad_()
@@ -29,7 +42,8 @@ def test_divergence_and_gradient(
     )
     (terms.sum(-1) * upstream).sum().backward()
 
-    found = kl_divergence(dense, logits, temperature)
+    found = kl_divergence(dense, logits, temperature, reuse=reuse)
+    assert torch.equal(dense, given) != reuse
     (found * upstream).sum().backward()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), terms.sum(-1), rtol=1e-5, atol=1e-5)
