@@ -19,8 +19,8 @@ from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
 # Largest number of logits in memory at once, if they are those of several positions. torchmetrics copies them, and distillation
-# holds those of two models and a gradient. Twice as many took 0.8 GiB more for Gemma's vocabulary, and were no faster.
-LOGITS = 2**25
+# holds those of two models. For Gemma's vocabulary twice as many were no faster.
+LOGITS = 2**24
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
 
 
