@@ -82,8 +82,10 @@ def rewrite_windows(
     names: Sequence[str],
     adapter: StrategyAdapter,
     autocast: torch.dtype = torch.float32,
+    *,
+    from_random_tokens: bool = False,
 ) -> Tensor:
-    """For each window, another one of the same length: the model's continuations of its parts.
+    """For each window, another one of the same length that the model writes.
 
     The window is cut into parts of at most :data:`PROMPT` tokens (the last two may overlap). Each part is a prompt. The
     continuations are as long as their prompts, are sampled from the model's own distribution, and are joined. Short parts need
@@ -93,6 +95,9 @@ def rewrite_windows(
         model: with a language-model head, in evaluation mode.
         windows: (n, length) int64, equally many on every rank.
         names: of the windows: seeds of the draws.
+        from_random_tokens: each written part begins with a token drawn uniformly from the vocabulary, and the model continues
+            that token. Only the length of the windows matters. So the text is about anything that the model knows (as in
+            LLM-QAT, arXiv 2305.17888).
         adapter: of the strategy the model runs under. All ranks call this together, each with its own windows.
         autocast: dtype of the products if the model is float32. With less than float32 the result depends on batches and ranks.
 
@@ -107,14 +112,17 @@ def rewrite_windows(
     number, length = windows.shape
     parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
     size = -(-length // parts)
+    given = 1 if from_random_tokens else size  # tokens of a prompt
+    new = size - 1 if from_random_tokens else size
     starts = [min(size * part, length - size) for part in range(parts)]
-    prompts = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1)
+    prompts = torch.stack([windows[:, start : start + given] for start in starts], 1).flatten(0, 1)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
     a_token = _bytes_of_a_token(model)
-    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // (2 * size), 1), len(prompts))
+    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // (given + new), 1), len(prompts))
     explained = explaining_memory(
         lambda: (
-            f"In the windows that the model writes: keys and values of {2 * size * at_once} tokens take "
-            f"{format_bytes(2 * size * at_once * a_token)}. Set continuations to 0."
+            f"In the windows that the model writes: keys and values of {(given + new) * at_once} tokens take "
+            f"{format_bytes((given + new) * at_once * a_token)}. Set continuations to 0."
         )
     )
     written = []
@@ -129,8 +137,12 @@ def rewrite_windows(
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
-            written.append(_sample(model, some, size, generators, 1.0, adapter))
-            count(2 * len(some) * (body * (2 * size - 1) + head * size), autocast if lower else model.dtype)
+            if from_random_tokens:
+                drawn = [torch.randint(vocabulary, (1,), generator=g, device=some.device) for g in generators]
+                some = torch.stack(drawn)
+            sampled = _sample(model, some, new, generators, 1.0, adapter)
+            written.append(torch.cat([some, sampled], 1) if from_random_tokens else sampled)
+            count(2 * len(some) * (body * (given + new - 1) + head * new), autocast if lower else model.dtype)
     return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
 
 

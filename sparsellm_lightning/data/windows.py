@@ -179,7 +179,7 @@ def add_written_windows(
     batches: list[CalibrationBatch],
     fitted: int,
     copies: int,
-    write: Callable[[Tensor, list[str]], Tensor],
+    write: Callable[[Tensor, list[str], int], Tensor],
     ranks: Ranks,
     device: torch.device,
 ) -> tuple[list[CalibrationBatch], int, int]:
@@ -191,8 +191,8 @@ def add_written_windows(
         batches: this rank's windows.
         fitted: number of fitted windows: the first ones.
         copies: windows to write for each of these.
-        write: called with windows (n, length), equally many on every rank, and their names, which are unique over ranks and
-            copies. Returns windows of the same shape.
+        write: called for each copy with windows (n, length), equally many on every rank, their names, which are unique over
+            ranks and copies, and the number of the copy. Returns windows of the same shape.
         ranks: all call this function together.
         device: of the batches.
 
@@ -220,9 +220,9 @@ def add_written_windows(
         return batches, fitted, 0
     # Ranks with fewer windows write after zeros too, and drop the result.
     filler = [torch.zeros(longest, dtype=torch.long, device=device)] * (max(counts) - len(whole))
-    windows = torch.stack([*whole, *filler]).repeat(copies, 1)
-    names = [f"{ranks.rank + row * ranks.size}/{copy}" for copy in range(copies) for row in range(max(counts))]
-    written = write(windows, names).view(copies, max(counts), longest)[:, : len(whole)].flatten(0, 1)
+    windows, numbers = torch.stack([*whole, *filler]), range(ranks.rank, max(counts) * ranks.size, ranks.size)
+    copied = [write(windows, [f"{number}/{copy}" for number in numbers], copy) for copy in range(copies)]
+    written = torch.cat([copy[: len(whole)] for copy in copied])
     more = [CalibrationBatch({"input_ids": ids}, None) for ids in written.split(ahead[0].windows)] if whole else []
     return [*ahead, *more, *behind], fitted + len(written), copies * sum(counts)
 

@@ -212,12 +212,13 @@ def _write_windows(
     if not config.continuations or config.requested_sparsity == 0:
         return batches, fitted, 0
 
-    def write(ids: Tensor, names: list[str]) -> Tensor:
+    def write(ids: Tensor, names: list[str], copy: int) -> Tensor:
         seeds = [f"{config.seed}/{name}" for name in names]
+        dtype = context.autocast_dtype or torch.float32
         rewrite = partial(
-            rewrite_windows, context.layout.model, ids, seeds, context.adapter, context.autocast_dtype or torch.float32
+            rewrite_windows, context.layout.model, ids, seeds, context.adapter, dtype, from_random_tokens=copy > 0
         )
-        return rewrite() if journal is None else journal.remember("written-windows", rewrite).to(context.device)
+        return rewrite() if journal is None else journal.remember(f"written-windows-{copy}", rewrite).to(context.device)
 
     with phase("generation"):
         return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)

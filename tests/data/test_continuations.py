@@ -26,17 +26,20 @@ def random_ids(windows: int, length: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def naive(model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]], name: str) -> list[int]:
-    """Each part of a window is a prompt. For every token, the whole text so far goes through the model."""
+def naive(
+    model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]], name: str, from_random_tokens: bool
+) -> list[int]:
+    """Each part of a window is a prompt, or a drawn token. For every token, the whole text so far goes through the model."""
     written: list[int] = []
     for number, (start, end) in enumerate(cuts):
         generator = torch.Generator().manual_seed(random.Random(f"{name}/{number}").getrandbits(63))
-        ids = window[start:end]
-        for _ in range(end - start):
+        drawn = torch.randint(VOCABULARY, (1,), generator=generator).tolist() if from_random_tokens else None
+        ids = drawn or window[start:end]
+        for _ in range(end - start - len(drawn or [])):
             chances = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().softmax(-1)
             clocks = -torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).log()
             ids = [*ids, int((chances / clocks).argmax())]
-        written += ids[end - start :]
+        written += ids[start - end :]
     return written[: len(window)]
 
 
@@ -50,19 +53,28 @@ def naive(model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]]
     ],
 )
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
+@pytest.mark.parametrize("random_tokens", [False, True])
 def test_written_tokens(
-    monkeypatch: pytest.MonkeyPatch, name: str, length: int, prompt: int, cuts: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    length: int,
+    prompt: int,
+    cuts: list[tuple[int, int]],
+    random_tokens: bool,
 ) -> None:
     """The tokens of the loop without a cache, in one and in several batches. Mistral has a sliding window of 16 tokens."""
     model = build_model(name)
     windows, names = random_ids(2, length), ["a", "b"]
     monkeypatch.setattr("sparsellm_lightning.data.synthetic.PROMPT", prompt)
-    expected = [naive(model, window, cuts, name) for window, name in zip(windows.tolist(), names, strict=True)]
+    expected = [
+        naive(model, window, cuts, name, random_tokens) for window, name in zip(windows.tolist(), names, strict=True)
+    ]
     a_token = 2 * 3 * 64 * 4  # keys and values of three layers, at most as wide as the model, in float32
     for tokens, held in [(10_000, 2**30), (60, 2**30), (10_000, 60 * a_token), (1, 1)]:
         monkeypatch.setattr("sparsellm_lightning.data.synthetic.HELD_TOKENS", tokens)
         monkeypatch.setattr("sparsellm_lightning.data.synthetic.HELD_BYTES", held)
-        assert rewrite_windows(model, windows, names, StrategyAdapter()).tolist() == expected
+        found = rewrite_windows(model, windows, names, StrategyAdapter(), from_random_tokens=random_tokens)
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize(("held", "at_once"), [(5 * 32, 5), (3 * 32 - 1, 2), (1, 1), (1000 * 32, 6)])
@@ -86,9 +98,10 @@ def test_prompts_at_once(monkeypatch: pytest.MonkeyPatch, held: int, at_once: in
     assert max(batches) == at_once
 
 
-def echo(windows: Tensor, names: list[str]) -> Tensor:
+def echo(windows: Tensor, names: list[str], copy: int) -> Tensor:
     """In place of the model: the second and third token are replaced by the number of the window and that of the copy."""
     numbers = torch.tensor([[int(part) for part in name.split("/")] for name in names])
+    assert numbers[:, 1].tolist() == [copy] * len(names)
     return torch.cat([windows[:, :1], numbers, windows[:, 3:]], 1)
 
 
@@ -130,12 +143,12 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
     """If there is one window, the second rank has none, but makes as many forwards."""
     ids = random_ids(windows, 8)
 
-    def write(ranks: Ranks) -> tuple[list[list[int]], int, int]:
+    def write(ranks: Ranks) -> tuple[list[list[int]], list[int], int]:
         calls = []
 
-        def counted(rows: Tensor, names: list[str]) -> Tensor:
+        def counted(rows: Tensor, names: list[str], copy: int) -> Tensor:
             calls.append(len(rows))
-            return echo(rows, names)
+            return echo(rows, names, copy)
 
         mine = ids[ranks.rank :: ranks.size]
         batches = [CalibrationBatch({"input_ids": mine}, None)] if len(mine) else []
@@ -146,11 +159,11 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
         assert len({int(length) for length in lengths}) == 1
         assert rows_of(level)[: len(rows_of(found))] == rows_of(found)
         assert all(batch.valid is not None and not batch.valid.any() for batch in level[len(found) :])
-        return rows_of(found), calls[0], written
+        return rows_of(found), calls, written
 
     one, two = write(SINGLE), on_ranks(2, write)
     assert sorted(two[0][0] + two[1][0]) == sorted(one[0])
-    assert two[0][1] == two[1][1] == 2 * -(-windows // 2), "equally many forwards on every rank"
+    assert two[0][1] == two[1][1] == [-(-windows // 2)] * 2, "equally many forwards on every rank"
     assert [result[2] for result in two] == [one[2]] * 2 == [2 * windows] * 2
 
 
@@ -167,10 +180,18 @@ def test_pruning_fits_them_like_any_other(monkeypatch: pytest.MonkeyPatch) -> No
         "seed": 4,
         "solver_precision": "float32",
     }
-    names = [f"4/{window}/{copy}" for copy in range(2) for window in range(6)]
     ours, theirs = build_model("llama"), build_model("llama")
-    written = rewrite_windows(theirs, windows[:6].repeat(2, 1), names, StrategyAdapter())
-    both = torch.cat([windows[:6], written, windows[6:]])
+    written = [
+        rewrite_windows(
+            theirs,
+            windows[:6],
+            [f"4/{window}/{copy}" for window in range(6)],
+            StrategyAdapter(),
+            from_random_tokens=copy == 1,
+        )
+        for copy in range(2)
+    ]
+    both = torch.cat([windows[:6], *written, windows[6:]])
     config = PruningConfig(**options, calibration_val_fraction=0.25, continuations=2, num_calibration_samples=8)
     report = prune_model(ours, windows.split(2), config)
     expected = prune_model(

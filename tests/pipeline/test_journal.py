@@ -290,14 +290,14 @@ def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     prune(whole, batches, None, config)
     with pytest.raises(Killed):
         prune(build_model("llama"), batches, tmp_path, config, 3)
-    monkeypatch.setattr("sparsellm_lightning.pipeline.prune.rewrite_windows", lambda model, ids, *others: ids.flip(1))
+    monkeypatch.setattr("sparsellm_lightning.pipeline.prune.rewrite_windows", lambda model, ids, *_, **__: ids.flip(1))
     again = build_model("llama")
     report, _ = prune(again, batches, tmp_path, config)
     assert_same(again, whole)
     assert report.calibration["written"] == 14
     (file,) = tmp_path.glob("written-windows-*")
     file.write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=r"damaged\. written-windows is done again"):
+    with pytest.warns(UserWarning, match=r"damaged\. written-windows-0 is done again"):
         prune(build_model("llama"), batches, tmp_path, config)
     assert len(list(tmp_path.glob("written-windows-*"))) == 1
     assert list(tmp_path.glob("written-windows-*")) != [file], "the new windows are noted"
