@@ -95,11 +95,10 @@ def rewrite_windows(
         model: with a language-model head, in evaluation mode.
         windows: (n, length) int64, equally many on every rank.
         names: of the windows: seeds of the draws.
-        from_random_tokens: each written part begins with a token drawn uniformly from the vocabulary, and the model continues
-            that token. Only the length of the windows matters. So the text is about anything that the model knows (as in
-            LLM-QAT, arXiv 2305.17888).
         adapter: of the strategy the model runs under. All ranks call this together, each with its own windows.
         autocast: dtype of the products if the model is float32. With less than float32 the result depends on batches and ranks.
+        from_random_tokens: each written part begins with a token drawn uniformly from the vocabulary instead, and the model
+            continues that token (LLM-QAT, arXiv 2305.17888, does so). The windows give the length only.
 
     Returns:
         (n, length) int64 on the windows' device.
@@ -112,17 +111,21 @@ def rewrite_windows(
     number, length = windows.shape
     parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
     size = -(-length // parts)
-    given = 1 if from_random_tokens else size  # tokens of a prompt
-    new = size - 1 if from_random_tokens else size
-    starts = [min(size * part, length - size) for part in range(parts)]
-    prompts = torch.stack([windows[:, start : start + given] for start in starts], 1).flatten(0, 1)
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
+    if from_random_tokens:
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
+        cpu = torch.device("cpu")
+        drawn = [torch.randint(vocabulary, (parts, 1), generator=_generator(name, cpu)) for name in names]
+        prompts, new = torch.cat(drawn), size - 1
+    else:
+        starts = [min(size * part, length - size) for part in range(parts)]
+        prompts, new = torch.stack([windows[:, start : start + size] for start in starts], 1).flatten(0, 1), size
+    room = prompts.shape[1] + new
     a_token = _bytes_of_a_token(model)
-    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // (given + new), 1), len(prompts))
+    at_once = min(max(min(HELD_TOKENS, HELD_BYTES // a_token) // room, 1), len(prompts))
     explained = explaining_memory(
         lambda: (
-            f"In the windows that the model writes: keys and values of {(given + new) * at_once} tokens take "
-            f"{format_bytes((given + new) * at_once * a_token)}. Set continuations to 0."
+            f"In the windows that the model writes: keys and values of {room * at_once} tokens take "
+            f"{format_bytes(room * at_once * a_token)}. Set continuations to 0."
         )
     )
     written = []
@@ -137,12 +140,9 @@ def rewrite_windows(
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
-            if from_random_tokens:
-                drawn = [torch.randint(vocabulary, (1,), generator=g, device=some.device) for g in generators]
-                some = torch.stack(drawn)
             sampled = _sample(model, some, new, generators, 1.0, adapter)
-            written.append(torch.cat([some, sampled], 1) if from_random_tokens else sampled)
-            count(2 * len(some) * (body * (given + new - 1) + head * new), autocast if lower else model.dtype)
+            written.append(torch.cat([some, sampled], 1)[:, -size:])
+            count(2 * len(some) * (body * (room - 1) + head * new), autocast if lower else model.dtype)
     return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
 
 

@@ -25,17 +25,21 @@ def random_ids(windows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def generator_of(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+
+
 @torch.no_grad()
 def naive(
     model: PreTrainedModel, window: list[int], cuts: list[tuple[int, int]], name: str, from_random_tokens: bool
 ) -> list[int]:
     """Each part of a window is a prompt, or a drawn token. For every token, the whole text so far goes through the model."""
     written: list[int] = []
+    drawn = torch.randint(VOCABULARY, (len(cuts),), generator=generator_of(name)).tolist()
     for number, (start, end) in enumerate(cuts):
-        generator = torch.Generator().manual_seed(random.Random(f"{name}/{number}").getrandbits(63))
-        drawn = torch.randint(VOCABULARY, (1,), generator=generator).tolist() if from_random_tokens else None
-        ids = drawn or window[start:end]
-        for _ in range(end - start - len(drawn or [])):
+        generator = generator_of(f"{name}/{number}")
+        ids = [drawn[number]] if from_random_tokens else window[start:end]
+        for _ in range(end - start - from_random_tokens):
             chances = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().softmax(-1)
             clocks = -torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).log()
             ids = [*ids, int((chances / clocks).argmax())]
