@@ -93,7 +93,8 @@ def _weights_first(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def product(hidden: Tensor) -> Tensor:
-        return (head.weight @ hidden.flatten(0, -2).T).T.unflatten(0, hidden.shape[:-1])
+        logits: Tensor = (head.weight @ hidden.flatten(0, -2).T).T.unflatten(0, hidden.shape[:-1])
+        return logits
 
     with patched_forward(head, product):
         yield

@@ -78,4 +78,5 @@ def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Ten
         for part in parts:
             p, q = (x.exp_().div_(temperature * total) for x, total in zip(below(part), (sum_p, sum_q), strict=True))
             gradient[:, part] = q.sub_(p)
-    return (weighted / sum_p - sum_p.log() + sum_q.log()).squeeze(-1)
+    divergence: Tensor = (weighted / sum_p - sum_p.log() + sum_q.log()).squeeze(-1)
+    return divergence
