@@ -84,8 +84,8 @@ def head_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]
 def _weights_first(model: PreTrainedModel) -> Iterator[None]:
     """On a CPU the head computes ``(W hᵀ)ᵀ`` instead of ``h Wᵀ`` in this context. The logits are a transposed view.
 
-    CPU kernels pack the second factor for each product. For a few positions h, packing W takes as long as the product: 80
-    against 114 GFLOP/s for 64 positions and 262,144 tokens (AMD Zen 3, 2 cores).
+    For 64 positions and 262,144 tokens this order reaches 114 GFLOP/s and the other one 80 (AMD Zen 3, 2 cores): kernels
+    repack the second factor in each product, and h is much smaller than W.
     """
     head = _plain_head(model)
     if head is None or head.weight.device.type != "cpu":

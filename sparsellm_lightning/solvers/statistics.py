@@ -123,7 +123,7 @@ class InputStatistics:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether a tensor of any shape and dtype has neither NaN nor infinity. Nothing of its size is allocated."""
+    """Whether a tensor of any shape, of floats or integers, has neither NaN nor infinity. Nothing of its size is allocated."""
     # The extremes of a tensor with NaN are NaN. isfinite copies all entries, a gigabyte for a large vocabulary's embeddings.
     return x.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(x))
 

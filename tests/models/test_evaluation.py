@@ -74,3 +74,14 @@ def test_slices_give_the_perplexity_of_all_logits(name: str, positions: int, mon
         assert max(seen) <= positions * largest * VOCABULARY
         assert (len(seen) > 2 * len(batches)) == (positions < 1000)
     assert found == pytest.approx(plain(model, batches), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("room", "length", "sizes"),
+    [(14, 10, [5, 5]), (14, 7, [7]), (14, 15, [5, 5, 5]), (1, 3, [1, 1, 1]), (6, 8, [3, 3, 2])],
+)
+def test_slices_of_positions(room: int, length: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as fit, of two windows, and about equally long."""
+    monkeypatch.setattr(evaluation, "LOGITS", room * VOCABULARY)
+    pieces = evaluation.positions_together(build_model("llama"), 2, length)
+    assert [len(range(length)[piece]) for piece in pieces] == sizes
