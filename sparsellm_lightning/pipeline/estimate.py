@@ -39,8 +39,15 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     """
     operations = {"forward": 0.0, "statistics": 0.0, "local_solve": 0.0, "alternation": 0.0, "reconstruction": 0.0}
     alternating = config.alternates_in(len(layout.blocks)) if config.method == "sparsellm" else set()
+    # Tokens for which the dense blocks' outputs are computed: all for the alternation, otherwise those that tuning uses.
+    tuned = (
+        config.reconstruction_steps and config.reconstruction_steps * BATCH_TOKENS + config.held_out_fraction * tokens
+    )
+    followed = tokens if alternating and config.target == "model" else min(tuned, tokens)
     for block in layout.blocks:
-        for phase, work in _of_block(block, config, tokens, window, block.index in alternating).items():
+        work_of_block = _of_block(block, config, tokens, window, block.index in alternating)
+        work_of_block["forward"] += block.forward_work(window) * followed
+        for phase, work in work_of_block.items():
             operations[phase] += work
     memory = 0.0
     if config.distillation_steps:
@@ -55,9 +62,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
 
 def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alternates: bool) -> dict[str, float]:
     whole = block.forward_work(window)
-    to_model = config.target == "model"
-    # The pruned block, the dense model's, the networks' inputs and outputs, the goal of the reconstruction.
-    passes = whole * (1 + to_model + alternates + (bool(config.reconstruction_steps) and not to_model))
+    passes = whole * (1 + alternates)  # the pruned block, the networks' inputs and outputs
     replayed = 0 if block.replay is None else block.forward_work(window, until=block.replay.last.module)
     work = dict.fromkeys(("statistics", "local_solve", "alternation"), 0.0)
     for unit in block.units:

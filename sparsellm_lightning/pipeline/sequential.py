@@ -89,8 +89,11 @@ def prune_blocks(
     # Blocks before the first that changes are still exact.
     first = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
     alternate = _alternation(context, cache, windows, placement)
-    # The dense model's activations advance beside the pruned model's only if they are a target.
-    dense = cache.copy() if context.config.target == "model" else None
+    tuned = batches_of_interest(context, cache)
+    # The dense model's activations advance beside the pruned model's only if they are a target: those of all windows for the
+    # alternation, otherwise of those that tuning uses.
+    followed = range(len(cache.hidden)) if context.alternating_blocks else tuned
+    dense = cache.part(followed) if context.config.target == "model" else None
     _pass_removed(context, 0, removed, dense)
     for block in context.layout.blocks:
         start = time.perf_counter()
@@ -104,7 +107,8 @@ def prune_blocks(
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
                 untouched = block.index in removed or block.index < first
-                tuning = None if untouched else _plan_tuning(context, block, cache, dense)
+                goal = None if dense is None else [h for i, h in zip(followed, dense.hidden, strict=True) if i in tuned]
+                tuning = None if untouched else _plan_tuning(context, block, cache.part(tuned), goal)
                 alternation = alternate if alternates else None
                 if block.index in removed:
                     leave_out(context, block)
@@ -126,6 +130,8 @@ def prune_blocks(
                 check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
         cache.replay_inputs.clear()
         cache.forget_arguments(block.index)
+        if dense is not None:
+            dense.forget_arguments(block.index)
         return_free_memory()
         yield result
 
@@ -199,24 +205,22 @@ def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: lis
 
 
 def _plan_tuning(
-    context: Context, block: Block, cache: ActivationCache, dense: ActivationCache | None
+    context: Context, block: Block, cache: ActivationCache, goal: list[Tensor] | None
 ) -> tuple[ActivationCache, list[Tensor]] | None:
     """The activations that tuning a block uses, and the outputs that it should give. None if the block is not tuned.
 
     Args:
         context: of the run.
         block: still dense.
-        cache: activations in front of the block.
-        dense: the dense model's activations behind the block, if they are the target.
+        cache: activations in front of the block, of the windows that tuning uses.
+        goal: the dense model's activations behind the block, if they are the target. None: what the block gives.
     """
     if not context.config.reconstruction_steps or not any(p.pruned for p in block.projections()):
         return None
-    batches = batches_of_interest(context, cache)
-    used = cache.part(batches)
-    goal = run_block(context, block, used) if dense is None else [dense.hidden[index] for index in batches]
-    reached = replace(used, hidden=goal)
+    goal = run_block(context, block, cache) if goal is None else goal
+    reached = replace(cache, hidden=goal)
     check_finite_activations(context, reached.valid_tokens(), f"behind the dense {block.name}")
-    return used, goal
+    return cache, goal
 
 
 def _tune(

@@ -20,11 +20,12 @@ from support.runs import (
     make_context,
     prune_blocks,
     state_of,
+    tune_with,
 )
 from transformers import BloomConfig, BloomForCausalLM
 
 from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.solvers import Ranks
@@ -58,16 +59,48 @@ def test_cached_hidden_states_are_those_of_the_pruned_model(
     """With target ``model``, a second cache holds the hidden states of the dense model."""
     model, batches = build_model(name), random_batches()
     dense = block_outputs(model, describe(model).blocks[-1].module, batches)
-    copies: list[ActivationCache] = []
-    copy = ActivationCache.copy
-    monkeypatch.setattr(ActivationCache, "copy", lambda cache: copies.append(copy(cache)) or copies[-1])
+    followed = dense_activations(monkeypatch)
     config = PruningConfig(preset="paper", sparsity=0.6, target=target, num_iterations=2)
     assert_cache_is_the_model(make_context(model, config), rtol=1e-4, atol=1e-5)
-    assert len(copies) == (target == "model")
-    for second in copies:
+    assert bool(followed) == (target == "model")
+    for second in followed[-1:]:
         assert_same_hidden(second.hidden, dense, calibration_batches(batches), rtol=1e-4, atol=1e-5)
     pruned = block_outputs(model, describe(model).blocks[-1].module, batches)
     assert not torch.allclose(pruned[0], dense[0], rtol=1e-2, atol=1e-2), "pruning changes the hidden states"
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_windows_of_the_dense_model(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of tuning use the first two windows, besides the held-out one. The alternation is fitted to all."""
+    tune_with(monkeypatch, batch_tokens=32)
+    followed = dense_activations(monkeypatch)
+    ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
+    model = build_model("llama")
+    (dense,) = block_outputs(model, describe(model).blocks[-1].module, [{"input_ids": ids}])
+    config = PruningConfig(
+        preset="paper",
+        method=method,
+        num_iterations=2,
+        target="model",
+        reconstruction_steps=2,
+        num_calibration_samples=8,
+    )
+    prune_model(model, [ids], config)
+    windows = [0, 1, 7] if method == "sparsegpt" else list(range(8))
+    torch.testing.assert_close(torch.cat(followed[-1].hidden), dense[windows], rtol=1e-4, atol=1e-5)
+
+
+def dense_activations(patch: pytest.MonkeyPatch) -> list[ActivationCache]:
+    """The caches of the dense model's activations that a run will move behind its blocks."""
+    caches: list[ActivationCache] = []
+    advance = sequential._advance_dense
+
+    def seen(context: Context, block: Block, dense: ActivationCache, alternates: bool) -> Any:
+        caches.append(dense)
+        return advance(context, block, dense, alternates)
+
+    patch.setattr(sequential, "_advance_dense", seen)
+    return caches
 
 
 def test_blocks_that_return_tuples() -> None:
