@@ -40,10 +40,11 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     operations = {"forward": 0.0, "statistics": 0.0, "local_solve": 0.0, "alternation": 0.0, "reconstruction": 0.0}
     alternating = config.alternates_in(len(layout.blocks)) if config.method == "sparsellm" else set()
     # Tokens for which the dense blocks' outputs are computed: all for the alternation, otherwise those that tuning uses.
-    tuned = (
-        config.reconstruction_steps and config.reconstruction_steps * BATCH_TOKENS + config.held_out_fraction * tokens
-    )
-    followed = tokens if alternating and config.target == "model" else min(tuned, tokens)
+    followed = 0.0
+    if alternating and config.target == "model":
+        followed = tokens
+    elif config.reconstruction_steps:
+        followed = min(config.reconstruction_steps * BATCH_TOKENS + config.held_out_fraction * tokens, tokens)
     for block in layout.blocks:
         work_of_block = _of_block(block, config, tokens, window, block.index in alternating)
         work_of_block["forward"] += block.forward_work(window) * followed

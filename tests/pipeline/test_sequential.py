@@ -91,7 +91,7 @@ def test_windows_of_the_dense_model(method: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def dense_activations(patch: pytest.MonkeyPatch) -> list[ActivationCache]:
-    """The caches of the dense model's activations that a run will move behind its blocks."""
+    """A list to which runs will add the cache of the dense model's activations, once for each block."""
     caches: list[ActivationCache] = []
     advance = sequential._advance_dense
 
