@@ -24,7 +24,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.distributed import PeerError, adapter_for
+from sparsellm_lightning.distributed import PeerError, StrategyAdapter, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
 from sparsellm_lightning.mistakes import brief
 from sparsellm_lightning.models import (
@@ -108,6 +108,8 @@ class PruningTrainer(pl.Trainer):
             raise UserError("against and tasks_folder belong to tasks, but there are no tasks. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
         adapter, inside = adapter_for(self), find_model(model)
+        if not adapter.weights_are_split:  # whole on the CPU after the test, where NCCL cannot count
+            adapter = StrategyAdapter()
         try:
             _, zeros = layer_rows(adapter.describe(inside), adapter)
             sparsity = f"{100 * zeros:.2f} %"
@@ -186,7 +188,12 @@ def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0
     """
     if data is not None and data.tokenizer is None:
         data.tokenizer = folder
-    differences = verify_export(folder, None if data is None else data.val_dataloader(), tolerance)
+    windows = None if data is None else data.val_dataloader()
+    if windows == []:
+        raise UserError(
+            "verify compares perplexity on the text of data, but it has no evaluation text. Set data.test_files."
+        )
+    differences = verify_export(folder, windows, tolerance)
     if differences:
         raise UserError(f"{folder} is not what its report says:\n" + "\n".join(differences))
     print(f"{folder} is what its report says" + ("." if data is None else ", its perplexity too."))

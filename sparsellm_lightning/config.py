@@ -99,7 +99,8 @@ class PruningConfig:
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
         penalties: weights α, β, γ of the alternation's objective, and whether they are scale-free.
-        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean.
+        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean. ``owl``: of its
+            scores, whose mean the sparsities are then shifted to.
         ignore: name patterns of projections that stay dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``).
         num_calibration_samples: calibration windows, over all ranks.
@@ -211,6 +212,11 @@ class PruningConfig:
             raise UserError(
                 f"allocation {self.allocation} needs pattern unstructured, because pattern {self.pattern_name} fixes every "
                 "sparsity. Use allocation uniform, or pattern unstructured."
+            )
+        if "blocks" in self.removes and self.ignore:
+            raise UserError(
+                f"pattern {self.pattern_name} removes whole blocks, but ignore keeps {', '.join(self.ignore)} in them. Leave "
+                "ignore out, or remove neurons or heads instead."
             )
         if self.target == "model" and not self.fits_target:
             raise UserError(

@@ -47,5 +47,5 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def _purpose(path: Path) -> str:
-    first = path.read_text().splitlines()[0]
+    first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip()

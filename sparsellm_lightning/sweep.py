@@ -17,7 +17,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import format_table, save_sweep
-from sparsellm_lightning.runtime import claimed, showing
+from sparsellm_lightning.runtime import best_device, claimed, showing
 
 TABLE, SETTINGS = "sweep.csv", "sweep.json"
 
@@ -81,13 +81,13 @@ def sweep(
     folder = Path(out)
     with claimed(out, "out"):
         rows = _known(folder, _identity(model, data, settings or {}))
-        loaded = load_model(model).eval()
+        loaded = load_model(model).eval().to(best_device())
         if data.tokenizer is None:
             data.tokenizer = model
         evaluation = data.val_dataloader()
         if isinstance(evaluation, list):
             raise UserError("sweep compares perplexities, but there is no evaluation text. Set data.test_files.")
-        dense = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+        dense = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.state_dict().items()}
         with showing(True):
             if ("dense", 0.0) not in rows:
                 value = perplexity(loaded, evaluation)
@@ -130,14 +130,10 @@ def _run(
 
 def _identity(model: str, data: TextDataModule, settings: dict[str, Any]) -> dict[str, Any]:
     """What all rows of a table have in common."""
-    text = {
-        "calibration": data.calibration_text,
-        "evaluation": data.evaluation_text,
-        "sequence_length": data.sequence_length,
-        "max_eval_windows": data.max_eval_windows,
-        "seed": data.seed,
-    }
-    return {"model": model, "data": text, "settings": settings}
+    text = {name: value for name, value in data.settings.items() if name not in ("batch_size", "num_workers")}
+    files = {split: [str(path.resolve()) for path in paths] for split, paths in data.texts.files.items()}
+    tokenizer = getattr(data.tokenizer, "name_or_path", data.tokenizer)
+    return {"model": model, "data": text, "files": files, "tokenizer": tokenizer, "settings": settings}
 
 
 def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Row]:
@@ -145,8 +141,8 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if not path.exists():
-        path.write_text(json.dumps(identity, indent=1))
-    if json.loads(path.read_text()) != json.loads(json.dumps(identity)):
+        path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
         raise UserError(f"out must be the folder of this sweep, but {path} is of another model, text or settings.")
     if not (folder / TABLE).exists():
         return {}

@@ -109,6 +109,12 @@ def calibration(text: TextDataModule) -> list[dict[str, torch.Tensor]]:
     return list(text.calibration_dataloader(num_samples=64, seed=0))
 
 
+@pytest.fixture
+def ids(calibration: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The calibration windows in one tensor."""
+    return torch.cat([batch["input_ids"] for batch in calibration])
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """``ranks(n)``: n processes that run the jobs of ``support.jobs``. They are started on first use and kept."""

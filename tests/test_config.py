@@ -195,7 +195,10 @@ def test_ignored_names_become_a_tuple() -> None:
         ({"preset": "paper", "alternation_blocks": "none"}, 0.0),
         ({"preset": "paper", "alternation_blocks": []}, 0.0),
         ({"preset": "paper", "num_iterations": 1, "reconstruction_steps": 1}, 0.25),
+        ({"preset": "paper", "alternation_blocks": [0]}, 0.25),
         ({"preset": "paper", "method": "sparsegpt"}, 0.0),
+        ({"preset": "paper", "method": "sparsegpt", "reconstruction_steps": 2}, 0.25),
+        ({"preset": "paper", "method": "sparsegpt", "distillation_steps": 2}, 0.25),
         ({"preset": "balanced"}, 0.25),
     ],
 )

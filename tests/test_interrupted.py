@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.cli import sparsellm
 from support.interrupted import interrupt
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from support.runs import assert_same_weights
+from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import verify_export
 from sparsellm_lightning.models import REPORT_NAME
@@ -20,12 +21,14 @@ from sparsellm_lightning.models import REPORT_NAME
 PHASES = {
     "evaluation": 1,
     "generation": 1,
+    "importance": 1,
     "allocation": 1,
     "forward": 40,
     "statistics": 30,
     "local_solve": 12,
     "alternation": 2,
     "reconstruction": 2,
+    "distillation": 2,
     "export": 1,
 }
 
@@ -43,6 +46,7 @@ def arguments(model: Path, sparsity: float = 0.6) -> list[str]:
         "pruner.num_calibration_samples": 12,
         "pruner.num_iterations": 2,
         "pruner.reconstruction_steps": 2,
+        "pruner.distillation_steps": 4,
         "pruner.continuations": 1,
         "pruner.resume_dir": f"journal-{sparsity}",
         "pruner.export_dir": "out",
@@ -53,11 +57,6 @@ def arguments(model: Path, sparsity: float = 0.6) -> list[str]:
         "trainer.enable_progress_bar": "false",
     }
     return ["prune", *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
-
-
-def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
-    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(weight, expected), name
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def goes_on(work: Path, exports: Path, model: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert verify_export(work / "out") == []
     found, expected = (AutoModelForCausalLM.from_pretrained(at / "out") for at in (work, exports / "whole"))
-    assert_same(found, expected)
+    assert_same_weights(found, expected)
 
 
 @pytest.mark.slow
@@ -179,4 +178,4 @@ def test_killed_while_writing_a_checkpoint(model_dir: Path, tmp_path: Path) -> N
     resumed = sparsellm(*command, "--ckpt_path", checkpoints[-1], cwd=tmp_path / "killed")
     assert resumed.returncode == 0, resumed.stderr
     found, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "out") for name in ("killed", "whole"))
-    assert_same(found, expected)
+    assert_same_weights(found, expected)

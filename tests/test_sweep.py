@@ -82,3 +82,23 @@ def test_command(tmp_path: Path, model_dir: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert "wanda    50 %" in run.stdout
     assert f"written to {tmp_path / 'out'}" in run.stdout
+
+
+def test_another_text_needs_another_folder(tmp_path: Path, model_dir: Path) -> None:
+    """Also if its files have the same names, or only another field of the table is read."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"{name} " * 2000)
+
+    def of(folder: str, **more: Any) -> TextDataModule:
+        files = [str(tmp_path / folder / "text.txt")]
+        return TextDataModule(
+            "files", sequence_length=64, tokenizer=str(model_dir), train_files=files, test_files=files, **more
+        )
+
+    out = str(tmp_path / "sweep")
+    sweep(str(model_dir), [0.5], ["magnitude"], out, of("a"), SETTINGS)
+    sweep(str(model_dir), [0.5], ["magnitude"], out, of("a", batch_size=2), SETTINGS)
+    for data in (of("b"), of("a", text_field="other"), of("a", seed=1)):
+        with pytest.raises(UserError, match="another model, text or settings"):
+            sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.allocation.rules import (
@@ -37,7 +38,7 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 
 
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
-    """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero, to the weight.
+    """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero.
 
     ``atp``, ``owl`` and ``kl_blocks`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
     all projections of one role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place
@@ -46,7 +47,8 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
 
     where KL is the divergence of the model's next-token distribution from the dense model's, e the sum of the projections'
-    local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for.
+    local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for; or the largest s of the curve, where gradual pruning
+    keeps so many zeros that s₀ changes nothing.
 
     Reconstruction with target ``model`` tunes every block to repair the errors of the blocks before it. Then damage in block
     l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
@@ -92,8 +94,9 @@ def _parts(block: Block, apart: bool) -> list[list[Projection]]:
 
 
 def _spread(config: PruningConfig) -> float:
-    """The spread of the settings, limited so that no part loses all its weights."""
-    return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
+    """The spread of the settings, limited so that no part loses all its weights, or less than none."""
+    least = config.requested_sparsity if config.allocation in ("owl", "atp") else 1.0  # the others stop at 0 themselves
+    return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity), 0.5 * least)
 
 
 class BlockStatistics:
@@ -196,20 +199,29 @@ def _curve(
     statistics: BlockStatistics,
     at: Sequence[float],
 ) -> list[float]:
-    """Damage of pruning one part alone to each sparsity. The model's output is measured at the middle one."""
-    errors, before = [0.0] * len(at), []
-    middle = len(at) // 2
-    written = []
+    """Damage of pruning one part alone to each sparsity. The model's output is measured at the middle one.
+
+    Or at the last one, if the part has so many zeros already that the middle one changes nothing.
+    """
+    errors, before, written = [0.0] * len(at), [], []
+    measured = len(at) // 2
+
+    def pruned(p: Projection, dense: Tensor, inputs: InputStatistics, s: float) -> Tensor:
+        return solver.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name]
+
     for p in part:
         inputs, dense = statistics[p.name], context.adapter.read_rows(p)
-        pruned = [solver.prune({p.name: p}, {p.name: dense}, {p.name: dense}, inputs, s)[p.name] for s in at]
-        errors = [error + solver.error(dense, rows, inputs) for error, rows in zip(errors, pruned, strict=True)]
+        rows = [pruned(p, dense, inputs, s) for s in at]
+        errors = [error + solver.error(dense, new, inputs) for error, new in zip(errors, rows, strict=True)]
         before.append(dense)
-        written.append(pruned[middle])
-    for p, rows in zip(part, written, strict=True):
-        context.adapter.write_rows(p, rows)
+        written.append(rows[measured])
+    if not errors[measured]:
+        measured = len(at) - 1
+        written = [pruned(p, dense, statistics[p.name], at[-1]) for p, dense in zip(part, before, strict=True)]
+    for p, new in zip(part, written, strict=True):
+        context.adapter.write_rows(p, new)
     divergence = probe.divergence(block)
-    for p, rows in zip(part, before, strict=True):
-        context.adapter.write_rows(p, rows)
-    reference = errors[middle] or 1.0
+    for p, dense in zip(part, before, strict=True):
+        context.adapter.write_rows(p, dense)
+    reference = errors[measured] or 1.0
     return [divergence * error / reference for error in errors]

@@ -99,7 +99,9 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
         damage_of_blocks = 0.0 if block is None else leaving[block]
         left = [cost for index, cost in enumerate(costs) if index not in gone]
         for heads in range(layout.heads, 0, -1) if layout.heads else [0]:
-            units = _units_within(left, limit, heads / (layout.heads or 1), layout.units, config.round_to)
+            units = _units_within(
+                left, limit, heads / layout.heads if layout.heads else 1.0, layout.units, config.round_to
+            )
             if units is not None:
                 inside = damage_of_units(layout.units - units) + damage_of_heads(layout.heads - heads)  # all blocks
                 shrinkage = Shrinkage(
@@ -123,7 +125,8 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
 def _units_within(left: Sequence[Cost], limit: float, heads: float, width: int, step: int) -> int | None:
     """The largest number of hidden units, a multiple of ``step`` or all, that keeps the cost within a limit."""
     choices = [width, *range((width - 1) // step * step, 0, -step)]
-    cost = {units: sum(cost.of(units / (width or 1), heads) for cost in left) for units in choices}
+    shares = {units: units / width if width else 1.0 for units in choices}  # where no units can leave, all stay
+    cost = {units: sum(cost.of(share, heads) for cost in left) for units, share in shares.items()}
     return next((units for units in choices if cost[units] <= limit * (1 + 1e-9)), None)
 
 
@@ -141,7 +144,7 @@ def _head_parameters(block: Block) -> int:
 
 def _seconds(context: Context, sample: ActivationCache) -> list[Cost]:
     """Median seconds of a forward of each block over one batch, mean over ranks."""
-    one, found = sample.part([0]), []
+    one, found = sample.part(range(min(len(sample.hidden), 1))), []  # a rank may have no windows
     for block in context.layout.blocks:
         of_units = {p.module for network in block.networks for p in network.projections}
         of_heads = {p.module for p in block.attention.projections} if block.attention else set()

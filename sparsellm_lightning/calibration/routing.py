@@ -66,13 +66,15 @@ class RoutedTokens:
         """The tokens that are routed to an expert.
 
         An expert with n < m fitted tokens over all ranks, m being ``borrowing_below``, borrows the statistics of all tokens:
-        its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens.
+        its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens. (Where the router's weight
+        multiplies an expert's input, as in Llama 4, the input of other tokens is zero.)
         """
         parts = [window.of(expert) for window in self.windows]
         squares = [weight.float().square() for _, weight in parts]
         fitted = squares[: self.fitted_windows]
         totals = (
             torch.tensor([[float(w.sum()), float((w > 0).sum()), float(len(w))] for w in fitted], dtype=torch.float64)
+            .reshape(len(fitted), 3)  # a rank may have no windows
             .sum(0)
             .to(self.context.device)
         )

@@ -10,6 +10,7 @@ from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import PruningReport
+from sparsellm_lightning.runtime import check_device
 
 
 def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
@@ -20,8 +21,10 @@ def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
         trains: whether the run trains on after pruning.
 
     Raises:
-        UserError: no step is allowed; steps are asked for that are not taken; two callbacks that hold zeros.
+        UserError: a device that cannot prune; no step is allowed; steps are asked for that are not taken; two callbacks that
+            hold zeros.
     """
+    check_device(trainer.strategy.root_device)
     if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
         raise UserError(
             "SparseLLMCallback prunes when training starts, but nothing would run: max_steps, max_epochs and "

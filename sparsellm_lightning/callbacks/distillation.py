@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
 from sparsellm_lightning.callbacks.finetuning import SPARSE
+from sparsellm_lightning.callbacks.module import pretrained_of
 from sparsellm_lightning.distributed import adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model
@@ -126,7 +127,7 @@ class Distillation(pl.Callback):
         self._model = None
 
     def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedModel:
-        source = getattr(pl_module, "pretrained", None) if self.teacher is None else self.teacher
+        source = pretrained_of(pl_module) if self.teacher is None else self.teacher
         if isinstance(source, str):
             path, mesh = source, pl_module.device_mesh
             if mesh is not None:

@@ -22,6 +22,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_folders_apart, check_resumed, check_trainer
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
+from sparsellm_lightning.callbacks.module import is_sparse_already, pretrained_of, tokenizer_of
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
@@ -63,8 +64,8 @@ class SparseLLMCallback(SparseFinetuning):
     ``seed`` if it takes them), otherwise from the training dataloader. A run that resumes from a checkpoint taken after
     pruning does not prune again, nor does a second ``fit`` with the same model.
 
-    With ``finetune`` the run trains on and keeps the zeros (:class:`~sparsellm_lightning.SparseFinetuning`). A module whose
-    ``weights`` attribute names a sparse model (``CausalLM(weights=...)``) is trained and not pruned.
+    With ``finetune`` the run trains on and keeps the zeros (:class:`~sparsellm_lightning.SparseFinetuning`).
+    ``CausalLM(weights=...)``, which names a sparse model, is trained and not pruned.
 
     Args:
         finetune: train on after pruning. False: the run stops.
@@ -129,6 +130,7 @@ class SparseLLMCallback(SparseFinetuning):
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
+        self._unfinished = False  # whether pruning has begun and not ended
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
@@ -139,7 +141,7 @@ class SparseLLMCallback(SparseFinetuning):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._restored = False
+        self._restored = self._unfinished = False
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         self._unsaved = unsaved_float32_buffers(pl_module)
@@ -148,6 +150,11 @@ class SparseLLMCallback(SparseFinetuning):
             check_run(trainer, self.schedule)
         if self.push_to_hub is not None and self.export_dir is None:
             raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
+        if self.pack and self.push_to_hub is not None:
+            raise UserError(
+                "pack writes files that load_model reads from a folder, not from the hub, but push_to_hub is set. Set pack to "
+                "false, or leave push_to_hub out."
+            )
         if self.export_dir is not None:
             check_folders_apart(trainer, self.export_dir, self.resume_dir)
             if trainer.is_global_zero:
@@ -162,7 +169,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self.config.removed_shares and self.export_dir is not None:
             check_shrinkable(layout, fixed_shrinkage(layout, self.config))
         if self.export_dir is not None:
-            getattr(pl_module, "tokenizer", None)  # a tokenizer that cannot be loaded is an error before any long work
+            tokenizer_of(trainer, pl_module)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(
                 "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
@@ -179,12 +186,12 @@ class SparseLLMCallback(SparseFinetuning):
             if trainer.is_global_zero:
                 log.info("This model is pruned already. It is not pruned again.")
             self._hold(trainer, pl_module)
-        elif _is_sparse_already(pl_module):
+        elif is_sparse_already(pl_module):
             self._start_from_sparse(trainer, pl_module)
         else:
             self._prune(trainer, pl_module)
         assert self.report is not None
-        self.report.model = getattr(pl_module, "pretrained", None) or self.report.model
+        self.report.model = pretrained_of(pl_module) or self.report.model
         self._pruned_model = weakref.ref(model)
         if not self._trains_on(pl_module):
             trainer.should_stop = True
@@ -203,7 +210,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self.report is None:
             return
         left = list(self.schedule or {})[len(self.report.stages) :]
-        if left and not _is_sparse_already(pl_module):
+        if left and not is_sparse_already(pl_module):
             rank_zero_warn(
                 f"The run ended at step {trainer.global_step}, before the schedule's stages at {', '.join(map(str, left))}. "
                 "Train longer, or prune earlier."
@@ -221,16 +228,23 @@ class SparseLLMCallback(SparseFinetuning):
         self._claim.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"report": None if self.report is None else self.report.to_dict()}
+        report = None if self.report is None else self.report.to_dict()
+        return super().state_dict() | {"report": report, "unfinished": self._unfinished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        if state_dict.get("unfinished"):
+            raise UserError(
+                "ckpt_path must be a checkpoint from before or after pruning, but this one was saved during it, when the model "
+                "was half pruned. Start without ckpt_path. With resume_dir, finished blocks are not solved again."
+            )
         report = state_dict["report"]
         self.report = None if report is None else PruningReport(**report)
         self._restored = True
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, or prune further, and hold the zeros."""
+        self._unfinished = True
         with ending_on_sigterm():
             try:
                 self.report = self._pruned_report(trainer, pl_module)
@@ -240,6 +254,7 @@ class SparseLLMCallback(SparseFinetuning):
                     kept = f"Finished blocks are in {self.resume_dir}. Start the same command again to go on."
                 log.warning("Pruning was interrupted. %s", kept)
                 raise
+        self._unfinished = False
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(callback, WeightAveraging) and average is not None:
@@ -337,7 +352,7 @@ class SparseLLMCallback(SparseFinetuning):
             export = partial(
                 export_model,
                 model,
-                tokenizer=getattr(pl_module, "tokenizer", None),
+                tokenizer=tokenizer_of(trainer, pl_module),
                 state_dict=state,
                 report=content,
                 more=partial(save_companions, report),
@@ -357,7 +372,7 @@ class SparseLLMCallback(SparseFinetuning):
             self.hold(trainer, pl_module, held)
 
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:
-        return self.finetune or _is_sparse_already(pl_module)
+        return self.finetune or is_sparse_already(pl_module)
 
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
@@ -371,7 +386,7 @@ class SparseLLMCallback(SparseFinetuning):
         """See :meth:`Measurer.examples`. Without an export nobody reads them."""
         if not self.measure or self.export_dir is None:
             return []
-        tokenizer = getattr(pl_module, "tokenizer", None)
+        tokenizer = tokenizer_of(trainer, pl_module)
         return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)
 
     @staticmethod
@@ -385,7 +400,3 @@ class SparseLLMCallback(SparseFinetuning):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _is_sparse_already(pl_module: pl.LightningModule) -> bool:
-    return getattr(pl_module, "weights", None) is not None

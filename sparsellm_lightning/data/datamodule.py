@@ -217,7 +217,12 @@ class TextDataModule(LightningDataModule):
         dataset = WindowDataset(windows)
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
         return ResumableLoader(
-            dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator()
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
 
     def check_training(self) -> None:

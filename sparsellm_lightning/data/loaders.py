@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -35,15 +36,22 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     The loader counts epochs and batches itself and continues an interrupted iteration where it stopped. Lightning's own count
     is one ahead in a checkpoint that is saved when ``max_steps`` ends a run, and Lightning may begin an epoch twice.
+
+    Args:
+        limit: batches of an epoch, or their share, as the Trainer's ``limit_train_batches``.
     """
 
     _epoch = 0
     _taken = 0
 
+    def __init__(self, *args: Any, limit: int | float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
     def __iter__(self) -> Any:
         self.load_state_dict(self.state_dict())
-        assert isinstance(self.sampler, DistributedSampler)
-        self.sampler.set_epoch(self._epoch)
+        if isinstance(self.sampler, DistributedSampler):  # overfit_batches puts another in its place
+            self.sampler.set_epoch(self._epoch)
         skipped = self._taken
         for index, batch in enumerate(super().__iter__()):
             if index >= skipped:
@@ -52,7 +60,9 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of its batches that were taken."""
-        over = self._taken == len(self)  # an iterator of known length is not asked for one batch more
+        batches = len(self)
+        limit = int(self.limit * batches) if isinstance(self.limit, float) else self.limit
+        over = self._taken >= min(limit, batches)  # an iterator of known length is not asked for one batch more
         return {"epoch": self._epoch + over, "batches": 0 if over else self._taken}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -81,21 +91,25 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     accepted = inspect.signature(loader).parameters
     wanted = {"num_samples": num_samples, "seed": seed}
     source = str(getattr(data, "calibration_text", type(data).__name__))
-    return loader(**{name: value for name, value in wanted.items() if name in accepted}), False, source
+    batches = loader(**{name: value for name, value in wanted.items() if name in accepted})
+    return batches, _is_sharded(batches), source
 
 
 def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
     """The validation batches, or None, and whether they hold this rank's share only."""
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
         if owner is not None and is_overridden("val_dataloader", owner):
-            loaders, sharded = owner.val_dataloader(), False
+            loaders = owner.val_dataloader()
             break
     else:
         loaders = trainer.val_dataloaders
-        sharded = _is_sharded(loaders)
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    elif isinstance(loaders, CombinedLoader):
+        loaders = loaders.flattened
     if isinstance(loaders, (list, tuple)):
-        return (chain.from_iterable(loaders), sharded) if loaders else (None, sharded)
-    return loaders, sharded
+        return (chain.from_iterable(loaders) if loaders else None), _is_sharded(loaders)
+    return loaders, _is_sharded(loaders)
 
 
 class _Fresh:

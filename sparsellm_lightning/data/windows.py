@@ -64,6 +64,8 @@ def take_windows(
 ) -> tuple[list[CalibrationBatch], int]:
     """This rank's share of the first ``count`` windows (rows of batches), and the number of windows over all ranks.
 
+    Rows in which no token counts, such as padded empty lines, are passed over.
+
     Args:
         batches: batches that :func:`~sparsellm_lightning.models.model_inputs` accepts.
         count: windows over all ranks.
@@ -80,20 +82,20 @@ def take_windows(
     wanted = len(range(ranks.rank, count, ranks.size)) if sharded else count
     taken, seen = [], 0
     for batch in batches if wanted else ():
-        inputs = model_inputs(batch)
-        whole = CalibrationBatch(inputs, None)
-        mine = [row for row in range(min(whole.windows, wanted - seen)) if (seen + row) % size == rank]
+        whole = CalibrationBatch(model_inputs(batch), None)
+        rows = _rows_that_count(whole)[: wanted - seen]
+        mine = [row for number, row in enumerate(rows, seen) if number % size == rank]
         if mine:
             chosen = {key: value.to(device) for key, value in whole.rows(mine).inputs.items()}
             taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
-        seen += whole.windows
+        seen += len(rows)
         if seen >= wanted:
             break
     (total,) = ranks.total(sum(batch.windows for batch in taken))
     if not total:
         raise UserError(
             "Pruning needs at least one calibration window, but the calibration (or training) dataloader gave none. "
-            "Check its dataset and length."
+            "(or only padding). Check its dataset and length."
         )
     return taken if batch_tokens is None else regrouped(taken, batch_tokens), total
 
@@ -254,6 +256,14 @@ def _cut(batch: CalibrationBatch, row: int, length: int) -> CalibrationBatch:
         across = key == "attention_mask" and own.dim() == 4  # queries by keys
         inputs[key] = own[..., columns, columns] if across else own[:, columns]
     return CalibrationBatch(inputs, counts[None, columns].to(own.device))
+
+
+def _rows_that_count(batch: CalibrationBatch) -> list[int]:
+    mask = batch.inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return list(range(batch.windows))
+    rows: list[int] = mask.bool().any(1).nonzero().flatten().tolist()
+    return rows
 
 
 def _valid(mask: Tensor | None) -> Tensor | None:

@@ -28,9 +28,14 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
     """The model's keyword arguments in a batch: a dict, a tensor of token ids, or a sequence that begins with one.
 
     Raises:
-        UserError: another kind of batch.
+        UserError: another kind of batch, or a sequence that holds a mask too.
     """
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
+        if any(_is_mask(other, batch[0]) for other in batch[1:]):
+            raise UserError(
+                "Of a batch that is a sequence only the token ids are used, but this one holds what looks like an attention "
+                "mask, with zeros. Have the dataloader give a dict with 'input_ids' and 'attention_mask'."
+            )
         batch = batch[0]
     if isinstance(batch, Tensor):
         return {"input_ids": batch}
@@ -40,9 +45,16 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
             return inputs
     keys = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
     raise UserError(
-        f"A calibration batch must be token ids or a dict with 'input_ids', got {type(batch).__name__}{keys}. "
-        "Have the calibration dataloader give such batches."
+        f"A batch of text must be token ids or a dict with 'input_ids', got {type(batch).__name__}{keys}. Have the dataloaders "
+        "for calibration and validation give such batches. (With measure false, validation batches are not read.)"
     )
+
+
+def _is_mask(other: Any, ids: Tensor) -> bool:
+    """Whether a tensor beside token ids holds ones and zeros, so that some of them do not count."""
+    if not isinstance(other, Tensor) or other.shape != ids.shape or other.is_floating_point():
+        return False
+    return bool((other == 0).any()) and bool(((other == 0) | (other == 1)).all())
 
 
 def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:

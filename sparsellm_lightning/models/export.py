@@ -110,7 +110,7 @@ def export_model(
         sizes = {"files_bytes": pack_folder(partial)} if pack else {}
         files = sorted({REPORT_NAME, *(entry.name for entry in partial.iterdir())})
         content = json.dumps({**(report() if report else {}), **sizes, "files": files}, indent=2, allow_nan=False)
-        (partial / REPORT_NAME).write_text(content + "\n")
+        (partial / REPORT_NAME).write_text(content + "\n", encoding="utf-8")
         _put_in_place(partial, target)
     return target
 
@@ -120,9 +120,9 @@ def add_to_report(folder: str | Path, **entries: Any) -> None:
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
         return
-    content = json.dumps(json.loads(path.read_text()) | entries, indent=2, allow_nan=False)
+    content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, allow_nan=False)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    new.write_text(content + "\n")
+    new.write_text(content + "\n", encoding="utf-8")
     new.replace(path)
 
 
@@ -151,7 +151,7 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
 def _exported(folder: Path) -> set[str]:
     """Names of the files that an earlier export wrote into a folder."""
     try:
-        report = json.loads((folder / REPORT_NAME).read_text())
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
         return {str(name) for name in report["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

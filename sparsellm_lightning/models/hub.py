@@ -40,8 +40,8 @@ def upload(folder: Path, repo: str) -> str:
     """
     api = HfApi()
     try:
-        api.create_repo(repo, private=True, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Pruned by sparsellm_lightning")
+        full = api.create_repo(repo, private=True, exist_ok=True).repo_id  # with the user's name, if that was left out
+        commit = api.upload_folder(repo_id=full, folder_path=folder, commit_message="Pruned by sparsellm_lightning")
     except Exception as error:  # network, rights, quota
         raise UserError(
             f"push_to_hub {repo} failed ({error}). The model is in {folder}: `hf upload {repo} {folder}` tries again."

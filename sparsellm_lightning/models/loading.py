@@ -91,7 +91,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
 
 def _from_packed(folder: str, **options: Any) -> Any:
     """``from_pretrained`` for a folder with packed weights."""
-    config = AutoConfig.from_pretrained(folder)  # nosec B615
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # nosec B615
     plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded = plain.from_pretrained(None, config=config, state_dict=read_packed(folder), **options)
     loaded[0].config.name_or_path = folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.loading import load_model
+from sparsellm_lightning.runtime import best_device
 
 _PROMPT = 8  # tokens in front of those that are generated one by one
 
@@ -79,7 +80,7 @@ def measure_speed(
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}. Leave it out for the default.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     found, models = [], []
     for name in names:
         model = load_model(name, dtype).eval().to(device)
@@ -97,11 +98,10 @@ def measure_speed(
             )
         )
         models.append(model)
-        if device.type == "cuda":
-            sparse = copy.deepcopy(model)
-            if use_semi_structured(sparse):
-                found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))
-                models.append(sparse)
+        if device.type == "cuda" and any(True for _ in _semi_structured(model)):
+            models.append(copy.deepcopy(model))
+            use_semi_structured(models[-1])
+            found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))
     for repetition in range(repeats + 1):
         for speed, model in zip(found, models, strict=True):
             load = _seconds(partial(load_model, speed.name, dtype), device)
@@ -116,15 +116,20 @@ def measure_speed(
 
 def use_semi_structured(model: PreTrainedModel) -> int:
     """Replace 16-bit weights of linear layers that have 2:4 zeros by torch's semi-structured tensors. Returns their number."""
-    found = 0
+    modules = list(_semi_structured(model))
+    for module in modules:
+        weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    return len(modules)
+
+
+def _semi_structured(model: PreTrainedModel) -> Iterator[nn.Linear]:
+    """The linear layers with 2:4 zeros whose dtype and shape torch's kernels take."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype in (torch.float16, torch.bfloat16):
-            weight = module.weight.detach()
-            # The shapes that torch's kernels take.
-            if weight.shape[0] % 32 == weight.shape[1] % 64 == 0 and _is_two_of_four(weight):
-                module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
-                found += 1
-    return found
+            rows, columns = module.weight.shape
+            if rows % 32 == columns % 64 == 0 and _is_two_of_four(module.weight.detach()):
+                yield module
 
 
 def _is_two_of_four(weight: Tensor) -> bool:

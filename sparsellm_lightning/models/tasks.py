@@ -74,8 +74,8 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]]) ->
         results: by model and task.
     """
     path = folder / RESULTS_NAME
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    files = json.loads((folder / REPORT_NAME).read_text())["files"]
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    files = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["files"]
     add_to_report(folder, files=sorted({*files, RESULTS_NAME}))
     return path
 

@@ -19,6 +19,7 @@ from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
 from sparsellm_lightning.models.loading import load_model
 from sparsellm_lightning.models.packed import is_packed, read_packed
+from sparsellm_lightning.runtime import best_device
 from sparsellm_lightning.solvers import all_finite
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -64,7 +65,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     found += _compare_tied(model)
     found += _compare_sparsity(describe(model), report)
     if batches is not None and not found:
-        measured = perplexity(model, batches)
+        measured = perplexity(model.to(best_device()), batches)
         reported = report["perplexity"].get("finetuned", report["perplexity"].get("pruned"))
         if reported is None:
             found.append(f"perplexity: the report has none, the files give {measured:.4f}")
@@ -89,7 +90,11 @@ class _Stored(Mapping[str, Tensor]):
         self.damaged: list[str] = []
         try:
             index = folder / _INDEX
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {_SINGLE}
+            names = (
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                if index.exists()
+                else {_SINGLE}
+            )
         except (OSError, ValueError, KeyError, AttributeError) as error:
             names = set()
             self.damaged.append(f"{_INDEX}: cannot be read ({error})")
@@ -115,7 +120,7 @@ class _Stored(Mapping[str, Tensor]):
 
 def _read_report(folder: Path) -> dict[str, Any]:
     try:
-        report = json.loads((folder / REPORT_NAME).read_text(), parse_constant=_refuse_constant)
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         missing = {"files", "layers", "sparsity", "pattern", "perplexity"} - report.keys()
         cause = f"it lacks {', '.join(sorted(missing))}" if missing else ""
     except (OSError, ValueError, AttributeError) as error:

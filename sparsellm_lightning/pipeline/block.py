@@ -168,14 +168,14 @@ def _solve_experts(
                 context, feed_forward, fitted.x, prune, chunks=fitted.chunks, weights=fitted.weights, name=name
             )
         else:
-            y = torch.cat(
-                [feed_forward(part.to(context.device, torch.float32)) for part in tokens.x.split(tokens.chunks)]
-            )
+            y = TokenBuffer(len(tokens.x), network.roles["down"].shape[0], cache.storage)
+            for part in tokens.x.split(tokens.chunks):
+                y.add(feed_forward(part.to(context.device, torch.float32)))
             with phase("alternation"):
                 solution = alternate(
                     feed_forward,
                     tokens.x,
-                    y,
+                    y.filled(),
                     prune,
                     chunks=tokens.chunks,
                     leading_chunks=None,

@@ -16,6 +16,7 @@ from sparsellm_lightning.distributed import local_tensor
 
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
+LOSS_SCALE = 2.0**10  # of the losses, because float16 cannot hold gradients below 6e-8. Exact in other dtypes
 BETAS = (0.9, 0.95)  # of Adam. The usual 0.999 averages over more steps than there are
 
 
@@ -27,8 +28,9 @@ class KeptParameters:
     fewer weights are left.
 
     Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
-    sparsity. A whole parameter's gradient is gathered and freed during the backward, as soon as it is known. Gradients are
-    summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
+    sparsity. Losses are multiplied by :data:`LOSS_SCALE` before the backward. A whole parameter's gradient is gathered and
+    freed during the backward, as soon as it is known. Gradients are summed over ranks, each of which has its own tokens.
+    Sharded parameters are tuned shard by shard.
 
     Args:
         context: of the run.
@@ -130,7 +132,7 @@ class KeptParameters:
         """Add a parameter's gradient to that of the next step, and free it."""
         if parameter.grad is None:
             return
-        gradient = self._kept_of(index, local_tensor(parameter.grad))
+        gradient = self._kept_of(index, local_tensor(parameter.grad)).div_(LOSS_SCALE)
         parameter.grad = None
         values = self.values[index]
         values.grad = gradient if values.grad is None else values.grad.add_(gradient)

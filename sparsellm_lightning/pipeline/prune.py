@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import ROUTES
+from sparsellm_lightning.architecture import ROUTES, device_of
 from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
 from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
@@ -40,12 +40,15 @@ from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
 from sparsellm_lightning.runtime import (
     MemoryMeter,
     Profile,
+    check_device,
     claimed,
     explaining_memory,
     gemm_peak,
     phase,
     showing,
 )
+
+MANY_ZEROS = 0.1  # share of a projection's weights, which no dense one has
 
 
 def prune_model(
@@ -87,6 +90,7 @@ def prune_model(
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     adapter = adapter or StrategyAdapter()
+    check_device(device_of(model))
     config = _without_head(model, config, adapter)
     context = Context(adapter.describe(model, config), config, adapter, keep_zeros)
     adapter.check(context.layout)
@@ -132,6 +136,8 @@ def prune_model(
             batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
         _warn_of_dense_layers(context)
+        if not keep_zeros:
+            _warn_of_pruned_parts(context)
         distiller = _distiller(context, batches, fitted)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
@@ -291,6 +297,18 @@ def _warn_of_dense_layers(context: Context) -> None:
     if left:
         more = f" and {len(left) - 4} more, which the report names" if len(left) > 4 else ""
         warnings.warn(f"These layers stay dense: {', '.join(left[:4])}{more}.", stacklevel=3)
+
+
+def _warn_of_pruned_parts(context: Context) -> None:
+    """A model of which only a part is sparse may have been left behind by a run that was interrupted."""
+    layers, _ = layer_rows(context.layout, context.adapter)
+    sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
+    if 0 < len(sparse) < len(layers) and context.ranks.rank == 0:
+        warnings.warn(
+            f"{len(sparse)} of {len(layers)} projections have many zeros already, such as {sparse[0]}. If an interrupted run "
+            "has left this model half pruned, load the dense model again.",
+            stacklevel=3,
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

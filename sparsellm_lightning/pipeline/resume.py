@@ -74,7 +74,7 @@ class Journal:
         """The fingerprint in the folder. None if there is none."""
         path = self.folder / _FINGERPRINT
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -151,7 +151,7 @@ class Journal:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            return partial.rename(path)
+            return partial.replace(path)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()

@@ -20,8 +20,8 @@ def save_companions(report: PruningReport, folder: Path) -> None:
         pass
     else:
         images = [path.name for path in save_plots(report, folder)]
-    (folder / "README.md").write_text(model_card(report, images))
-    (folder / "report.html").write_text(report_page(report, folder, images))
+    (folder / "README.md").write_text(model_card(report, images), encoding="utf-8")
+    (folder / "report.html").write_text(report_page(report, folder, images), encoding="utf-8")
 
 
 def save_sweep(model: str, rows: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -39,4 +39,4 @@ def save_sweep(model: str, rows: Sequence[dict[str, Any]], folder: Path) -> None
     else:
         picture = folder / "sweep.png"
         sweep_figure(model, rows).savefig(picture, dpi=120)
-    (folder / "sweep.html").write_text(sweep_page(model, rows, picture))
+    (folder / "sweep.html").write_text(sweep_page(model, rows, picture), encoding="utf-8")

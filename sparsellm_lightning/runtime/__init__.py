@@ -1,6 +1,7 @@
 """What the machine decides and shows: memory, the arithmetic of products, where the time goes, who writes to a folder."""
 
 from sparsellm_lightning.runtime.claims import claimed
+from sparsellm_lightning.runtime.device import best_device, check_device
 from sparsellm_lightning.runtime.memory import (
     MemoryMeter,
     Placement,
@@ -21,6 +22,8 @@ __all__ = [
     "Placement",
     "Profile",
     "Sizes",
+    "best_device",
+    "check_device",
     "claimed",
     "coarse_dtype",
     "draws_bars",

@@ -14,17 +14,14 @@ import torch
 
 @contextmanager
 def fastest_float32(device: torch.device) -> Iterator[None]:
-    """Have oneDNN compute float32 products on CPUs where it does not round them.
+    """The fastest float32 products that keep float32's accuracy.
 
-    By default torch gives float32 products to MKL, which reaches about half of oneDNN's speed on AMD processors. torch uses
-    oneDNN if reduced precision is allowed. On processors without reduced kernels oneDNN computes in float32 all the same. On
-    other processors nothing is changed.
+    A coarser precision that was set outside, such as TF32, does not hold inside. By default torch gives float32 products to
+    MKL, which reaches about half of oneDNN's speed on AMD processors. torch uses oneDNN if reduced precision is allowed. On
+    processors without reduced kernels oneDNN computes in float32 all the same.
     """
-    if device.type != "cpu" or not _medium_is_exact():
-        yield
-        return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and _medium_is_exact() else "highest")
     try:
         yield
     finally:

@@ -35,11 +35,6 @@ class Factor:
         return rows @ self.upper.T @ self.upper
 
 
-def exact_dtype(device: torch.device | str) -> torch.dtype:
-    """float64, or float32 on a device that has no float64 (MPS)."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
 def spd_inverse(matrix: Tensor) -> Tensor:
     """Inverse of a well-conditioned symmetric positive definite matrix, (d, d) float32.
 
@@ -72,7 +67,7 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
     mean = float(diagonal.mean()) or 1.0
     for attempt in range(MAX_DAMPING_RAISES + 1):
         fraction = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
-        for dtype in (torch.float32, exact_dtype(gram.device)):
+        for dtype in (torch.float32, torch.float64):
             damped = gram.to(dtype, copy=True)
             damped.diagonal().add_(fraction * mean).add_(dead.to(dtype) * mean)
             upper = _inverse_factor(damped)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.solvers.admm import admm
-from sparsellm_lightning.solvers.factorization import exact_dtype
 from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.magnitude import magnitude
 from sparsellm_lightning.solvers.patterns import Containing, Pattern, Stacked
@@ -51,13 +50,16 @@ def solve_stacked(
         pruned_before: bool masks, like ``targets``. Entries that are True are pruned first (gradual pruning).
 
     Returns:
-        the pruned rows of each matrix. The error of ``admm`` and ``sparsegpt`` is at most that of magnitude pruning.
+        the pruned rows of each matrix, by magnitude where the input was zero for every token. The error of ``admm`` and
+        ``sparsegpt`` is at most that of magnitude pruning.
     """
     sizes = [len(target) for target in targets.values()]
     pattern: Pattern = Stacked([patterns[name] for name in targets], sizes)
     if pruned_before is not None:
         pattern = Containing(pattern, torch.cat([pruned_before[name] for name in targets]))
     stacked = torch.cat(list(targets.values()))
+    if not bool(inputs.gram.diagonal().any()):  # all masks have error 0, and ties would be broken by position
+        solver = LOCAL_SOLVERS["magnitude"]
     solved = solver(stacked, inputs, pattern)
     if solver in _CORRECTING:
         solved = _at_most_magnitude(solved, stacked, inputs, pattern, sizes)
@@ -99,7 +101,7 @@ def _errors(
     """``‖(Ŵ − W) H^{1/2}‖²`` of each matrix for the solution and for magnitude pruning, (2, matrices); magnitude's weights."""
     plain = magnitude(target, pattern)
     damping = float(inputs.damping * inputs.gram.diagonal().mean())
-    errors = target.new_empty(2, len(sizes), dtype=exact_dtype(target.device))
+    errors = target.new_empty(2, len(sizes), dtype=torch.float64)
     for row, candidate in enumerate((solved, plain)):
         difference = target - candidate
         count(2 * difference.numel() * len(inputs.gram))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,13 +66,16 @@ def solve_locally(
     """
     device, width, outputs = dense.up.device, dense.up.shape[0], dense.down.shape[0]
     sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
-    tokens = [part.to(device, torch.float32) for part in x.split(sizes)]
     roots = square_roots(weights, sizes, device)
-    weighted = (scaled(x_c, root) for x_c, root in zip(tokens, roots, strict=True))
+
+    def tokens() -> Iterator[tuple[Tensor, Tensor | float]]:
+        return zip((part.to(device, torch.float32) for part in x.split(sizes)), roots, strict=True)
+
+    weighted = (scaled(x_c, root) for x_c, root in tokens())
     inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")
     pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}, inputs)
     iterate = _with_weights(dense, {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()})
-    activations = (scaled(iterate.hidden(x_c), root) for x_c, root in zip(tokens, roots, strict=True))
+    activations = (scaled(iterate.hidden(x_c), root) for x_c, root in tokens())
     hidden = _statistics(width, activations, device, ranks, damping, f"{name}down")
     down = prune({"down": _rows(dense.down, ranks)}, hidden)["down"]
     return Solution(replace(iterate, down=ranks.gather_rows(down, outputs)), inputs, hidden, [], [])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.solvers.errors import NumericalError
-from sparsellm_lightning.solvers.factorization import Factor, exact_dtype, factorize
+from sparsellm_lightning.solvers.factorization import Factor, factorize
 from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.ranks import Ranks
 
@@ -36,7 +36,7 @@ class Cross:
     def __init__(
         self, rows: int, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        self._sum = torch.zeros(rows, columns, dtype=exact_dtype(device), device=device)
+        self._sum = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._tokens = 0
         self._product = torch.empty(self._product_rows(), columns, dtype=dtype, device=device)
 
@@ -153,6 +153,6 @@ def relative_error(dense: Tensor, pruned: Tensor, gram: Tensor, ranks: Ranks) ->
     difference = dense - pruned
     count(4 * dense.numel() * len(gram))
     sums = torch.stack([((difference @ gram) * difference).sum(), ((dense @ gram) * dense).sum()])
-    sums = sums.to(exact_dtype(gram.device))
+    sums = sums.to(torch.float64)
     ranks.sum_(sums)
     return float(sums[0] / sums[1]) if sums[1] > 0 else 0.0

@@ -33,6 +33,7 @@ from sparsellm_lightning import (
     prune_model,
     verify_export,
 )
+from sparsellm_lightning.pipeline.kept import KeptParameters
 
 
 @pytest.fixture
@@ -73,9 +74,8 @@ def test_the_device_refuses_what_a_gpu_refuses(device: torch.device) -> None:
     assert here.tolist() == [[2.0] * 3] * 2
 
 
-LITTLE = (
-    1_300_000  # bytes: room for the work on a block of the tiny LLaMA, not for its activations, nor for Adam's moments
-)
+# Bytes: room for the work on a block of the tiny LLaMA, not for its activations, nor at 50 % for Adam's moments.
+LITTLE = 1_300_000
 OTHERS = ("opt-350m", "gemma2")
 SETTINGS: dict[str, dict[str, Any]] = {
     "wanda": {"preset": "paper", "method": "wanda", "pattern": "2:4"},
@@ -87,7 +87,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best", "reconstruction_steps": 4, "distillation_steps": 2},
     "owl": {"preset": "fast", "allocation": "owl"},
     "on the host": {"preset": "paper", "target": "model", "memory": LITTLE},
-    "on the host, tuned": {"preset": "balanced", "reconstruction_steps": 4, "distillation_steps": 2, "memory": LITTLE},
+    "on the host, tuned": {
+        "preset": "balanced",
+        "sparsity": 0.5,
+        "reconstruction_steps": 4,
+        "distillation_steps": 2,
+        "memory": LITTLE,
+    },
 }
 
 
@@ -101,13 +107,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_prune(device: torch.device, name: str, settings: str) -> None:
+def test_prune(device: torch.device, name: str, settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storages: list[torch.device] = []
+
+    class Recorded(KeptParameters):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            storages.append(self.storage)
+
+    monkeypatch.setattr("sparsellm_lightning.pipeline.distil.KeptParameters", Recorded)
     chosen = config(**{"sparsity": None if "2:4" in SETTINGS[settings].values() else 0.6, **SETTINGS[settings]})
     expected, model = build_model(name), moved(build_model(name))
     prune_model(expected, random_batches(), replace(chosen, memory="auto"))
     prune_model(model, random_batches(), chosen)
     assert all(parameter.device == DEVICE for parameter in model.parameters())
     assert perplexity(model, random_batches()) == pytest.approx(perplexity(expected, random_batches()), rel=0.02)
+    if settings == "on the host, tuned":
+        assert storages[-1].type == "cpu"
+    elif chosen.distillation_steps:
+        assert storages[-1] == DEVICE
     if settings in ("wanda", "sparsegpt", "paper"):
         assert_close(model, expected)
 

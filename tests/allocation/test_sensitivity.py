@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -352,3 +353,31 @@ def test_a_model_without_a_head() -> None:
     config = PruningConfig(preset="paper", method="magnitude", allocation="kl")
     with pytest.raises(UserError, match=r"allocation kl, .* LlamaModel has no language-model head"):
         prune_model(model, [batch.inputs for batch in random_windows()], config)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "atp", "kl_blocks"])
+def test_little_sparsity(allocation: Any) -> None:
+    """The spread is limited so that no part gets less than none."""
+    config = PruningConfig(preset="fast", sparsity=0.1, allocation=allocation)
+    model, windows = build_model("gpt2"), random_windows()
+    found = allocated(model, windows, config)
+    layout = describe(model, config)
+    assert all(0 <= s <= 1 for s in found.values())
+    total = sum(zeros_of(p, found) for p in pruned_of(layout))
+    assert total == pytest.approx(0.1 * sum(p.parameter.numel() for p in pruned_of(layout)), abs=1)
+
+
+def test_parts_that_have_the_sparsity_already_are_not_free() -> None:
+    """A later stage of gradual pruning: pruning to what a part has changes nothing, but pruning further does."""
+    config = PruningConfig(preset="paper", method="sparsegpt", sparsity=0.6, allocation="kl_blocks")
+    model = build_model("llama")
+    prune_model(model, [batch.inputs for batch in random_windows()], replace(config, allocation="uniform"))
+    context = replace(make_context(model, config), keep_zeros=True)
+    with torch.no_grad():
+        batches = random_windows()
+        curves = list(sensitivity._damages(context, capture(context, batches, 0), batches))
+    assert curves
+    for at, damages in curves:
+        assert at[1] == 0.6
+        assert damages[0] == damages[1] == 0
+        assert damages[2] > 0

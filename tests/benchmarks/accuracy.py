@@ -6,7 +6,7 @@
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
-a hash of its configuration, its windows and the number of blocks. The hash does not cover the code. So a run that was killed,
+a hash of its configuration, the model's weights and its windows. The hash does not cover the code. So a run that was killed,
 or is asked for more cells, goes on. ``--again`` measures the chosen cells again. The tables show all known cells. With
 ``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
@@ -18,7 +18,6 @@ windows, tables show means, and mark the cells of which some seeds are missing.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from common import (
     SMOLLM2,
     TEST_TEXT,
     Job,
+    hash_of,
     measure,
     other_python,
     parser,
@@ -105,28 +105,20 @@ class Results:
     Args:
         path: of a JSON file, created by the first :meth:`add`. It may hold cells of other runs.
         job: what all cells of this run have in common, as :func:`common.prepared` gives it.
-        layers: of the model; None for all.
         seed: of the settings. It has chosen the job's windows too.
     """
 
-    def __init__(self, path: Path, job: Job, layers: int | None, seed: int) -> None:
-        self.path, self.seed, self.texts = path, seed, list(job["texts"])
+    def __init__(self, path: Path, job: Job, seed: int) -> None:
+        self.path, self.seed, self.texts, self.content = path, seed, list(job["texts"]), job["content"]
         self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
-        files = [job["windows"], *job["texts"].values()]
-        self.common: Settings = {
-            "layers": layers,
-            "texts": self.texts,
-            "windows": [_hash_of_windows(f) for f in files],
-        }
 
     def key(self, cell: Cell) -> str:
-        settings = dict(self.common)
+        settings: Settings = {"content": self.content}
         if cell != DENSE:
             config = self.config_of(cell)
             theirs = "modifier" in config
             settings["config"] = {**config, "package": LLM_COMPRESSOR} if theirs else asdict(PruningConfig(**config))
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return " | ".join((*cell, digest[:16]))
+        return " | ".join((*cell, hash_of(settings)))
 
     def config_of(self, cell: Cell) -> Settings:
         config = config_of(cell)
@@ -175,12 +167,6 @@ def show(seeds: Sequence[Results], cell: Cell, figure: str) -> str:
     means = [statistics.fmean(values) for values in zip(*figures, strict=True)]
     shown = " / ".join(_shown(mean, figure) for mean in means)
     return shown + (" *" if len(figures) < len(seeds) else "")
-
-
-def _hash_of_windows(file: str) -> str:
-    import torch
-
-    return hashlib.sha256(torch.load(file).numpy().tobytes()).hexdigest()
 
 
 def _shown(value: float, figure: str) -> str:
@@ -264,10 +250,10 @@ def plot(results: Results, title: str, text: str) -> Figure:
             left.plot([k[0] for k in known], [k[1] for k in known], marker=".", label=row, **style)
         if result := results.find((row, "2:4")):
             left.plot(50, result["perplexity"][text], marker="x", color=f"C{index}")
-        result, gap = results.find((row, "70")), results.gap((row, "70"), text)
-        if result is not None and gap is not None:
-            right.plot(result["seconds"], gap, marker="o", color=f"C{index}")
-            right.annotate(row, (result["seconds"], gap), xytext=(5, 4), textcoords="offset points", fontsize="small")
+        seconds, gap = results.figures((row, "70"), SECONDS), results.gap((row, "70"), text)
+        if seconds is not None and gap is not None:
+            right.plot(seconds[0], gap, marker="o", color=f"C{index}")
+            right.annotate(row, (seconds[0], gap), xytext=(5, 4), textcoords="offset points", fontsize="small")
     if dense := results.find(DENSE):
         left.axhline(dense["perplexity"][text], color="black", linewidth=1, linestyle="--", label="dense")
     left.set(xlabel="zeros (%); crosses: 2:4", ylabel=f"perplexity on {text}", yscale="log")
@@ -341,7 +327,7 @@ def main() -> None:
         seeds = []
         for seed in options.seeds:
             with prepared(argparse.Namespace(**vars(options), model=model), texts, seed) as job:
-                results = Results(options.out / "accuracy.json", job, options.layers, seed)
+                results = Results(options.out / "accuracy.json", job, seed)
                 failed += [f"{model}, {row}, {column}" for row, column in measure_cells(results, job, wanted, options)]
                 seeds.append(results)
         name = Path(model.removeprefix("package:")).name

@@ -11,7 +11,7 @@ recipe finetune/distilled.yaml does, half of the loss being from the dense model
 and at a lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed
 in turn, in one process, as ``sparsellm benchmark`` does.
 
-Perplexities are kept in ``budgets.json`` by row, exports in folders beside it: other options need another ``--out``.
+Perplexities are kept in ``budgets.json`` by row and a hash of its settings, exports in folders beside it.
 ``--results`` writes the table into a section of that file.
 """
 
@@ -38,6 +38,7 @@ from common import (
     text,
     write_section,
 )
+from transformers import AutoConfig
 
 DISTILLED: dict[str, Any] = {"preset": "fast", "distillation_steps": 128}
 # Three quarters of the parameters of a block of SmolLM2 are its feed-forward network.
@@ -110,6 +111,12 @@ def speed_job(job: Job) -> Job:
     }
 
 
+def _blocks_of(row: str) -> int:
+    """The number of blocks that a row leaves out, if its pattern says so."""
+    pattern = ROWS[row].get("pattern")
+    return pattern.get("blocks", 0) if isinstance(pattern, dict) else 0
+
+
 def table(known: dict[str, Job], sizes: dict[str, Job]) -> str:
     """A line for each model: perplexities on both texts, size, and speed against dense."""
     texts = list(known["dense"]["perplexity"])
@@ -153,9 +160,10 @@ def main() -> None:
         job["train"] = save_windows(Path(job["model"]).with_name("train.pt"), train)
         folders = {row: options.out / row.replace(" %", "-percent").replace(",", "").replace(" ", "-") for row in ROWS}
         wanted: dict[str, Job] = {"dense": job}
-        for row in options.rows:
-            here = {**job, "row": row, "folder": str(folders[row])}
-            wanted[row] = {**here, "config": {**DISTILLED, **ROWS[row]}}
+        blocks = AutoConfig.from_pretrained(job["model"]).num_hidden_layers
+        for row in (row for row in options.rows if _blocks_of(row) < blocks):
+            here = {**job, "row": row, "folder": str(folders[row]), "config": {**DISTILLED, **ROWS[row]}}
+            wanted[row] = here
             if row in options.tuned:
                 wanted[f"{row}, fine-tuned"] = {**here, "steps": options.steps, "rate": options.rate}
         known = complete(options.out / "budgets.json", wanted, __file__)

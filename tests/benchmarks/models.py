@@ -1,6 +1,7 @@
 """Which causal-LM classes of ``transformers`` can be pruned: a tiny random model of each, by the paper's method.
 
-python tests/benchmarks/models.py --out recipes/MODELS.md [--types phi3 mixtral]
+python tests/benchmarks/models.py --out recipes/MODELS.md
+python tests/benchmarks/models.py --out some.md --types phi3 mixtral
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows, refused = [], []
+    rows, refused, right = [], [], 0
     for model_type in options.types:
         with tempfile.TemporaryDirectory() as folder, without_timm():
             try:
@@ -53,8 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 continue
         wrong = "" if not pruned.wrong and pruned.reloaded < 1e-4 else ", **wrong**"
         rows.append(f"| `{model_type}` | {pruned.row}{wrong} |")
+        right += not wrong
         print(rows[-1], flush=True)
-    header = HEADER.format(version=transformers.__version__, pruned=len(rows), all=len(options.types))
+    header = HEADER.format(version=transformers.__version__, pruned=right, all=len(options.types))
     options.out.write_text(header + "\n".join(rows) + "\n\n## Refused\n\n" + "\n".join(refused) + "\n")
 
 

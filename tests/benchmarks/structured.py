@@ -8,7 +8,8 @@ fine-tuning: FLAP (arXiv 2312.11983), which ranks a unit by the variance of its 
 mean of what left into a bias; ShortGPT (arXiv 2403.03853), which ranks a block by the cosine between its input and output. The
 package's methods ``wanda`` (Wanda-sp), ``magnitude`` and the presets are its own.
 
-Finished cells are kept in ``structured.json`` by their name. ``--results`` writes the table into a section of that file.
+Finished cells are kept in ``structured.json`` by their name and a hash of their settings. ``--results`` writes
+the table into a section of that file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from common import PYTHON_DOCS, TEST_TEXT, Job, complete, parser, prepared, prune_job, score_job, scores, write_section
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 UNITS = {"25 % of units": 0.25, "50 % of units": 0.5}
 DEPTHS = {"3 blocks": 3, "6 blocks": 6}
@@ -49,15 +51,15 @@ DEPTH_ROWS: dict[str, dict[str, Any]] = {
 
 
 def cells(blocks: int) -> dict[str, Job]:
-    """What a process has to do for each cell, by ``row, column``."""
+    """What a process has to do for each cell of a model with so many blocks, by ``row, column``."""
     found: dict[str, Job] = {"dense": {}}
     for column, share in UNITS.items():
         for row, config in UNIT_ROWS.items():
             settings = {"config": {**config, "pattern": "neurons", "sparsity": share}}
             found[f"{row}, {column}"] = settings if config else {"flap": share}
     for column, count in DEPTHS.items():
-        for row, config in DEPTH_ROWS.items():
-            settings = {"config": {**config, "pattern": "blocks", "sparsity": count / blocks}}
+        for row, config in DEPTH_ROWS.items() if count < blocks else ():
+            settings = {"config": {**config, "pattern": {"blocks": count}}}
             found[f"{row}, {column}"] = settings if config else {"shortgpt": count}
     return found
 
@@ -90,7 +92,7 @@ def flap(model: Any, windows: Tensor, share: float) -> None:
     first = model.model.layers[0]
     hook = first.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
     for batch in windows.split(8):
-        model.model(input_ids=batch)
+        model.model(input_ids=batch, use_cache=False)  # a cache would give the dense keys and values again
     hook.remove()
     states = [hidden for hidden, _ in calls]
     for layer in model.model.layers:
@@ -153,7 +155,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
     with prepared(options, texts) as job:
-        every = cells(options.layers or 30)
+        every = cells(AutoConfig.from_pretrained(job["model"]).num_hidden_layers)
         wanted = {name: {**job, **every[name]} for name in ("dense", *(options.cells or every))}
         known = complete(options.out / "structured.json", wanted, __file__)
     dense = ", ".join(f"{value:.1f} on {name}" for name, value in known["dense"]["perplexity"].items())

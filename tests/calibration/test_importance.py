@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.batches import random_batches
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning import PruningConfig
 from sparsellm_lightning.architecture import describe, hidden_states
 from sparsellm_lightning.calibration import capture, feature_importance, importance
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 CONFIG = PruningConfig(preset="fast", solver_precision="float32")
@@ -74,3 +77,25 @@ def test_ranks_agree() -> None:
 def test_a_model_without_a_head_has_none() -> None:
     model = build_model("llama").model
     assert measured(model) == {}
+
+
+def test_ranks_call_a_collective_head_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose windows are shorter calls it more often than it needs to, without another result."""
+    monkeypatch.setattr(importance, "POSITIONS", 4)
+    calls, tail_logits = [], importance.tail_logits
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return tail_logits(*args)
+
+    monkeypatch.setattr(importance, "tail_logits", counted)
+    model = build_model("llama")
+    expected = measured(model)
+    alone = len(calls)
+    monkeypatch.setattr(StrategyAdapter, "forward_is_collective", True)
+    monkeypatch.setattr(type(SINGLE), "largest", lambda self, count: max(count, 9))
+    found = measured(model)
+    assert len(calls) - alone > alone
+    assert (len(calls) - alone) % 9 == 0
+    for index, values in expected.items():
+        torch.testing.assert_close(found[index], values)

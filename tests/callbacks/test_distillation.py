@@ -28,11 +28,6 @@ from sparsellm_lightning import (
 from sparsellm_lightning.callbacks.distillation import feature_loss, logit_loss
 
 
-@pytest.fixture
-def ids(calibration) -> Tensor:
-    return torch.cat([batch["input_ids"] for batch in calibration])
-
-
 def pruner(sparsity: float = 0.7) -> SparseLLMCallback:
     return SparseLLMCallback(
         preset="paper", method="wanda", sparsity=sparsity, finetune=True, num_calibration_samples=16

@@ -76,11 +76,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 
 @pytest.fixture
-def ids(calibration: list[dict[str, Tensor]]) -> Tensor:
-    return torch.cat([batch["input_ids"] for batch in calibration])
-
-
-@pytest.fixture
 def loader(ids: Tensor) -> DataLoader[Any]:
     return DataLoader(ids, batch_size=4)
 

@@ -14,20 +14,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from support.models import build_model
 from support.training import OwnModule, trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule, UserError, perplexity
 from sparsellm_lightning.architecture import describe
-
-
-@pytest.fixture
-def ids(calibration) -> torch.Tensor:
-    return torch.cat([batch["input_ids"] for batch in calibration])
-
+from sparsellm_lightning.callbacks.checks import check_trainer
 
 PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
 
@@ -441,3 +438,82 @@ def test_padding_and_labels_in_perplexity(trained, ids: torch.Tensor) -> None:
             expected.append(-torch.log_softmax(logits[row, position - 1], 0)[ids[row, position]])
     measured = perplexity(model, [{"input_ids": ids[:8], "labels": labels}])
     assert measured == pytest.approx(float(torch.stack(expected).mean().exp()), rel=1e-4)
+
+
+def test_attributes_of_the_users_own(tmp_path: Path, text: TextDataModule, ids: torch.Tensor) -> None:
+    """Class weights, a tokenizer of another library and a flag do not mean what they mean in ``CausalLM``."""
+    module = OwnModule(build_model("llama"))
+    module.weights, module.pretrained = torch.tensor([1.0, 3.0]), True  # type: ignore[assignment]
+    module.tokenizer = object()  # type: ignore[assignment]
+    pruner = SparseLLMCallback(
+        preset="paper", method="magnitude", sparsity=0.6, num_calibration_samples=8, export_dir=str(tmp_path / "out")
+    )
+    text.calibration_dataloader(1)  # it has tokenised something
+    trainer(pruner, max_steps=1).fit(module, datamodule=text)
+    assert zeros(module.backbone) == pytest.approx(0.6, abs=0.002)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == text.tokenizer.vocab_size  # type: ignore[union-attr]
+    assert pruner.report is not None
+    assert isinstance(pruner.report.model, str)
+
+
+def test_a_checkpoint_of_a_half_pruned_model_is_refused(
+    tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("the power went out")
+
+    settings: dict[str, Any] = {
+        "preset": "paper",
+        "method": "magnitude",
+        "num_calibration_samples": 8,
+        "finetune": True,
+    }
+    module, loader = OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
+    saving = OnExceptionCheckpoint(str(tmp_path))
+    run = trainer(SparseLLMCallback(**settings), saving, max_steps=2, enable_checkpointing=True)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(SparseLLMCallback, "_log_block", fail)
+        run.fit(module, loader)
+    again = OwnModule(build_model("llama"))
+    with pytest.raises(UserError, match="half pruned"):
+        trainer(SparseLLMCallback(**settings), max_steps=2).fit(
+            again, loader, ckpt_path=tmp_path / "on_exception.ckpt", weights_only=False
+        )
+    with pytest.warns(UserWarning, match="7 of 21 projections have many zeros already, such as model.layers.0"):
+        trainer(SparseLLMCallback(**settings), max_steps=2).fit(module, loader)
+
+
+def test_validation_batches_in_any_arrangement(ids: torch.Tensor) -> None:
+    """Loaders in a dict, in a list and combined give the perplexity of all of them together."""
+    loaders = [DataLoader(ids[:8], batch_size=4), DataLoader(ids[8:20], batch_size=4)]
+    found = []
+    for arranged in (loaders, dict(zip("ab", loaders, strict=True)), CombinedLoader(loaders, "sequential")):
+        module = OwnModule(build_model("llama"))
+        pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4)
+        trainer(pruner, num_sanity_val_steps=0).fit(module, DataLoader(ids, batch_size=8), arranged)
+        assert pruner.report is not None
+        found.append(pruner.report.perplexity["dense"])
+    assert found == [pytest.approx(perplexity(build_model("llama"), ids[:20].split(4)))] * 3
+
+
+def test_a_mask_beside_token_ids_is_refused(ids: torch.Tensor) -> None:
+    """Of (ids, mask) only the ids would be used, and padding would count. (ids, targets) may be given."""
+    mask = torch.ones_like(ids)
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4, measure=False)
+    trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, mask, ids), batch_size=4))
+    mask[:, -3:] = 0
+    with pytest.raises(UserError, match="dict with 'input_ids' and 'attention_mask'"):
+        trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, mask), batch_size=4))
+
+
+def test_packed_files_are_not_uploaded(ids: torch.Tensor, tmp_path: Path) -> None:
+    pruner = SparseLLMCallback(pack=True, push_to_hub="me/model", export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="Set pack to false"):
+        trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(ids))
+
+
+def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(SparseLLMCallback())
+    monkeypatch.setattr(type(run.strategy), "root_device", torch.device("mps"))
+    with pytest.raises(UserError, match="Set accelerator to cpu"):
+        check_trainer(run, trains=False)

@@ -13,7 +13,7 @@ from support.runs import tune_with
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, prune_model
+from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning.data import CalibrationBatch, add_written_windows, equally_many, rewrite_windows
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import SINGLE, Ranks
@@ -218,11 +218,3 @@ def test_models_and_batches_without_tokens_are_refused() -> None:
     embedded = {"inputs_embeds": torch.zeros(1, 4, model.config.hidden_size)}
     with pytest.raises(UserError, match=r"hold inputs_embeds\. Set continuations to 0"):
         prune_model(model, [embedded], settings)
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True])
-def test_setting(value: Any) -> None:
-    assert PruningConfig(preset="paper").continuations == 0
-    assert SparseLLMCallback(preset="best", continuations=3).config.continuations == 3
-    with pytest.raises(UserError, match="continuations must be an integer of at least 0, got"):
-        PruningConfig(preset="paper", continuations=value)

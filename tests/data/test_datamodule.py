@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
@@ -18,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.data import TextDataModule, take_windows
 from sparsellm_lightning.data.loaders import Windows
 from sparsellm_lightning.data.sources import C4_MAX_DRAWS
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.solvers import Ranks
 
 LETTERS = "abcdefghij"
 
@@ -517,3 +519,75 @@ def test_settings_that_differ_from_the_defaults(tmp_path: Path) -> None:
         "test_files": str(file),
     }
     assert TextDataModule().settings == {}
+
+
+@pytest.mark.parametrize("options", [{"limit_train_batches": 7}, {"limit_train_batches": 0.7}, {"overfit_batches": 3}])
+def test_epochs_of_a_limited_trainer(
+    tokenizer: PreTrainedTokenizerFast, text_file: str, options: dict[str, Any]
+) -> None:
+    """Each has as many batches as the Trainer was asked for, and ends as an epoch does."""
+    data = TextDataModule(
+        "files", sequence_length=8, batch_size=1, tokenizer=tokenizer, train_files=[text_file], test_files=[text_file]
+    )
+
+    class Counting(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batches, self.epochs, self.validations = 0, [], 0
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            self.batches += 1
+            return self.weight.square()
+
+        def on_train_epoch_end(self) -> None:
+            self.epochs.append(self.batches)
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None: ...
+
+        def on_validation_end(self) -> None:
+            self.validations += 1
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module, length = Counting(), 12  # windows of 8 words in 103
+    Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    ).fit(module, datamodule=data)
+    (limit,) = options.values()
+    each = int(length * limit) if isinstance(limit, float) else limit
+    assert module.epochs == [each, 2 * each, 3 * each]
+    assert module.validations == 3
+
+
+def test_windows_of_padding_are_passed_over() -> None:
+    ids = torch.arange(24).view(6, 4)
+    mask = torch.ones_like(ids)
+    mask[0] = mask[3] = 0
+    mask[1, 2:] = 0
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(2), mask.split(2), strict=True)]
+    taken, total = take_windows(batches, 3, Ranks(), torch.device("cpu"))
+    assert total == 3
+    assert torch.cat([batch.inputs["input_ids"] for batch in taken]).tolist() == ids[[1, 2, 4]].tolist()
+    with pytest.raises(UserError, match="at least one calibration window"):
+        take_windows([{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}], 3, Ranks(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_take_turns_among_windows_that_count(rank: int) -> None:
+    ranks = Ranks()
+    ranks.rank, ranks.size = rank, 2
+    ids = torch.arange(10).view(5, 2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with mock.patch.object(ranks, "total", return_value=[4]):
+        taken, _ = take_windows([{"input_ids": ids, "attention_mask": mask}], 4, ranks, torch.device("cpu"))
+    assert taken[0].inputs["input_ids"].tolist() == ids[[[0, 3], [2, 4]][rank]].tolist()

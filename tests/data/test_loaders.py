@@ -48,3 +48,21 @@ def test_a_fresh_loader_leaves_the_random_generator_alone(taken: int) -> None:
     for _, _batch in zip(range(taken), _Fresh(loader), strict=False):
         pass
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("limit", [2, 0.5], ids=["number", "share"])
+def test_epochs_that_the_trainer_cuts(limit: int | float) -> None:
+    """Every epoch begins anew, also after a checkpoint at the end of one."""
+    dataset = WindowDataset(torch.arange(12)[:, None])
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, 1, 0, shuffle=True, seed=0)
+    loader = ResumableLoader(dataset, 3, sampler=sampler, limit=limit)
+    epochs = []
+    for epoch in range(3):
+        epochs.append([batch["input_ids"].flatten().tolist() for _, batch in zip(range(2), loader, strict=False)])
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert epochs[-1] == [order[:3], order[3:6]]
+        assert loader.state_dict() == {"epoch": epoch + 1, "batches": 0}
+    again = ResumableLoader(dataset, 3, sampler=sampler, limit=limit)
+    again.load_state_dict({"epoch": 1, "batches": 0})
+    assert next(iter(again))["input_ids"].flatten().tolist() == epochs[1][0]

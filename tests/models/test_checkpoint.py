@@ -9,21 +9,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.models import build_model
+from support.pickles import MakesFolder
 
 from sparsellm_lightning import UserError
 from sparsellm_lightning.models.checkpoint import load_checkpoint
-
-
-class _Touch:
-    """A pickle of this object creates a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        import os
-
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -40,7 +29,7 @@ def test_weights_are_read(checkpoint: Path) -> None:
 
 
 def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(_Touch(tmp_path / "hacked")))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(MakesFolder(tmp_path / "hacked")))
     with pytest.raises(UserError, match="mkdir, which may execute code"):
         load_checkpoint(build_model("llama"), str(checkpoint), "model.")
     assert not (tmp_path / "hacked").exists()
@@ -48,7 +37,7 @@ def test_code_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path) -> 
 
 def test_code_in_an_entry_does_not_run(tmp_path: Path) -> None:
     state = {f"model.{name}": tensor for name, tensor in build_model("llama").state_dict().items()}
-    entries = {"state_dict": {**state, "model.more": _Touch(tmp_path / "hacked")}}
+    entries = {"state_dict": {**state, "model.more": MakesFolder(tmp_path / "hacked")}}
     dcp.save(entries, checkpoint_id=tmp_path / "sharded", no_dist=True)
     with pytest.raises(UserError):
         load_checkpoint(build_model("llama"), str(tmp_path / "sharded"), "model.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.pickles import MakesFolder
 
 from sparsellm_lightning import UserError, load_model, load_tokenizer
 
@@ -82,19 +82,9 @@ def test_configurations_of_another_model(copied: Path, key: str, value: Any) -> 
         load_model(str(copied))
 
 
-class _Touch:
-    """A pickle of this object creates a folder when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("kind", ["pickle of a model", "Lightning checkpoint"])
 def test_code_in_a_pickle_does_not_run(copied: Path, tmp_path: Path, kind: str) -> None:
-    state = {**load_file(copied / "model.safetensors"), "more": _Touch(tmp_path / "hacked")}
+    state = {**load_file(copied / "model.safetensors"), "more": MakesFolder(tmp_path / "hacked")}
     if kind == "pickle of a model":
         (copied / "model.safetensors").unlink()
         torch.save(state, copied / "pytorch_model.bin")

@@ -24,9 +24,11 @@ class Hub:
         self.uploads: dict[str, list[str]] = {}
         self.refusal: Exception | None = None
 
-    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> Any:
         assert exist_ok
-        self.repos[repo] = private
+        full = repo if "/" in repo else f"me/{repo}"
+        self.repos[full] = private
+        return SimpleNamespace(repo_id=full)
 
     def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
         if self.refusal is not None:
@@ -86,3 +88,8 @@ def test_unusable_names(imitated: Hub, tmp_path: Path) -> None:
         prune(tmp_path, "no such/id/at all", export_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match="export_dir is not set"):
         prune(tmp_path, "me/model-50")
+
+
+def test_a_name_without_a_user_is_the_users(imitated: Hub, tmp_path: Path) -> None:
+    prune(tmp_path, "model-50", export_dir=str(tmp_path / "out"))
+    assert imitated.uploads.keys() == {"me/model-50"}

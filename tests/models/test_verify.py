@@ -169,6 +169,9 @@ def test_the_command(
     run = sparsellm("verify", "out", *data, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (0, "out is what its report says, its perplexity too.\n")
     assert sparsellm("verify", "out", cwd=tmp_path).stdout == "out is what its report says.\n"
+    (tmp_path / "train.txt").write_text("text")
+    run = sparsellm("verify", "out", "--data.source", "files", "--data.train_files", "train.txt", cwd=tmp_path)
+    assert "Set data.test_files." in run.stderr
     change(tmp_path / "out", lambda t: t[f"{LAYER}.weight"].fill_(1.0))
     run = sparsellm("verify", "out", *data, cwd=tmp_path)
     assert run.returncode == 1

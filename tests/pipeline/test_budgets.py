@@ -16,7 +16,7 @@ from support.models import VOCABULARY, build_model
 from support.runs import calibration_batches, make_context
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
 from sparsellm_lightning.allocation import choose_shrinkage, shrinkage
@@ -24,7 +24,8 @@ from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.models import verify_export
+from sparsellm_lightning.models import shrink, verify_export
+from sparsellm_lightning.pipeline.distil import memory_of_distillation
 
 ENDS = ("o_proj", "down_proj")
 SETTINGS: dict[str, Any] = {"round_to": 16, "num_calibration_samples": 8, "reconstruction_steps": 3}
@@ -172,3 +173,48 @@ def test_damages_are_those_of_all_blocks_together(monkeypatch: pytest.MonkeyPatc
     assert (units(0), heads(0)) == (0, 0)
     assert 0 < units(32) < units(64) < units(96)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("share", "round_to"), [(0.9, 16), (0.6, 16)])
+def test_a_budget_where_heads_and_units_cannot_leave(share: float, round_to: int) -> None:
+    """Two kinds of blocks, of which one has no attention: its parameters stay, and count."""
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            block_auto_adjust_ff_dim=False,
+            layer_types=["conv", "conv", "full_attention", "conv", "full_attention"],
+        )
+    ).eval()
+    layout = describe(model)
+    assert layout.heads == 0
+
+    def size(of: PreTrainedModel) -> int:
+        return sum(p.numel() for p in of.model.layers.parameters() if p.dim() == 2)  # type: ignore[operator, union-attr]
+
+    dense = size(model)
+    assert dense == block_parameters(model)
+    config = PruningConfig(pattern={"parameters": share}, round_to=round_to, num_calibration_samples=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prune_model(model, random_batches(), config)
+    assert size(shrink(describe(model, config), config).model) <= share * dense
+
+
+def test_memory_of_distillation_where_blocks_leave() -> None:
+    """How many weights are left is not known before, so it is that of all."""
+    layout = describe(build_model("llama"))
+    _, zeros = memory_of_distillation(layout, PruningConfig(sparsity=0.0))
+    _, blocks = memory_of_distillation(layout, PruningConfig(pattern={"blocks": 1}))
+    assert blocks == zeros == 24 * sum(p.numel() for b in layout.blocks for p in b.module.parameters())
+
+
+def test_ignored_projections_cannot_stay_where_blocks_leave() -> None:
+    for pattern in ("blocks", {"parameters": 0.7}, {"neurons": 0.2, "blocks": 1}):
+        with pytest.raises(UserError, match="Leave ignore out"):
+            PruningConfig(pattern=pattern, ignore=["layers.0.mlp.down_proj"])

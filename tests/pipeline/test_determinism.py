@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import VOCABULARY, build_model
+from support.runs import assert_same_weights
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, prune_model
@@ -46,16 +47,11 @@ def pruned(name: str, settings: dict[str, Any], batch: int, threads: int = 1) ->
     return model
 
 
-def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
-    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(weight, expected), name
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("settings", PLAIN, ids=lambda settings: settings["method"])
 def test_solvers(name: str, settings: dict[str, Any]) -> None:
     expected = pruned(name, {"preset": "paper", **settings}, batch=4)
-    assert_same(pruned(name, {"preset": "paper", **settings}, batch=5, threads=2), expected)
+    assert_same_weights(pruned(name, {"preset": "paper", **settings}, batch=5, threads=2), expected)
 
 
 @pytest.mark.parametrize("settings", TUNED, ids=lambda settings: settings["preset"])
@@ -63,4 +59,4 @@ def test_reconstruction(settings: dict[str, Any]) -> None:
     """With the same number of threads: gradients are summed by thread."""
     expected = pruned("gpt2", settings, batch=4)
     for batch in (4, 1, 12):
-        assert_same(pruned("gpt2", settings, batch), expected)
+        assert_same_weights(pruned("gpt2", settings, batch), expected)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.batches import random_batches
 from support.models import VOCABULARY, build_model
+from support.ranks import on_ranks
 from support.runs import calibration_batches, make_context
 from support.training import OwnModule, trainer
 from torch import Tensor, nn
@@ -23,7 +24,18 @@ from sparsellm_lightning import PruningConfig, SparseLLMCallback, perplexity, pr
 from sparsellm_lightning.architecture import Experts, describe
 from sparsellm_lightning.calibration import RoutedTokens, capture, feed_forward_of
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.solvers import SINGLE, Unstructured, factorize, sparsegpt
+from sparsellm_lightning.pipeline.sequential import prune_blocks
+from sparsellm_lightning.solvers import (
+    LOCAL_SOLVERS,
+    SINGLE,
+    InputStatistics,
+    Ranks,
+    Unstructured,
+    factorize,
+    magnitude,
+    solve_stacked,
+    sparsegpt,
+)
 
 
 def experts_of(model: PreTrainedModel, block: int = 0) -> Experts:
@@ -200,3 +212,34 @@ def test_pruned_trained_on_and_exported(name: str, tmp_path: Path) -> None:
         assert torch.equal(p.matrix == 0, zeros), p.name
         assert torch.equal(p.matrix, own.matrix)
         assert int(zeros.sum()) == pytest.approx(0.6 * p.size, abs=2)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_ranks_without_windows_or_tokens_of_an_expert(method: Any) -> None:
+    """Two ranks: the second has no fitted window, or none of the tokens of most experts."""
+    config = PruningConfig(preset="paper", method=method, num_iterations=2, sparsity=0.5)
+    for windows in (1, 2):
+        batches = [{"input_ids": ids} for ids in torch.randint(0, VOCABULARY, (windows, 1, 3)).unbind()]
+        models = [build_model("mixtral") for _ in range(3)]
+
+        def prune(ranks: Ranks, model: PreTrainedModel, batches: Any = batches) -> None:
+            mine = calibration_batches(batches)[ranks.rank :: ranks.size]
+            with torch.no_grad():
+                list(prune_blocks(make_context(model, config, ranks), mine, len(mine)))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            on_ranks(2, lambda ranks, models=models, prune=prune: prune(ranks, models[ranks.rank]))  # type: ignore[misc]
+            prune(SINGLE, models[2])
+        for one, other, alone in zip(*(m.parameters() for m in models), strict=True):
+            assert torch.equal(one, other)
+            assert float(((one == 0) == (alone == 0)).double().mean()) > 0.97
+
+
+def test_an_expert_whose_input_is_zero() -> None:
+    """It is pruned by magnitude, not by position."""
+    w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    for solver in LOCAL_SOLVERS.values():
+        inputs = InputStatistics(torch.zeros(16, 16), 0.01)
+        pruned = solve_stacked({"w": w}, inputs, {"w": Unstructured(0.5)}, solver)["w"]
+        assert torch.equal(pruned, magnitude(w, Unstructured(0.5)))

@@ -36,24 +36,6 @@ def test_the_last_of_all_windows_are_held_out(windows: int, fraction: float, siz
     assert sorted(fitted) == list(range(windows))[: windows - int(fraction * windows)]
 
 
-CHOOSING: list[tuple[dict[str, Any], bool]] = [
-    ({"method": "sparsellm"}, True),
-    ({"method": "sparsellm", "num_iterations": 1}, False),
-    ({"method": "sparsellm", "alternation_blocks": [0]}, True),
-    ({"method": "sparsellm", "alternation_blocks": "none"}, False),
-    ({"method": "sparsellm", "alternation_blocks": []}, False),
-    ({"method": "sparsegpt"}, False),
-    ({"method": "sparsegpt", "reconstruction_steps": 2}, True),
-    ({"method": "sparsellm", "num_iterations": 1, "reconstruction_steps": 2}, True),
-]
-
-
-@pytest.mark.parametrize(("settings", "chooses"), CHOOSING)
-def test_methods_that_choose_nothing_fit_all(settings: dict[str, Any], chooses: bool) -> None:
-    config = PruningConfig(preset="paper", calibration_val_fraction=0.25, **settings)
-    assert config.held_out_fraction == (0.25 if chooses else 0)
-
-
 def windows_of(seed: int, held_out_seed: int, windows: int = 10, held_out: int = 2) -> list[dict[str, Tensor]]:
     """Random windows in batches of three. The last ``held_out`` windows come from another seed than the others."""
     ids = torch.randint(0, VOCABULARY, (windows, 24), generator=torch.Generator().manual_seed(seed))

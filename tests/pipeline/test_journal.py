@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +12,10 @@ import pytest
 import torch
 from support.batches import random_batches
 from support.models import VOCABULARY, build_model
-from support.runs import calibration_batches, make_context, state_of, tune_with
+from support.runs import assert_same_weights, calibration_batches, make_context, state_of, tune_with
 from support.training import trainer
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule, UserError, prune_model
 from sparsellm_lightning.distributed import ProcessGroupRanks
@@ -62,11 +57,6 @@ def prune(
     return prune_model(model, batches, config, resume_dir=folder, on_iteration=on_iteration), events
 
 
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(weight, expected), name
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -76,6 +66,8 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         ("llama", {"reconstruction_steps": 4, "target": "model", "ignore": ("*.1.*",)}),
         ("opt-350m", {"reconstruction_steps": 4}),
         ("gpt2", {"reconstruction_steps": 4, "method": "sparsegpt", "allocation": "kl"}),
+        ("llama", {"pattern": "neurons", "sparsity": 0.5, "round_to": 16}),
+        ("gemma3", {"pattern": {"parameters": 0.6}, "sparsity": None, "round_to": 16}),
     ],
 )
 def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +85,7 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
             prune(build_model(name), batches, folder, config, stop)
         again = build_model(name)
         resumed, after = prune(again, batches, folder, config)
-        assert_same(again, whole)
+        assert_same_weights(again, whole)
         assert after == [event for event in events if event[0] >= events[stop][0]], (
             "finished blocks are not solved again"
         )
@@ -102,7 +94,7 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
         assert [layer["error"] for layer in resumed.layers] == [layer["error"] for layer in report.layers]
     finished = build_model(name)
     assert prune(finished, batches, tmp_path / "0", config)[1] == []
-    assert_same(finished, whole)
+    assert_same_weights(finished, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +115,7 @@ def test_blocks_are_restored_bit_equal(
         assert not torch.equal(block.module.mlp.c_fc.weight, pruned_block.mlp.c_fc.weight)
         with torch.no_grad():
             assert journal.restore(block) == result
-        assert_same(block.module, pruned_block)
+        assert_same_weights(block.module, pruned_block)
         norms = torch.equal(
             pruned_block.ln_1.weight, build_model("gpt2").to(dtype).transformer.h[block.index].ln_1.weight
         )
@@ -192,7 +184,7 @@ def test_a_later_stage_begins_anew_behind_other_training(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="other trained weights. It is begun anew"):
         stage(other)
     prune_model(expected, random_batches(), CONFIG, keep_zeros=True)
-    assert_same(other, expected)
+    assert_same_weights(other, expected)
     assert len(list(tmp_path.glob("block-*"))) == len(first) == 3
     assert sorted(tmp_path.glob("block-*")) != first
     stage(build_model("llama", seed=1))
@@ -240,7 +232,7 @@ def test_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names == {"fingerprint", "block-00000-rank-0"}
     again = build_model("llama")
     assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] > 0]
-    assert_same(again, whole)
+    assert_same_weights(again, whole)
 
 
 def test_other_arithmetic_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +261,7 @@ def test_damaged_and_half_written_files(tmp_path: Path) -> None:
     again = build_model("llama")
     with pytest.warns(UserWarning, match="damaged"):
         assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] > 0]
-    assert_same(again, whole)
+    assert_same_weights(again, whole)
     assert first.exists()
 
     stem = first.name.split(".")[0]
@@ -279,7 +271,7 @@ def test_damaged_and_half_written_files(tmp_path: Path) -> None:
     again = build_model("llama")
     with pytest.warns(UserWarning, match="cannot be read"):
         assert prune(again, batches, tmp_path)[1] == [event for event in events if event[0] == 0]
-    assert_same(again, whole)
+    assert_same_weights(again, whole)
 
 
 def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +285,7 @@ def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sparsellm_lightning.pipeline.prune.rewrite_windows", lambda model, ids, *_, **__: ids.flip(1))
     again = build_model("llama")
     report, _ = prune(again, batches, tmp_path, config)
-    assert_same(again, whole)
+    assert_same_weights(again, whole)
     assert report.calibration["written"] == 14
     (file,) = tmp_path.glob("written-windows-*")
     file.write_bytes(b"damaged")
@@ -355,40 +347,3 @@ def test_process_groups_send_counts_on_their_device(monkeypatch: pytest.MonkeyPa
     assert ranks.gather_counts(1, 2) == [[1, 2], [30, 40]]
     assert ranks.total(1, 2) == [31, 42]
     assert ranks.elements == 8
-
-
-@pytest.mark.slow
-def test_killed_three_times(tmp_path: Path, model_dir: Path) -> None:
-    """The command line, killed at random moments and started again each time."""
-
-    def command(out: str, *more: str) -> list[str]:
-        return [
-            *(sys.executable, "-m", "sparsellm_lightning", "prune", "--model.pretrained", str(model_dir)),
-            *("--data.sequence_length", "64", "--data.batch_size", "4", "--data.max_eval_windows", "4"),
-            *("--pruner.preset", "paper", "--pruner.sparsity", "0.7", "--pruner.num_calibration_samples", "64"),
-            *("--pruner.num_iterations", "30", "--pruner.measure", "false"),
-            *("--pruner.export_dir", str(tmp_path / out), "--trainer.logger", "false"),
-            *("--trainer.accelerator", "cpu", "--trainer.enable_checkpointing", "false", *more),
-        ]
-
-    options: dict[str, Any] = {
-        "cwd": tmp_path,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    journal = tmp_path / "journal"
-    start = time.monotonic()
-    subprocess.run(command("whole"), check=True, timeout=300, **options)
-    longest = time.monotonic() - start
-    with_journal = command("killed", "--pruner.resume_dir", str(journal))
-    rng = random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen(with_journal, **options)
-        time.sleep(rng.uniform(0.4, 1.0) * longest)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*with_journal, "--pruner.overwrite", "true"], check=True, timeout=300, **options)
-    whole, killed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
-    assert_same(killed, whole)
-    assert len(list((journal / "stage-0").glob("block-*"))) == 3

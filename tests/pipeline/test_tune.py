@@ -539,3 +539,27 @@ def test_windows_that_tuning_does_not_use_do_not_matter(monkeypatch: pytest.Monk
     assert any(result["steps"] for result in found[0][1])
     assert found[0][1] == found[1][1]
     assert all(torch.equal(tensor, found[1][0][key]) for key, tensor in found[0][0].items())
+
+
+def test_gradients_in_float16() -> None:
+    """They do not vanish where hidden states are large: those of all parameters are near those in float32."""
+    found: list[list[Tensor]] = []
+    for dtype in (torch.float32, torch.float16):
+        case = make_case("llama", dtype=dtype)
+        more = [15 * hidden for hidden in case.cache.hidden]  # which the block passes through
+        case.cache.hidden = [hidden + plus for hidden, plus in zip(case.cache.hidden, more, strict=True)]
+        case.goal[:] = [goal + plus for goal, plus in zip(case.goal, more, strict=True)]
+        tuned = case.reconstructor(4)
+        with tuned.parameters.trainable([case.block.module]):
+            tuned._add_gradients(list(range(len(case.cache.hidden))))
+        found.append([])
+        for local, kept, values in zip(
+            *(getattr(tuned.parameters, n) for n in ("locals", "kept", "values")), strict=True
+        ):
+            assert values.grad is not None
+            places = slice(None) if kept is None else kept.long()  # which differ a little, because rounding makes ties
+            found[-1].append(torch.zeros(local.numel()))
+            found[-1][-1][places] = values.grad
+    for exact, coarse in zip(*found, strict=True):
+        assert float(torch.cosine_similarity(exact, coarse, dim=0)) > 0.98
+        assert 0.9 < float(coarse.norm() / exact.norm()) < 1.1

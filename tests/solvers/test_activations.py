@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers.activations import ACT2FN
 
 from sparsellm_lightning.solvers import activations
@@ -161,7 +163,9 @@ def test_the_step_of_a_plain_block(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("gated", "name"), [(False, "relu"), pytest.param(True, "gelu", marks=pytest.mark.slow)])
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_the_fused_step_equals_the_step(gated: bool, name: str) -> None:
+    graphs = counters["stats"]["unique_graphs"]
     step = preactivation_step(find_activation(name), gated)
     fused = Fused(step)
     for shape in ((0, 4), (3, 7), (40, 32), (17, 64)):
@@ -173,6 +177,7 @@ def test_the_fused_step_equals_the_step(gated: bool, name: str) -> None:
             assert result.shape == shape
             different = (result - expected).abs() > 0.05 + 0.05 * expected.abs()
             assert float(different.double().sum()) <= 0.01 * different.numel()
+    assert counters["stats"]["unique_graphs"] > graphs, "it ran uncompiled"
 
 
 def test_without_a_compiler_the_step_runs_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,9 @@ def check(name: str, problem: Problem) -> None:
             assert torch.equal(pruned, weight)
     if name in ("magnitude", "wanda"):
         assert torch.equal(pruned[kept], weight[kept])
+        if isinstance(pattern, Unstructured):  # as many as asked for, and zeros that were there before
+            limit = weight.numel() - round(pattern.sparsity * weight.numel())
+            assert int(kept.sum()) >= limit - int((weight == 0).sum())
     else:
         scale = problem.error(torch.zeros_like(weight))
         assert problem.error(pruned) <= problem.error(magnitude(weight, pattern)) * (1 + 1e-4) + 1e-6 * scale

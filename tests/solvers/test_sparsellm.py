@@ -340,10 +340,6 @@ def test_auxiliaries_are_kept_on_the_storage_device(gated: bool, monkeypatch: py
     assert torch.equal(solution.feed_forward.down, expected.feed_forward.down)
 
 
-def test_default_penalties() -> None:
-    assert Penalties() == Penalties(alpha=1.0, beta=10.0, gamma=1.0, scale_free=True)
-
-
 # Of two ranks one has no tokens. Of three ranks the last has no rows of down (4 rows: 2, 2, 0).
 @pytest.mark.parametrize(
     ("split", "scale_free", "activation", "gated"),

@@ -29,11 +29,6 @@ from sparsellm_lightning.sparsity import keep_zeros, linear_layers, merged_state
 peft = pytest.importorskip("peft")
 
 
-@pytest.fixture
-def ids(calibration) -> Tensor:
-    return torch.cat([batch["input_ids"] for batch in calibration])
-
-
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {p.name: p.parameter.detach() for p in describe(model).projections()}
 

@@ -102,6 +102,12 @@ def first_of(output: Any) -> Tensor:
     return hidden
 
 
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    """All parameters are bit-equal."""
+    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
 def assert_same_hidden(
     found: Sequence[Tensor], expected: Sequence[Tensor], batches: Sequence[CalibrationBatch], rtol: float, atol: float
 ) -> None:
