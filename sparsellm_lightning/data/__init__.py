@@ -6,7 +6,6 @@ from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
 from sparsellm_lightning.data.windows import (
     CalibrationBatch,
     add_written_windows,
-    count_tokens,
     equally_many,
     first_tokens,
     fitted_windows,
@@ -21,7 +20,6 @@ __all__ = [
     "TextDataModule",
     "add_written_windows",
     "calibration_batches",
-    "count_tokens",
     "equally_many",
     "first_tokens",
     "fitted_windows",

@@ -94,8 +94,8 @@ def take_windows(
     (total,) = ranks.total(sum(batch.windows for batch in taken))
     if not total:
         raise UserError(
-            "Pruning needs at least one calibration window, but the calibration (or training) dataloader gave none. "
-            "(or only padding). Check its dataset and length."
+            "Pruning needs at least one calibration window in which a token counts, but the calibration (or training) "
+            "dataloader gave none. Check its dataset, its length and its attention masks (1 for tokens, 0 for padding)."
         )
     return taken if batch_tokens is None else regrouped(taken, batch_tokens), total
 
@@ -133,12 +133,6 @@ def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
         ranks: window i belongs to rank ``i mod size``.
     """
     return len(range(ranks.rank, windows - held_out_windows(windows, fraction), ranks.size))
-
-
-def count_tokens(batches: Sequence[CalibrationBatch], fitted: int) -> tuple[int, int]:
-    """This rank's numbers of tokens that count: in all windows, and in the first ``fitted`` ones."""
-    ahead, _ = split_windows(batches, fitted)
-    return sum(batch.tokens for batch in batches), sum(batch.tokens for batch in ahead)
 
 
 def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:

@@ -21,7 +21,6 @@ from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
     CalibrationBatch,
     add_written_windows,
-    count_tokens,
     equally_many,
     fitted_windows,
     held_out_windows,
@@ -130,7 +129,7 @@ def prune_model(
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
         batches, fitted, written = _write_windows(context, batches, fitted, journal)
-        tokens = _count_tokens(context, batches, fitted)
+        (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
         if adapter.forward_is_collective:
             batches = equally_many(batches, adapter.ranks, context.device)
@@ -228,22 +227,6 @@ def _write_windows(
 
     with phase("generation"):
         return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)
-
-
-def _count_tokens(context: Context, batches: list[CalibrationBatch], fitted: int) -> int:
-    """Number of tokens that count, over all ranks.
-
-    Raises:
-        UserError: none of them counts, or none in the fitted windows.
-    """
-    tokens, fitted_tokens = context.ranks.total(*count_tokens(batches, fitted))
-    if not fitted_tokens:
-        which = "every fitted token" if tokens else "every token"
-        raise UserError(
-            f"Pruning is fitted to tokens, but attention_mask is 0 for {which} of the calibration windows. Write 1 for tokens "
-            "and 0 for padding."
-        )
-    return tokens
 
 
 def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -> Distiller | None:

@@ -303,7 +303,7 @@ def test_bad_input() -> None:
     config = PruningConfig(preset="paper")
     with pytest.raises(UserError, match="at least one calibration window"):
         prune_model(build_model("llama"), [], config)
-    with pytest.raises(UserError, match="calibration batch"):
+    with pytest.raises(UserError, match="batch of text"):
         prune_model(build_model("llama"), ["text"], config)
 
 
