@@ -355,7 +355,7 @@ class SparseLLMCallback(SparseFinetuning):
                 tokenizer=tokenizer_of(trainer, pl_module),
                 state_dict=state,
                 report=content,
-                more=partial(save_companions, report),
+                more=partial(save_companions, report, packed=self.pack),
                 pack=self.pack,
             )
             export_or_rescue(export, Path(self.export_dir), self.overwrite)

@@ -13,17 +13,20 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.reporting.report import PruningReport
 
 
-def model_card(report: PruningReport, images: Sequence[str] = ()) -> str:
+def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool = False) -> str:
     """``README.md`` of an exported folder.
 
     Args:
         report: of the run.
         images: names of the plots in the folder.
+        packed: whether the files leave the zeros out.
     """
+    library = "sparsellm_lightning" if packed else "transformers"
     smaller = "exported" in report.sparsity
     parts = [
-        "---\nlibrary_name: transformers\ntags:\n- pruning\n- sparsellm_lightning\n---",
+        f"---\nlibrary_name: {library}\ntags:\n- pruning\n- sparsellm_lightning\n---",
         f"# {report.model}, {_pattern(report)}",
+        _PACKED if packed else "",
         _perplexities(report),
         _sparsity(report),
         "## What is smaller or faster\n\n" + (_SMALLER if smaller else _ZEROS),
@@ -36,6 +39,9 @@ def model_card(report: PruningReport, images: Sequence[str] = ()) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_PACKED = (
+    "The files leave the zeros out. `sparsellm_lightning.load_model(DIR)` reads them, plain `transformers` does not."
+)
 _SMALLER = (
     "Hidden units, heads or blocks have left the matrices and the configuration. This is a smaller dense model: any engine "
     "runs it, and `sparsellm benchmark` measures how much faster."

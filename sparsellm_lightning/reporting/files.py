@@ -11,8 +11,14 @@ from sparsellm_lightning.reporting.page import report_page, sweep_page
 from sparsellm_lightning.reporting.report import PruningReport
 
 
-def save_companions(report: PruningReport, folder: Path) -> None:
-    """Write the model card and ``report.html`` beside exported weights, and the report's plots if matplotlib is installed."""
+def save_companions(report: PruningReport, folder: Path, packed: bool = False) -> None:
+    """Write the model card and ``report.html`` beside exported weights, and the report's plots if matplotlib is installed.
+
+    Args:
+        report: of the run.
+        folder: of the weights.
+        packed: whether their files leave the zeros out.
+    """
     images: list[str] = []
     try:
         from sparsellm_lightning.reporting.plots import save_plots
@@ -20,7 +26,7 @@ def save_companions(report: PruningReport, folder: Path) -> None:
         pass
     else:
         images = [path.name for path in save_plots(report, folder)]
-    (folder / "README.md").write_text(model_card(report, images), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, images, packed), encoding="utf-8")
     (folder / "report.html").write_text(report_page(report, folder, images), encoding="utf-8")
 
 

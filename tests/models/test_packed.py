@@ -108,6 +108,7 @@ def test_file_has_the_documented_size_and_plain_numpy_reads_it(tmp_path: Path) -
 
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
     exported(tmp_path / "out", "llama", sparsity=0.5, pack=True)
+    assert "`sparsellm_lightning.load_model(DIR)` reads them" in (tmp_path / "out" / "README.md").read_text()
     file = tmp_path / "out" / "packed.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
