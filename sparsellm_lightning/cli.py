@@ -35,6 +35,7 @@ from sparsellm_lightning.models import (
     load_model,
     load_tokenizer,
     measure_speed,
+    pretrained_of,
     verify_export,
 )
 from sparsellm_lightning.pipeline import estimate_work
@@ -72,7 +73,7 @@ class PruningTrainer(pl.Trainer):
         if pruner.finetune:
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
         if pruner.export_dir is None:
-            name = str(getattr(model, "pretrained", None) or type(model).__name__)
+            name = pretrained_of(model) or type(model).__name__
             pruner.export_dir = str(default_export_dir(name, pruner.config, pruner.overwrite))
         if getattr(datamodule, "source", "") == "python-docs" and self.is_global_zero:
             print(
@@ -108,7 +109,7 @@ class PruningTrainer(pl.Trainer):
             raise UserError("against and tasks_folder belong to tasks, but there are no tasks. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
         adapter, inside = adapter_for(self), find_model(model)
-        if not adapter.weights_are_split:  # whole on the CPU after the test, where NCCL cannot count
+        if not adapter.weights_are_split:  # Lightning has moved every process's model to the CPU, where NCCL cannot sum
             adapter = StrategyAdapter()
         try:
             _, zeros = layer_rows(adapter.describe(inside), adapter)
@@ -116,7 +117,7 @@ class PruningTrainer(pl.Trainer):
         except UserError as error:  # perplexity needs no decoder blocks that can be pruned
             sparsity = "unknown"
             warnings.warn(f"The sparsity is not known: {error}", stacklevel=2)
-        name = str(getattr(model, "pretrained", type(model).__name__))
+        name = pretrained_of(model) or type(model).__name__
         if self.is_global_zero:
             perplexity = f"{results[0]['test_perplexity']:.2f}"
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))

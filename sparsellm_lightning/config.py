@@ -99,10 +99,10 @@ class PruningConfig:
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
         penalties: weights α, β, γ of the alternation's objective, and whether they are scale-free.
-        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean. ``owl``: of its
-            scores, whose mean the sparsities are then shifted to.
+        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean. ``owl``: half the
+            width of the range of sparsities, which is then shifted so that their mean is the one asked for.
         ignore: name patterns of projections that stay dense, shell-style, matched against the whole name or its tail
-            (``down_proj``, ``layers.0.*``).
+            (``down_proj``, ``layers.0.*``). Not with patterns that may remove blocks.
         num_calibration_samples: calibration windows, over all ranks.
         calibration_val_fraction: fraction of the calibration windows that are held out. No weight is fitted to them; iterates
             and reconstruction steps are chosen on them. Rounded down to whole windows. Methods that choose nothing fit all
@@ -215,8 +215,8 @@ class PruningConfig:
             )
         if "blocks" in self.removes and self.ignore:
             raise UserError(
-                f"pattern {self.pattern_name} removes whole blocks, but ignore keeps {', '.join(self.ignore)} in them. Leave "
-                "ignore out, or remove neurons or heads instead."
+                f"pattern {self.pattern_name} may remove whole blocks, but ignore keeps {', '.join(self.ignore)} in them. "
+                "Leave ignore out, or remove neurons or heads instead."
             )
         if self.target == "model" and not self.fits_target:
             raise UserError(

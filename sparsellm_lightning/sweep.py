@@ -9,15 +9,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.config import PRESETS, Method, PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_model, perplexity
+from sparsellm_lightning.models import load_model, load_tokenizer, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import format_table, save_sweep
-from sparsellm_lightning.runtime import best_device, claimed, showing
+from sparsellm_lightning.runtime import claimed, showing, to_best_device
 
 TABLE, SETTINGS = "sweep.csv", "sweep.json"
 
@@ -79,11 +79,12 @@ def sweep(
         for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
     }
     folder = Path(out)
+    if not isinstance(data.tokenizer, PreTrainedTokenizerBase):
+        data.tokenizer = load_tokenizer(data.tokenizer or model)
     with claimed(out, "out"):
         rows = _known(folder, _identity(model, data, settings or {}))
-        loaded = load_model(model).eval().to(best_device())
-        if data.tokenizer is None:
-            data.tokenizer = model
+        loaded = load_model(model).eval()
+        to_best_device(loaded)
         evaluation = data.val_dataloader()
         if isinstance(evaluation, list):
             raise UserError("sweep compares perplexities, but there is no evaluation text. Set data.test_files.")
@@ -130,10 +131,11 @@ def _run(
 
 def _identity(model: str, data: TextDataModule, settings: dict[str, Any]) -> dict[str, Any]:
     """What all rows of a table have in common."""
-    text = {name: value for name, value in data.settings.items() if name not in ("batch_size", "num_workers")}
-    files = {split: [str(path.resolve()) for path in paths] for split, paths in data.texts.files.items()}
-    tokenizer = getattr(data.tokenizer, "name_or_path", data.tokenizer)
-    return {"model": model, "data": text, "files": files, "tokenizer": tokenizer, "settings": settings}
+    others = ("batch_size", "num_workers", "train_files", "test_files")
+    text: dict[str, Any] = {name: value for name, value in data.settings.items() if name not in others}
+    text["files"] = {split: [str(path.resolve()) for path in paths] for split, paths in data.texts.files.items()}
+    text["tokenizer"] = getattr(data.tokenizer, "name_or_path", "")
+    return {"model": model, "data": text, "settings": settings}
 
 
 def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Row]:

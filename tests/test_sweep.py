@@ -92,12 +92,12 @@ def test_another_text_needs_another_folder(tmp_path: Path, model_dir: Path) -> N
 
     def of(folder: str, **more: Any) -> TextDataModule:
         files = [str(tmp_path / folder / "text.txt")]
-        return TextDataModule(
-            "files", sequence_length=64, tokenizer=str(model_dir), train_files=files, test_files=files, **more
-        )
+        options: dict[str, Any] = {"tokenizer": str(model_dir), "train_files": files, "test_files": files}
+        return TextDataModule("files", sequence_length=64, **{**options, **more})
 
     out = str(tmp_path / "sweep")
-    sweep(str(model_dir), [0.5], ["magnitude"], out, of("a"), SETTINGS)
+    for data in [of("a", tokenizer=None)] * 2:  # the second time it has loaded a tokenizer
+        sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)
     sweep(str(model_dir), [0.5], ["magnitude"], out, of("a", batch_size=2), SETTINGS)
     for data in (of("b"), of("a", text_field="other"), of("a", seed=1)):
         with pytest.raises(UserError, match="another model, text or settings"):

@@ -94,9 +94,11 @@ def _parts(block: Block, apart: bool) -> list[list[Projection]]:
 
 
 def _spread(config: PruningConfig) -> float:
-    """The spread of the settings, limited so that no part loses all its weights, or less than none."""
-    least = config.requested_sparsity if config.allocation in ("owl", "atp") else 1.0  # the others stop at 0 themselves
-    return min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity), 0.5 * least)
+    """The spread of the settings, limited so that the sparsity of every part stays between 0 and 1."""
+    spread = min(config.allocation_spread, 0.5 * (1 - config.requested_sparsity))
+    if config.allocation in ("owl", "atp"):  # the others are cut off at 0
+        spread = min(spread, 0.5 * config.requested_sparsity)
+    return spread
 
 
 class BlockStatistics:

@@ -66,8 +66,9 @@ class RoutedTokens:
         """The tokens that are routed to an expert.
 
         An expert with n < m fitted tokens over all ranks, m being ``borrowing_below``, borrows the statistics of all tokens:
-        its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens. (Where the router's weight
-        multiplies an expert's input, as in Llama 4, the input of other tokens is zero.)
+        its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens. Where the router's weight
+        multiplies an expert's input, as in Llama 4, the input of other tokens is zero: an expert without tokens is pruned by
+        magnitude.
         """
         parts = [window.of(expert) for window in self.windows]
         squares = [weight.float().square() for _, weight in parts]

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
 from sparsellm_lightning.callbacks.finetuning import SPARSE
-from sparsellm_lightning.callbacks.module import pretrained_of
 from sparsellm_lightning.distributed import adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_model
+from sparsellm_lightning.models import load_model, pretrained_of
 from sparsellm_lightning.solvers import kl_divergence
 from sparsellm_lightning.sparsity import linear_layers, zero_shares
 

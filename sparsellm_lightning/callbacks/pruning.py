@@ -22,7 +22,6 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_folders_apart, check_resumed, check_trainer
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
-from sparsellm_lightning.callbacks.module import is_sparse_already, pretrained_of, tokenizer_of
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
@@ -37,8 +36,11 @@ from sparsellm_lightning.models import (
     export_model,
     export_or_rescue,
     fixed_shrinkage,
+    is_sparse_already,
+    pretrained_of,
     put_back,
     shrink,
+    tokenizer_of,
     unsaved_float32_buffers,
     upload,
 )
@@ -78,7 +80,7 @@ class SparseLLMCallback(SparseFinetuning):
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
             :mod:`sparsellm_lightning.models.packed`).
         push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
-            Needs ``export_dir``. None: no upload.
+            Needs ``export_dir``, and not with ``pack``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
         baseline: also prune the model by SparseGPT alone, before, and report R, the loss as a share of SparseGPT's. Of patterns
             of zeros. The dense weights are kept in host memory meanwhile.
@@ -127,6 +129,11 @@ class SparseLLMCallback(SparseFinetuning):
                 "baseline compares perplexity with SparseGPT's, which makes zeros: it needs measure, and a pattern that is "
                 f"unstructured or N:M, got measure {measure} and pattern {self.config.pattern_name}. Leave out baseline."
             )
+        if pack and push_to_hub is not None:
+            raise UserError(
+                "pack writes files that load_model reads from a folder, not from the hub, but push_to_hub is set. Set pack to "
+                "false, or leave push_to_hub out."
+            )
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
@@ -150,11 +157,6 @@ class SparseLLMCallback(SparseFinetuning):
             check_run(trainer, self.schedule)
         if self.push_to_hub is not None and self.export_dir is None:
             raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
-        if self.pack and self.push_to_hub is not None:
-            raise UserError(
-                "pack writes files that load_model reads from a folder, not from the hub, but push_to_hub is set. Set pack to "
-                "false, or leave push_to_hub out."
-            )
         if self.export_dir is not None:
             check_folders_apart(trainer, self.export_dir, self.resume_dir)
             if trainer.is_global_zero:
@@ -169,7 +171,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self.config.removed_shares and self.export_dir is not None:
             check_shrinkable(layout, fixed_shrinkage(layout, self.config))
         if self.export_dir is not None:
-            tokenizer_of(trainer, pl_module)  # a tokenizer that cannot be loaded is an error before any long work
+            tokenizer_of(pl_module)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(
                 "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
@@ -352,7 +354,7 @@ class SparseLLMCallback(SparseFinetuning):
             export = partial(
                 export_model,
                 model,
-                tokenizer=tokenizer_of(trainer, pl_module),
+                tokenizer=tokenizer_of(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
                 state_dict=state,
                 report=content,
                 more=partial(save_companions, report, packed=self.pack),
@@ -386,7 +388,7 @@ class SparseLLMCallback(SparseFinetuning):
         """See :meth:`Measurer.examples`. Without an export nobody reads them."""
         if not self.measure or self.export_dir is None:
             return []
-        tokenizer = tokenizer_of(trainer, pl_module)
+        tokenizer = tokenizer_of(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)
 
     @staticmethod

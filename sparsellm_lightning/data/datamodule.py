@@ -22,7 +22,7 @@ from sparsellm_lightning.data.sources import Split, TextSource, c4_documents, c4
 from sparsellm_lightning.data.synthetic import generate_windows
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_tokenizer
+from sparsellm_lightning.models import load_tokenizer, tokenizer_of
 
 C4_TEST_WINDOWS = 256
 C4_TRAIN_WINDOWS = 10_000
@@ -257,7 +257,7 @@ class TextDataModule(LightningDataModule):
         if self.tokenizer is not None:
             return self.tokenizer
         module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
+        tokenizer: PreTrainedTokenizerBase | None = tokenizer_of(module)
         if tokenizer is None:
             raise UserError(
                 "TextDataModule needs a tokenizer, got none from its constructor and none from the trainer's module. "

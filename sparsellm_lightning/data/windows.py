@@ -80,16 +80,18 @@ def take_windows(
     """
     rank, size = (0, 1) if sharded else (ranks.rank, ranks.size)
     wanted = len(range(ranks.rank, count, ranks.size)) if sharded else count
-    taken, seen = [], 0
+    taken, seen, empty = [], 0, 0
     for batch in batches if wanted else ():
         whole = CalibrationBatch(model_inputs(batch), None)
-        rows = _rows_that_count(whole)[: wanted - seen]
+        rows = _rows_that_count(whole)
+        empty += whole.windows - len(rows)
+        rows = rows[: wanted - seen]
         mine = [row for number, row in enumerate(rows, seen) if number % size == rank]
         if mine:
             chosen = {key: value.to(device) for key, value in whole.rows(mine).inputs.items()}
             taken.append(CalibrationBatch(chosen, _valid(chosen.get("attention_mask"))))
         seen += len(rows)
-        if seen >= wanted:
+        if seen >= wanted or (not seen and empty >= 100 * wanted):  # a wrong mask on a stream without end
             break
     (total,) = ranks.total(sum(batch.windows for batch in taken))
     if not total:
@@ -254,7 +256,7 @@ def _cut(batch: CalibrationBatch, row: int, length: int) -> CalibrationBatch:
 
 def _rows_that_count(batch: CalibrationBatch) -> list[int]:
     mask = batch.inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
+    if mask is None or mask.dim() != 2 or len(mask) != batch.windows:
         return list(range(batch.windows))
     rows: list[int] = mask.bool().any(1).nonzero().flatten().tolist()
     return rows

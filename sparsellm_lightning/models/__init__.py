@@ -1,5 +1,6 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
+from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
@@ -40,6 +41,7 @@ __all__ = [
     "fixed_shrinkage",
     "head_in",
     "inspect_model",
+    "is_sparse_already",
     "load_model",
     "load_tokenizer",
     "logits_at",
@@ -47,8 +49,10 @@ __all__ = [
     "model_inputs",
     "perplexity",
     "positions_together",
+    "pretrained_of",
     "put_back",
     "shrink",
+    "tokenizer_of",
     "unsaved_float32_buffers",
     "upload",
     "verify_export",

@@ -33,8 +33,8 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
         if any(_is_mask(other, batch[0]) for other in batch[1:]):
             raise UserError(
-                "Of a batch that is a sequence only the token ids are used, but this one holds what looks like an attention "
-                "mask, with zeros. Have the dataloader give a dict with 'input_ids' and 'attention_mask'."
+                "Of a batch that is a sequence only the first tensor is used, the token ids, but another one looks like an "
+                "attention mask with zeros. Have the dataloader give a dict: 'input_ids', and 'attention_mask' if it is one."
             )
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -51,10 +51,11 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
 
 
 def _is_mask(other: Any, ids: Tensor) -> bool:
-    """Whether a tensor beside token ids holds ones and zeros, so that some of them do not count."""
-    if not isinstance(other, Tensor) or other.shape != ids.shape or other.is_floating_point():
+    """Whether a tensor beside token ids holds ones, and zeros at one end of some windows."""
+    if not isinstance(other, Tensor) or other.dim() != 2 or other.shape != ids.shape or other.is_floating_point():
         return False
-    return bool((other == 0).any()) and bool(((other == 0) | (other == 1)).all())
+    ends = other[:, [0, -1]] == 0
+    return bool(ends.any()) and not bool(ends.all(1).any()) and bool(((other == 0) | (other == 1)).all())
 
 
 def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:

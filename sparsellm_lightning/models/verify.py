@@ -19,7 +19,7 @@ from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
 from sparsellm_lightning.models.loading import load_model
 from sparsellm_lightning.models.packed import is_packed, read_packed
-from sparsellm_lightning.runtime import best_device
+from sparsellm_lightning.runtime import to_best_device
 from sparsellm_lightning.solvers import all_finite
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -65,7 +65,8 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     found += _compare_tied(model)
     found += _compare_sparsity(describe(model), report)
     if batches is not None and not found:
-        measured = perplexity(model.to(best_device()), batches)
+        to_best_device(model)
+        measured = perplexity(model, batches)
         reported = report["perplexity"].get("finetuned", report["perplexity"].get("pruned"))
         if reported is None:
             found.append(f"perplexity: the report has none, the files give {measured:.4f}")

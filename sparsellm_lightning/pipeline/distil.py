@@ -17,7 +17,7 @@ from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, 
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Forward, decoder_output, head_in, logits_at, positions_together
-from sparsellm_lightning.pipeline.kept import LOSS_SCALE, KeptParameters
+from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
@@ -129,7 +129,7 @@ class Distiller:
     def _add_gradients(self, parameters: KeptParameters, chosen: Sequence[int]) -> None:
         """Add the gradient of the mean divergence, over all ranks, of this rank's tokens in these fitted batches."""
         (tokens,) = self.ranks.total(sum(self.fitted[index][0].tokens for index in chosen))
-        scale = LOSS_SCALE * (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
+        scale = parameters.loss_scale(tokens)
         for index in chosen:
             with torch.enable_grad():
                 for part in self._divergences(*self.fitted[index]):
@@ -216,8 +216,8 @@ class Distiller:
 def memory_of_distillation(layout: DecoderLayout, config: PruningConfig, split: bool = False) -> tuple[float, float]:
     """Bytes of gradients and of the vectors of all kept weights on this rank.
 
-    Where units, heads or blocks leave, it is that of the whole model. Whole parameters hold one gradient at a time. Those of
-    sharded parameters (``split``) are held together.
+    Where units, heads or blocks leave, all weights count as kept, because how many leave is not known yet. Whole parameters
+    hold one gradient at a time. Those of sharded parameters (``split``) are held together.
     """
     pruned = {id(p.parameter) for p in layout.projections() if p.pruned}
     parameters = [(id(p) in pruned, local_tensor(p)) for block in layout.blocks for p in block.module.parameters()]

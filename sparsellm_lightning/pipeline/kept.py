@@ -28,7 +28,7 @@ class KeptParameters:
     fewer weights are left.
 
     Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
-    sparsity. Losses are multiplied by :data:`LOSS_SCALE` before the backward. A whole parameter's gradient is gathered and
+    sparsity. A whole parameter's gradient is gathered and
     freed during the backward, as soon as it is known. Gradients are summed over ranks, each of which has its own tokens.
     Sharded parameters are tuned shard by shard.
 
@@ -77,6 +77,14 @@ class KeptParameters:
     def below_float32(self) -> bool:
         """Whether some parameters are below float32."""
         return any(local.dtype != torch.float32 for local in self.locals)
+
+    def loss_scale(self, tokens: int) -> float:
+        """The factor, before the backward, of a loss that is summed over this rank's tokens, of ``tokens`` over all ranks.
+
+        The gradient is then that of the mean over all tokens.
+        """
+        # FSDP averages gradients over ranks when it scatters them.
+        return LOSS_SCALE * (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
 
     def collect(self) -> None:
         """Add the gradients of sharded parameters to those of the next step, and free them. For after each backward."""

@@ -47,7 +47,7 @@ from sparsellm_lightning.runtime import (
     showing,
 )
 
-MANY_ZEROS = 0.1  # share of a projection's weights, which no dense one has
+MANY_ZEROS = 0.1  # share of zeros from which a projection counts as pruned already
 
 
 def prune_model(
@@ -259,7 +259,8 @@ def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
     wanted = context.config.num_calibration_samples
     if windows < wanted:
         warnings.warn(
-            f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows. All of them are used.",
+            f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows in which a token counts. All "
+            "of them are used.",
             stacklevel=3,
         )
     widest = max((p.shape[1] for p in context.layout.projections() if p.pruned), default=0)
@@ -283,7 +284,7 @@ def _warn_of_dense_layers(context: Context) -> None:
 
 
 def _warn_of_pruned_parts(context: Context) -> None:
-    """A model of which only a part is sparse may have been left behind by a run that was interrupted."""
+    """Warn of a model that is sparse in part, as an interrupted run leaves it."""
     layers, _ = layer_rows(context.layout, context.adapter)
     sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
     if 0 < len(sparse) < len(layers) and context.ranks.rank == 0:

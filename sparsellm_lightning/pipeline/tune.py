@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
-from sparsellm_lightning.pipeline.kept import LOSS_SCALE, KeptParameters
+from sparsellm_lightning.pipeline.kept import KeptParameters
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
@@ -146,8 +146,7 @@ class Reconstructor:
     def _add_gradients(self, batches: list[int]) -> None:
         """Add the gradient of the mean relative error, over all ranks, of this rank's fitted tokens in these batches."""
         (tokens,) = self.ranks.total(sum(self.tokens[index] for index in batches))
-        # FSDP averages gradients over ranks when it scatters them.
-        scale = LOSS_SCALE * (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
+        scale = self.parameters.loss_scale(tokens)
         for index in batches:
             with torch.enable_grad(), self.adapter.forward_context(), self._autocast():
                 output = self._forward(index)

@@ -1,7 +1,7 @@
 """What the machine decides and shows: memory, the arithmetic of products, where the time goes, who writes to a folder."""
 
 from sparsellm_lightning.runtime.claims import claimed
-from sparsellm_lightning.runtime.device import best_device, check_device
+from sparsellm_lightning.runtime.device import best_device, check_device, to_best_device
 from sparsellm_lightning.runtime.memory import (
     MemoryMeter,
     Placement,
@@ -37,5 +37,6 @@ __all__ = [
     "return_free_memory",
     "room",
     "showing",
+    "to_best_device",
     "tracked",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -20,12 +21,27 @@ def fastest_float32(device: torch.device) -> Iterator[None]:
     MKL, which reaches about half of oneDNN's speed on AMD processors. torch uses oneDNN if reduced precision is allowed. On
     processors without reduced kernels oneDNN computes in float32 all the same.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and _medium_is_exact() else "highest")
+    with _matmul_precision("medium" if device.type == "cpu" and _medium_is_exact() else "highest"):
+        yield
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """``torch.set_float32_matmul_precision``, and afterwards what was set before, by this function or for each library."""
+    libraries: list[Any] = []
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set in torch.backends
+        before, libraries = "", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    own = [library.fp32_precision for library in libraries]
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before:
+            torch.set_float32_matmul_precision(before)
+        for library, value in zip(libraries, own, strict=True):
+            library.fp32_precision = value
 
 
 @cache
@@ -33,12 +49,8 @@ def _medium_is_exact() -> bool:
     """Whether float32 products keep float32's accuracy under torch's matmul precision ``medium``."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _matmul_precision("medium"):
         product = a @ b
-    finally:
-        torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool((product - exact).norm() < 2e-6 * exact.norm())
 

@@ -127,8 +127,7 @@ def _hash_of_content(model: Path, windows: Sequence[str]) -> str:
 
     content = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest())
+        content.update(hashlib.sha256(path.read_bytes()).digest())
     for name in windows:
         content.update(hashlib.sha256(torch.load(name).numpy().tobytes()).digest())
     return content.hexdigest()[:16]
@@ -161,7 +160,7 @@ def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Jo
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     for name, job in wanted.items():
         settings = hash_of({key: value for key, value in job.items() if key not in PATHS})
-        if name not in known or known[name]["settings"] != settings:
+        if known.get(name, {}).get("settings") != settings:
             found = run_job(script, job)
             kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
             known[name] = {**kept, "settings": settings}

@@ -308,7 +308,7 @@ def main() -> None:
         mutant, folder = running.pop(process)
         shutil.rmtree(folder)
         mutant.survived = status == 0
-        stopped += os.WIFSIGNALED(status)
+        stopped += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         done.append(mutant)
         if mutant.survived:
             print(f"survived: {mutant.module}.py:{mutant.line}: {mutant.change}", flush=True)

@@ -19,12 +19,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from support.models import build_model
 from support.training import OwnModule, trainer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule, UserError, perplexity
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.callbacks.checks import check_trainer
+from sparsellm_lightning.data.loaders import validation_batches
 
 PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
 
@@ -494,7 +495,27 @@ def test_validation_batches_in_any_arrangement(ids: torch.Tensor) -> None:
         trainer(pruner, num_sanity_val_steps=0).fit(module, DataLoader(ids, batch_size=8), arranged)
         assert pruner.report is not None
         found.append(pruner.report.perplexity["dense"])
-    assert found == [pytest.approx(perplexity(build_model("llama"), ids[:20].split(4)))] * 3
+
+    class Combining(OwnModule):
+        def val_dataloader(self) -> Any:
+            return CombinedLoader(loaders, "sequential")
+
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4)
+    trainer(pruner, num_sanity_val_steps=0).fit(Combining(build_model("llama")), DataLoader(ids, batch_size=8))
+    assert pruner.report is not None
+    found.append(pruner.report.perplexity["dense"])
+    assert found == [pytest.approx(perplexity(build_model("llama"), ids[:20].split(4)))] * 4
+
+
+def test_a_loader_with_its_own_distributed_sampler_is_sharded(ids: torch.Tensor) -> None:
+    class Sharding(OwnModule):
+        def val_dataloader(self) -> Any:
+            return DataLoader(ids, batch_size=4, sampler=DistributedSampler(ids, 2, 0))  # type: ignore[arg-type]
+
+    module = Sharding(build_model("llama"))
+    run = trainer(max_steps=1)
+    run.fit(module, DataLoader(ids[:8], batch_size=4))
+    assert validation_batches(run)[1]
 
 
 def test_a_mask_beside_token_ids_is_refused(ids: torch.Tensor) -> None:
@@ -502,19 +523,20 @@ def test_a_mask_beside_token_ids_is_refused(ids: torch.Tensor) -> None:
     mask = torch.ones_like(ids)
     pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4, measure=False)
     trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, mask, ids), batch_size=4))
+    segments = torch.zeros_like(ids)  # 0 at both ends is no mask
+    trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, segments), batch_size=4))
     mask[:, -3:] = 0
-    with pytest.raises(UserError, match="dict with 'input_ids' and 'attention_mask'"):
+    with pytest.raises(UserError, match="'attention_mask' if it is one"):
         trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, mask), batch_size=4))
 
 
-def test_packed_files_are_not_uploaded(ids: torch.Tensor, tmp_path: Path) -> None:
-    pruner = SparseLLMCallback(pack=True, push_to_hub="me/model", export_dir=str(tmp_path / "out"))
+def test_packed_files_are_not_uploaded() -> None:
     with pytest.raises(UserError, match="Set pack to false"):
-        trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(ids))
+        SparseLLMCallback(pack=True, push_to_hub="me/model", export_dir="out")
 
 
 def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(SparseLLMCallback())
     monkeypatch.setattr(type(run.strategy), "root_device", torch.device("mps"))
-    with pytest.raises(UserError, match="Set accelerator to cpu"):
+    with pytest.raises(UserError, match=r"Set trainer\.accelerator to cpu"):
         check_trainer(run, trains=False)

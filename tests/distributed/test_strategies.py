@@ -409,7 +409,7 @@ def test_a_failing_rank_ends_the_run(
 def test_ranks_do_not_wait_for_a_stopped_one(
     tmp_path: Path, folder_of: Callable[[str], str], strategy: str, stopped_rank: int
 ) -> None:
-    """Rank 0 is the process that is waited for, and that serves the store. If it is stopped itself, rank 1 must end."""
+    """Rank 0 is the process that is waited for, and that serves the store. If it is stopped itself, rank 1 must say so."""
     who = "rank 1 has" if stopped_rank == 1 else "the process that serves the process group's store, mostly rank 0, has"
     message = f"Pruning failed: {who} given no sign of life for 5 seconds"
     run = launch(

@@ -175,8 +175,8 @@ def test_damages_are_those_of_all_blocks_together(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("share", "round_to"), [(0.9, 16), (0.6, 16)])
-def test_a_budget_where_heads_and_units_cannot_leave(share: float, round_to: int) -> None:
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_a_budget_where_heads_and_units_cannot_leave(share: float) -> None:
     """Two kinds of blocks, of which one has no attention: its parameters stay, and count."""
     torch.manual_seed(0)
     model = Lfm2ForCausalLM(
@@ -199,7 +199,7 @@ def test_a_budget_where_heads_and_units_cannot_leave(share: float, round_to: int
 
     dense = size(model)
     assert dense == block_parameters(model)
-    config = PruningConfig(pattern={"parameters": share}, round_to=round_to, num_calibration_samples=8)
+    config = PruningConfig(pattern={"parameters": share}, round_to=16, num_calibration_samples=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prune_model(model, random_batches(), config)

@@ -79,6 +79,7 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
         dense = state_of(build_model(name))
         changed = [key for key, tensor in whole.state_dict().items() if not torch.equal(tensor, dense[key])]
         assert any("norm" in key or "ln_" in key for key in changed), "reconstruction changes more than projections"
+    assert events
     for stop in range(0, len(events), 2):
         folder = tmp_path / str(stop)
         with pytest.raises(Killed):

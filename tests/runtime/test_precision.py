@@ -49,6 +49,22 @@ def test_products_are_coarser_only_where_they_stay_exact(
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_precision_that_was_set_for_a_library(device: torch.device) -> None:
+    """torch refuses to name a precision that was set by the newer way."""
+    matmul: Any = getattr(torch.backends.cuda.matmul, "fp32_precision", None) and torch.backends.cuda.matmul
+    if matmul is None:
+        pytest.skip("torch.backends has no fp32_precision")
+    before = torch.get_float32_matmul_precision()
+    try:
+        matmul.fp32_precision = "tf32"
+        with fastest_float32(device):
+            assert device == CPU or matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every clock raises, so that a timing fails."""

@@ -1,0 +1,27 @@
+"""What is taken from a LightningModule besides its model. Attributes of other kinds are the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from sparsellm_lightning.models.causal_lm import CausalLM
+
+
+def pretrained_of(module: pl.LightningModule) -> str | None:
+    """The name of the model that a module was made from: its ``pretrained``, if that is a string or a path."""
+    name = getattr(module, "pretrained", None)
+    return str(name) if isinstance(name, (str, Path)) else None
+
+
+def tokenizer_of(*owners: Any) -> Any | None:
+    """The first ``tokenizer`` among those of several objects that is one of ``transformers``. None if there is none."""
+    found = (getattr(owner, "tokenizer", None) for owner in owners)
+    return next((t for t in found if hasattr(t, "save_pretrained") and hasattr(t, "batch_decode")), None)
+
+
+def is_sparse_already(module: pl.LightningModule) -> bool:
+    """Whether a module was made to train a sparse model, which is not pruned."""
+    return isinstance(module, CausalLM) and module.weights is not None
