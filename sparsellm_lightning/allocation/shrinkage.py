@@ -59,14 +59,17 @@ def choose_shrinkage(context: Context, cache: ActivationCache, batches: Sequence
         batches: this rank's calibration windows, those of the cache.
 
     Raises:
-        UserError: a budget that cannot be met; see also :func:`~sparsellm_lightning.allocation.choose_blocks`.
+        UserError: a budget that cannot be met; blocks without which no configuration describes the model; see also
+            :func:`~sparsellm_lightning.allocation.choose_blocks`.
     """
     if context.config.budget is not None:
         return _spend(context, cache, batches)
     found = fixed_shrinkage(context.layout, context.config)
     if not found.blocks:
         return found
-    return replace(found, blocks=frozenset(choose_blocks(context, cache, batches, len(found.blocks))))
+    found = replace(found, blocks=frozenset(choose_blocks(context, cache, batches, len(found.blocks))))
+    check_shrinkable(context.layout, found)
+    return found
 
 
 def _spend(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Shrinkage:

@@ -7,6 +7,7 @@ from sparsellm_lightning.architecture.blocks import (
     find_model,
     hidden_states,
     patched_forward,
+    unwrapped,
     unwrapped_names,
 )
 from sparsellm_lightning.architecture.discovery import describe
@@ -49,5 +50,6 @@ __all__ = [
     "patched_forward",
     "register_architecture",
     "routing_in",
+    "unwrapped",
     "unwrapped_names",
 ]

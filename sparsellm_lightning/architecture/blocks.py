@@ -19,9 +19,14 @@ from sparsellm_lightning.errors import UserError
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)(\.|$)")
 
 
+def unwrapped(name: str) -> str:
+    """A dotted name without the parts that wrappers insert."""
+    return _WRAPPERS.sub("", name).rstrip(".")
+
+
 def unwrapped_names(module: nn.Module) -> dict[nn.Module, str]:
     """Every module inside by its dotted name, without the parts that wrappers insert."""
-    return {child: _WRAPPERS.sub("", name).rstrip(".") for name, child in module.named_modules()}
+    return {child: unwrapped(name) for name, child in module.named_modules()}
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

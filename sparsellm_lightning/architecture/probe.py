@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +17,8 @@ from sparsellm_lightning.architecture.blocks import (
     decoder_blocks,
     device_of,
     evaluating,
+    hidden_states,
+    patched_forward,
     unwrapped_names,
 )
 from sparsellm_lightning.architecture.examination import Examination
@@ -61,6 +66,7 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
             seen = Observation(model, module, names, calls[index], activations)
             seen.observe()
             blocks.append(Examination(index, seen).block())
+        _warn_of_other_links(model, modules, names, calls, run)
         return blocks
 
 
@@ -110,6 +116,71 @@ def _block_calls(
                 f"{type(model).__name__} gets {shape} for {WINDOWS} windows of {TOKENS} tokens. This is not supported."
             )
     return [calls[module][0] for module in modules]
+
+
+def _warn_of_other_links(
+    model: PreTrainedModel,
+    modules: Sequence[nn.Module],
+    names: dict[nn.Module, str],
+    calls: Sequence[BlockCall],
+    run: RunModel,
+) -> None:
+    """Warn of what a block takes from the blocks before it besides the hidden states that the last of them returns.
+
+    Calibration calls the blocks one after the other, each with the arguments of a forward in which blocks do not compute.
+    """
+    for one, (before, call) in enumerate(pairwise(calls), 1):
+        given = hidden_of(call.args, call.kwargs)
+        if not _equal(given, hidden_states(before.returned)):
+            rank_zero_warn(
+                f"{names[modules[one]]} of {type(model).__name__} gets other hidden states than {names[modules[one - 1]]} "
+                "returns. Calibration leaves out what is between them, so that the result may be worse."
+            )
+            break
+    passing: list[BlockCall] = []
+
+    def pass_through(returned: Any, *args: Any, **kwargs: Any) -> Any:
+        passing.append(BlockCall(args, dict(kwargs)))
+        hidden = hidden_of(args, kwargs)
+        rest = returned[1:] if isinstance(returned, (tuple, list)) else ()
+        others = (None if isinstance(value, Tensor) else value for value in rest)
+        return (hidden, *others) if isinstance(returned, (tuple, list)) else hidden
+
+    with ExitStack() as stack:
+        for module, call in zip(modules, calls, strict=True):
+            stack.enter_context(patched_forward(module, partial(pass_through, call.returned)))
+        try:
+            run(model, {"input_ids": _probe_ids(model)})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"Decoder blocks must need nothing from each other but hidden states, but a forward of {type(model).__name__} "
+                f"in which they only pass these on fails: {type(error).__name__}: {error}"
+            ) from error
+    for module, call, alone in zip(modules, calls, passing, strict=True):
+        others = [name for name in call.kwargs if name != "hidden_states"]
+        differing = [name for name in others if not _equal(call.kwargs[name], alone.kwargs.get(name))]
+        differing += [] if _equal(call.args[1:], alone.args[1:]) else ["an argument without a name"]
+        if differing:
+            rank_zero_warn(
+                f"{names[module]} of {type(model).__name__} gets more than hidden states from the blocks before it: "
+                f"{differing[0]}. Calibration goes without, so that the result may be worse."
+            )
+            break
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether tensors are equal, also inside tuples, lists and dicts. What is no tensor counts as equal."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.shape != other.shape:
+            return False
+        return bool(((one == other) | (one != one)).all())  # NaN is found elsewhere
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+    if type(one) is dict and type(other) is dict:
+        return all(_equal(value, other.get(key)) for key, value in one.items())
+    return True
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:

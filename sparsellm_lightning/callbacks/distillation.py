@@ -70,7 +70,8 @@ class Distillation(pl.Callback):
         model_attribute: attribute of the LightningModule that holds the student, if it holds several models.
 
     Raises:
-        UserError: weights or temperature out of range, at construction; no dense teacher, before training.
+        UserError: weights or temperature out of range, at construction; no dense teacher, or manual optimisation, before
+            training.
     """
 
     def __init__(
@@ -103,6 +104,11 @@ class Distillation(pl.Callback):
         self._patched = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise UserError(
+                f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} has "
+                "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
+            )
         # The model exists and is dense here, unless the run resumes one that has pruned.
         self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
 

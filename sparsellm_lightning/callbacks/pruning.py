@@ -54,7 +54,7 @@ from sparsellm_lightning.reporting import (
     save_companions,
 )
 from sparsellm_lightning.runtime import Profile, claimed
-from sparsellm_lightning.sparsity import has_adapters, left_out_biases
+from sparsellm_lightning.sparsity import check_adapters, has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self.config.removed_shares and self.export_dir is not None:
             check_shrinkable(layout, fixed_shrinkage(layout, self.config))
         if self.export_dir is not None:
+            check_adapters(layout.model)
             tokenizer_of(pl_module)  # a tokenizer that cannot be loaded is an error before any long work
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsellm_lightning.architecture import unwrapped
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.packed import pack_folder
 from sparsellm_lightning.models.smaller import rebuilt
@@ -99,6 +100,8 @@ def export_model(
     target = Path(export_dir)
     if has_adapters(model):
         state_dict = merged_state(model, model.state_dict() if state_dict is None else state_dict)
+    elif state_dict is None and any(unwrapped(name) != name for name, _ in model.named_parameters()):
+        state_dict = model.state_dict()
     if state_dict is not None:
         model = rebuilt(model, state_dict)
     with _beside(target, "partial") as partial:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsellm_lightning.architecture import Attention, DecoderLayout, Projection, unwrapped_names
+from sparsellm_lightning.architecture import Attention, DecoderLayout, Projection, unwrapped, unwrapped_names
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import has_adapters, merged_state
@@ -60,11 +60,11 @@ def rebuilt(
 
     Args:
         model: may be sharded.
-        state_dict: whole.
+        state_dict: whole. Names may have parts that wrappers such as ``torch.compile`` insert.
         config: of the new model. None: the model's.
     """
     whole = _without_weights(model, config or model.config)
-    whole.load_state_dict(state_dict, assign=True)
+    whole.load_state_dict({unwrapped(name): tensor for name, tensor in state_dict.items()}, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config
     return whole
@@ -108,6 +108,7 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
     state_dict = layout.model.state_dict() if state_dict is None else state_dict
     if has_adapters(layout.model):
         state_dict = merged_state(layout.model, state_dict)
+    state_dict = {unwrapped(name): tensor for name, tensor in state_dict.items()}
     names = unwrapped_names(layout.model)
 
     def matrix(p: Projection) -> Tensor:
@@ -347,6 +348,7 @@ def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
         validate = getattr(text, "validate", None)
         if validate is not None:  # as from_pretrained does
             validate()
+        type(config).from_dict(changed.to_dict())  # as it will be read
     except Exception:  # huggingface_hub's validation has classes of its own
         return None
     return changed

@@ -1,13 +1,21 @@
 """What keeps zeros in training: masks of weights, and of LoRA adapters."""
 
 from sparsellm_lightning.sparsity.hold import holding_zeros
-from sparsellm_lightning.sparsity.lora import LoraOptions, add_adapters, has_adapters, keep_zeros, merged_state
+from sparsellm_lightning.sparsity.lora import (
+    LoraOptions,
+    add_adapters,
+    check_adapters,
+    has_adapters,
+    keep_zeros,
+    merged_state,
+)
 from sparsellm_lightning.sparsity.masks import Masks, left_out_biases, linear_layers, pack, unpack, zero_shares
 
 __all__ = [
     "LoraOptions",
     "Masks",
     "add_adapters",
+    "check_adapters",
     "has_adapters",
     "holding_zeros",
     "keep_zeros",

@@ -63,7 +63,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
         raise UserError(
             f"lora.target_modules must name layers of the model, got {options.target_modules}: {error}"
         ) from error
-    _refuse_embeddings(model)
+    check_adapters(model)
 
 
 def _of_other_kinds(model: nn.Module) -> list[str] | None:
@@ -78,8 +78,13 @@ def _of_other_kinds(model: nn.Module) -> list[str] | None:
     return names or None
 
 
-def _refuse_embeddings(model: nn.Module) -> None:
-    """Refuse adapters on embeddings and tied heads: a merge into one would change the other."""
+def check_adapters(model: nn.Module) -> None:
+    """Refuse what :func:`merged_state` cannot merge.
+
+    Raises:
+        UserError: an adapter on an embedding or on a head tied to it, because a merge into one would change the other; an
+            adapter that is not plain LoRA.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -88,6 +93,26 @@ def _refuse_embeddings(model: nn.Module) -> None:
                 f"LoRA adapters must be on linear layers of their own weight, got one on {name}, which is an embedding or tied "
                 "to one. Leave it out of target_modules."
             )
+        kind = _other_kind(module)
+        if kind is not None:
+            raise UserError(
+                f"An export merges plain LoRA adapters, but {name} has {kind}. Leave that out, or leave out export_dir and "
+                "merge the adapters with peft."
+            )
+
+
+def _other_kind(module: nn.Module) -> str | None:
+    """What ``peft`` has put on a module that is not plain LoRA. None: nothing."""
+    if hasattr(module, "original_module"):
+        return "a copy that is trained (modules_to_save or the like)"
+    if not (hasattr(module, "base_layer") and hasattr(module, "active_adapters")):
+        return None
+    if not hasattr(module, "lora_A"):
+        return f"an adapter of another kind, {type(module).__name__}"
+    variants = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()} - {"MaskedLora"}
+    if variants:
+        return variants.pop()
+    return "lora_bias" if any(getattr(module, "lora_bias", {}).values()) else None
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -206,9 +231,9 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         the state of the plain model. Tensors without an adapter are shared with ``state``.
 
     Raises:
-        UserError: an adapter on an embedding, or on a head tied to it.
+        UserError: see :func:`check_adapters`.
     """
-    _refuse_embeddings(model)
+    check_adapters(model)
     plain = dict(state)
     # Adapters on two parameters of one module lie inside each other: the inner one first.
     for name, module in reversed(list(model.named_modules())):

@@ -75,8 +75,11 @@ class Masks:
             for projection, packed in zip(self.projections, self._packed, strict=True):
                 weight = projection.parameter
                 for value in optimizer.state.get(weight, {}).values():
-                    # A tensor of another shape or kind is quantised or factored. A DTensor's moments are DTensors.
-                    if isinstance(value, Tensor) and value.shape == weight.shape and type(value) is type(weight.data):
+                    # A tensor of another shape, kind or dtype is quantised or factored. A DTensor's moments are DTensors.
+                    alike = (
+                        isinstance(value, Tensor) and value.shape == weight.shape and type(value) is type(weight.data)
+                    )
+                    if alike and value.is_floating_point():
                         moment = local_tensor(value)
                         moment.masked_fill_(unpack(packed, moment.shape), 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -250,3 +251,27 @@ def test_layers_without_a_feed_forward_network() -> None:
         assert not block.networks
         assert [p.name.rpartition(".")[2] for p in block.projections()] == ["in_proj", "x_proj", "out_proj"]
         assert block.dense == {f"{block.name}.mixer.dt_proj": "no forward calls it"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "message"),
+    [
+        ("rwkv", {"num_hidden_layers": 8}, "rwkv.blocks.6 .* gets other hidden states than rwkv.blocks.5 returns"),
+        ("xlm", {}, "gets other hidden states"),
+        (
+            "zaya",
+            {"num_hidden_layers": 4},
+            "gets more than hidden states from the blocks before it: an argument without a name",
+        ),
+    ],
+)
+def test_links_between_blocks_that_calibration_leaves_out(model_type: str, more: dict[str, int], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        describe(tiny_model(model_type, **more))
+
+
+def test_ordinary_links_between_blocks() -> None:
+    for name in ("llama", "gemma3", "opt-350m", "gpt2", "mixtral"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            describe(build_model(name))

@@ -504,3 +504,11 @@ def test_the_training_step_is_restored(trained, sparse: PreTrainedModel, ids: Te
     own.training_step = replaced  # type: ignore[method-assign]
     loss_of(own, ids, SparseFinetuning(), taught)
     assert vars(own).get("training_step") is replaced
+
+
+def test_manual_optimisation_is_refused(trained, ids: Tensor) -> None:
+    """Its backward is over before the callback could add to the loss."""
+    module = OwnModule(trained("llama"))
+    module.automatic_optimization = False
+    with pytest.raises(UserError, match="OwnModule has automatic_optimization false"):
+        trainer(Distillation(trained("llama")), max_steps=1).fit(module, DataLoader(ids, batch_size=4))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.models import build_model
+from support.training import OwnModule, trainer
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm_lightning import UserError, export_model
+from sparsellm_lightning import SparseLLMCallback, UserError, export_model, load_model
 from sparsellm_lightning.models import REPORT_NAME, check_export_dir
 from sparsellm_lightning.models import export as export_module
 from sparsellm_lightning.runtime import claimed
@@ -150,3 +154,32 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with claimed(tmp_path / "out", "export_dir"):
         pass
     assert not names(tmp_path), "no lock is left"
+
+
+def test_compiled_blocks_are_exported_under_their_own_names(model: PreTrainedModel, tmp_path: Path) -> None:
+    compiled = copy.deepcopy(model)
+    for index, layer in enumerate(compiled.model.layers):
+        compiled.model.layers[index] = torch.compile(layer, backend="eager")
+    loaded = load_model(str(export_model(compiled, tmp_path / "out")))
+    for (name, found), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_compiled_blocks_get_smaller(tmp_path: Path) -> None:
+    model, ids = build_model("llama"), torch.arange(128).view(8, 16)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    pruner = SparseLLMCallback(
+        preset="paper",
+        method="magnitude",
+        pattern="neurons",
+        sparsity=0.5,
+        round_to=16,
+        export_dir=str(tmp_path / "out"),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner, max_steps=1).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    with torch.no_grad():
+        found, expected = (m.eval()(ids).logits for m in (load_model(str(tmp_path / "out")), model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -242,3 +242,27 @@ def test_adapters_outside_the_blocks(tmp_path: Path, model_dir: Path, ids: Tenso
     trainer(pruner, max_steps=5).fit(module, TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=4))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(plain, ids), logits(module.model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (peft.IA3Config(task_type="CAUSAL_LM"), "IA3|Linear"),
+        (
+            peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            "modules_to_save",
+        ),
+        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True), "Dora"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_bias=True), "lora_bias"),
+    ],
+    ids=["ia3", "modules_to_save", "dora", "lora_bias"],
+)
+def test_what_an_export_cannot_merge_is_refused_before_pruning(
+    trained, ids: Tensor, tmp_path: Path, config: Any, named: str
+) -> None:
+    module = Peft(trained("llama"), config)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    pruner = SparseLLMCallback(sparsity=0.5, finetune=True, export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"An export merges plain LoRA adapters, but .* has .*({named})"):
+        trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

@@ -56,12 +56,14 @@ def test_a_kept_weight_at_zero_stays_distinguishable(dtype: torch.dtype) -> None
 def test_moments_are_cleared_by_shape_and_kind() -> None:
     layer, masks = one_layer(torch.tensor([[0.0, 1], [2, 0]]))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1)
-    state = {"full": torch.ones(2, 2), "step": torch.tensor(3.0), "row": torch.ones(2), "name": "x"}
+    codes = torch.ones(2, 2, dtype=torch.uint8)  # quantised: 0 is the code of another number
+    state = {"full": torch.ones(2, 2), "step": torch.tensor(3.0), "row": torch.ones(2), "codes": codes, "name": "x"}
     optimizer.state[layer.weight] = dict(state)
     masks.clear_moments([optimizer])
     assert torch.equal(optimizer.state[layer.weight]["full"], torch.tensor([[0.0, 1], [1, 0]]))
     assert torch.equal(optimizer.state[layer.weight]["row"], torch.ones(2))
     assert optimizer.state[layer.weight]["step"] == 3
+    assert int(codes.sum()) == 4
 
 
 def test_check_names_the_layer_and_both_counts() -> None:

@@ -120,10 +120,10 @@ def causal_lm_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A configuration of that type with small sizes."""
+def tiny_config(model_type: str, **more: Any) -> PretrainedConfig:
+    """A configuration of that type with small sizes, and ``more``."""
     cls = CONFIG_MAPPING[model_type]
-    return cls(**_settings(cls, MORE.get(model_type, {})))
+    return cls(**{**_settings(cls, MORE.get(model_type, {})), **more})
 
 
 def _settings(cls: type[PretrainedConfig], more: dict[str, Any]) -> dict[str, Any]:
@@ -147,10 +147,10 @@ def without_timm() -> Iterator[None]:
         yield
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
+def tiny_model(model_type: str, **more: Any) -> PreTrainedModel:
     """A random model, biases and norms included, so that no term is zero by chance."""
     torch.manual_seed(0)
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **more)
     if hasattr(config, "decoder") and not isinstance(
         config.decoder, bool
     ):  # MusicGen's class takes that of its decoder
