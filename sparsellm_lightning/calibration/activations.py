@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -59,6 +60,21 @@ class ActivationCache:
     def copy(self) -> ActivationCache:
         """A cache that advances on its own. Tensors are shared."""
         return replace(self, hidden=list(self.hidden))
+
+    def apart(self) -> ActivationCache:
+        """A copy that has mappings of its own among the arguments, in which blocks leave keys and values for later blocks."""
+        copies: dict[int, Any] = {}
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, MutableMapping):
+                return value
+            return copies.setdefault(id(value), copy.copy(value))
+
+        arguments = [
+            [(tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}) for args, kwargs in batches]
+            for batches in self.arguments
+        ]
+        return replace(self.copy(), arguments=arguments)
 
     def part(self, batches: Sequence[int]) -> ActivationCache:
         """A cache of some batches, in ascending order. Tensors are shared."""

@@ -93,7 +93,7 @@ def prune_blocks(
     # The dense model's activations advance beside the pruned model's only if they are a target: those of all windows for the
     # alternation, otherwise of those that tuning uses.
     followed = range(len(cache.hidden)) if context.alternating_blocks else tuned
-    dense = cache.part(followed) if context.config.target == "model" else None
+    dense = cache.part(followed).apart() if context.config.target == "model" else None
     _pass_removed(context, 0, removed, dense)
     for block in context.layout.blocks:
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.batches import random_batches
+from support.classes import tiny_model
 from support.models import CONFIGS, VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import (
@@ -88,6 +89,19 @@ def test_windows_of_the_dense_model(method: Any, monkeypatch: pytest.MonkeyPatch
     prune_model(model, [ids], config)
     windows = [0, 1, 7] if method == "sparsegpt" else list(range(8))
     torch.testing.assert_close(torch.cat(followed[-1].hidden), dense[windows], rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_model_has_keys_and_values_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last two of Gemma 3n's blocks use those of the second, which the pruned model computes too."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2}
+    model = tiny_model("gemma3n_text", vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, **layers)
+    batches = random_batches()
+    last = describe(model).blocks[-1]
+    dense = [last.batch_first(hidden) for hidden in block_outputs(model, last.module, batches)]
+    followed = dense_activations(monkeypatch)
+    config = PruningConfig(preset="paper", sparsity=0.7, target="model", num_iterations=2)
+    prune_blocks(make_context(model, config), calibration_batches(batches))
+    assert_same_hidden(followed[-1].hidden, dense, calibration_batches(batches), rtol=1e-4, atol=1e-5)
 
 
 def dense_activations(patch: pytest.MonkeyPatch) -> list[ActivationCache]:
