@@ -154,6 +154,13 @@ def _check_weights(model: PreTrainedModel) -> None:
         raise UserError(
             f"Pruning needs weights that are not quantised, but {type(model).__name__} is. Load it without quantization_config."
         )
+    every = getattr(model.config, "rescale_every", 0)  # RWKV
+    if 0 < every < model.config.num_hidden_layers:
+        raise UserError(
+            f"{type(model).__name__} divides weights by powers of two when it is evaluated, which would be saved. Set "
+            f"model.config.rescale_every, which is {every}, to 0 before the first evaluation (model.pretrained: a folder whose "
+            "config.json says 0)."
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UserError(
