@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import find_activation
 
 ROUTES = "it routes tokens to experts"
+_EXPERTS = re.compile(r"num_(local_|routed_)?experts$|n_routed_experts$")  # their number in configurations
 LARGE = 0.1  # smallest share of a block's parameters from which one that is not pruned is named
 
 
@@ -149,14 +151,30 @@ class Examination:
         return None
 
     def _routers(self) -> set[str]:
-        """Linear layers beside experts that have at most one output an expert: routers, and gates of shared experts."""
+        """Linear layers beside experts that have at most one output an expert: routers, and gates of shared experts.
+
+        Where no experts are proved, but parameters look like experts: those with one output an expert of the configuration.
+        """
         found = set()
+        if not self.seen.experts:
+            numbers = self._numbers_of_experts()
+            parameters = self.seen.module.named_parameters()
+            if any("expert" in name or (p.dim() == 3 and p.shape[0] in numbers) for name, p in parameters):
+                found = {call.name for call in self.seen.calls if call.y.shape[1] in numbers}
         for name, (_, experts) in self.seen.experts.items():
             parent = name.rpartition(".")[0]
             for call in self.seen.calls:
                 if call.name.startswith(f"{parent}.") and call.y.shape[1] <= len(experts.networks):
                     found.add(call.name)
         return found
+
+    def _numbers_of_experts(self) -> set[int]:
+        """What the configuration says, in the text decoder or in a part of it."""
+        settings = self.seen.model.config.get_text_config(decoder=True).to_dict()
+        parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+        return {
+            n for part in parts for key, n in part.items() if _EXPERTS.search(str(key)) and type(n) is int and n > 1
+        }
 
     def _network(self, proof: Proof, first: Call) -> Network:
         output = self.seen.outermost(proof.down.module)

@@ -270,6 +270,13 @@ def test_links_between_blocks_that_calibration_leaves_out(model_type: str, more:
         describe(tiny_model(model_type, **more))
 
 
+@pytest.mark.parametrize("model_type", ["dbrx", "jetmoe"])
+def test_routers_of_experts_that_are_not_found_stay_dense(model_type: str) -> None:
+    layout = describe(tiny_model(model_type))
+    assert all(p.shape[0] != 4 for p in layout.projections())
+    assert examination.ROUTES in layout.blocks[0].dense.values()
+
+
 def test_weights_that_evaluation_changes(tmp_path: Path) -> None:
     """RWKV divides those of later blocks by powers of two, once in every process that evaluates it."""
     with pytest.raises(UserError, match=r"rescale_every, which is 6, to 0"):
