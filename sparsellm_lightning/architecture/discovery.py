@@ -154,7 +154,7 @@ def _check_weights(model: PreTrainedModel) -> None:
         raise UserError(
             f"Pruning needs weights that are not quantised, but {type(model).__name__} is. Load it without quantization_config."
         )
-    every = getattr(model.config, "rescale_every", 0)  # RWKV
+    every = getattr(model.config, "rescale_every", 0) or 0  # RWKV
     if 0 < every < model.config.num_hidden_layers:
         raise UserError(
             f"{type(model).__name__} divides weights by powers of two when it is evaluated, which would be saved. Set "

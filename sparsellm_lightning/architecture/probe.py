@@ -66,7 +66,7 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
             seen = Observation(model, module, names, calls[index], activations)
             seen.observe()
             blocks.append(Examination(index, seen).block())
-        _warn_of_other_links(model, modules, names, calls, run)
+        _warn_of_other_links(model, blocks, calls, run)
         return blocks
 
 
@@ -119,36 +119,29 @@ def _block_calls(
 
 
 def _warn_of_other_links(
-    model: PreTrainedModel,
-    modules: Sequence[nn.Module],
-    names: dict[nn.Module, str],
-    calls: Sequence[BlockCall],
-    run: RunModel,
+    model: PreTrainedModel, blocks: Sequence[Block], calls: Sequence[BlockCall], run: RunModel
 ) -> None:
     """Warn of what a block takes from the blocks before it besides the hidden states that the last of them returns.
 
     Calibration calls the blocks one after the other, each with the arguments of a forward in which blocks do not compute.
     """
-    for one, (before, call) in enumerate(pairwise(calls), 1):
-        given = hidden_of(call.args, call.kwargs)
-        if not _equal(given, hidden_states(before.returned)):
+    for (before, block), (first, second) in zip(pairwise(blocks), pairwise(calls), strict=True):
+        if not _equal(hidden_of(second.args, second.kwargs), hidden_states(first.returned)):
             rank_zero_warn(
-                f"{names[modules[one]]} of {type(model).__name__} gets other hidden states than {names[modules[one - 1]]} "
+                f"{block.name} of {type(model).__name__} gets other hidden states than {before.name} "
                 "returns. Calibration leaves out what is between them, so that the result may be worse."
             )
             break
     passing: list[BlockCall] = []
 
-    def pass_through(returned: Any, *args: Any, **kwargs: Any) -> Any:
+    def pass_through(block: Block, *args: Any, **kwargs: Any) -> Any:
         passing.append(BlockCall(args, dict(kwargs)))
         hidden = hidden_of(args, kwargs)
-        rest = returned[1:] if isinstance(returned, (tuple, list)) else ()
-        others = (None if isinstance(value, Tensor) else value for value in rest)
-        return (hidden, *others) if isinstance(returned, (tuple, list)) else hidden
+        return hidden if block.returns is None else (hidden, *block.returns)
 
     with ExitStack() as stack:
-        for module, call in zip(modules, calls, strict=True):
-            stack.enter_context(patched_forward(module, partial(pass_through, call.returned)))
+        for block in blocks:
+            stack.enter_context(patched_forward(block.module, partial(pass_through, block)))
         try:
             run(model, {"input_ids": _probe_ids(model)})
         except torch.OutOfMemoryError:
@@ -158,13 +151,13 @@ def _warn_of_other_links(
                 f"Decoder blocks must need nothing from each other but hidden states, but a forward of {type(model).__name__} "
                 f"in which they only pass these on fails: {type(error).__name__}: {error}"
             ) from error
-    for module, call, alone in zip(modules, calls, passing, strict=True):
+    for block, call, alone in zip(blocks, calls, passing, strict=True):
         others = [name for name in call.kwargs if name != "hidden_states"]
         differing = [name for name in others if not _equal(call.kwargs[name], alone.kwargs.get(name))]
         differing += [] if _equal(call.args[1:], alone.args[1:]) else ["an argument without a name"]
         if differing:
             rank_zero_warn(
-                f"{names[module]} of {type(model).__name__} gets more than hidden states from the blocks before it: "
+                f"{block.name} of {type(model).__name__} gets more than hidden states from the blocks before it: "
                 f"{differing[0]}. Calibration goes without, so that the result may be worse."
             )
             break

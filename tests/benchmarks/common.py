@@ -155,7 +155,7 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
 def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Job]:
     """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one.
 
-    An answer for another model, other windows or other settings is replaced.
+    An answer for another model, other calibration or test windows, or other settings is replaced.
     """
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     for name, job in wanted.items():

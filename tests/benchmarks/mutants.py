@@ -4,9 +4,9 @@
         [--results recipes/RESULTS.md]
 
 Every mutant changes one place of one module. It survives if all tests of that module pass, which they must without any change
-too. Each mutant runs in a fork of one
-process that has imported the libraries, on its own copy of the package. Survivors are listed with file, line, change and the
-reason, from :data:`SAME` and :data:`SEARCH`; ``--results`` writes them into a section of a Markdown file.
+too. Each mutant runs in a fork of one process that has imported the libraries, on its own copy of the package. Survivors are
+listed with file, line, change and the reason, from :data:`SAME` and :data:`SEARCH`; ``--results`` writes them into a section
+of a Markdown file.
 """
 
 from __future__ import annotations
