@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks.checks import check_folders_apart, check_resumed, check_trainer
+from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
+from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
@@ -30,19 +29,11 @@ from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     Buffers,
-    check_export_dir,
-    check_hub,
-    check_shrinkable,
-    export_model,
-    export_or_rescue,
-    fixed_shrinkage,
     is_sparse_already,
     pretrained_of,
     put_back,
-    shrink,
     tokenizer_of,
     unsaved_float32_buffers,
-    upload,
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import (
@@ -50,11 +41,9 @@ from sparsellm_lightning.reporting import (
     PruningReport,
     layer_rows,
     report_of_sparse,
-    rows_of_smaller,
-    save_companions,
 )
-from sparsellm_lightning.runtime import Profile, claimed
-from sparsellm_lightning.sparsity import check_adapters, has_adapters, left_out_biases
+from sparsellm_lightning.runtime import Profile
+from sparsellm_lightning.sparsity import has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +130,7 @@ class SparseLLMCallback(SparseFinetuning):
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
-        self._claim = ExitStack()  # of export_dir, from setup to teardown
+        self._exporter: Exporter | None = None  # from setup, if there is an export_dir
         self._unsaved: Buffers = []  # of the module before Lightning converts it
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -158,21 +147,14 @@ class SparseLLMCallback(SparseFinetuning):
         if self.push_to_hub is not None and self.export_dir is None:
             raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
         if self.export_dir is not None:
-            check_folders_apart(trainer, self.export_dir, self.resume_dir)
-            if trainer.is_global_zero:
-                if self.push_to_hub is not None:
-                    check_hub(self.push_to_hub)
-                check_export_dir(self.export_dir, self.overwrite)
-                self._claim.enter_context(claimed(self.export_dir, "export_dir"))
+            self._exporter = Exporter(self.export_dir, self.overwrite, self.pack, self.push_to_hub)
+            self._exporter.claim(trainer, self.resume_dir)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-        if self.config.removed_shares and self.export_dir is not None:
-            check_shrinkable(layout, fixed_shrinkage(layout, self.config))
-        if self.export_dir is not None:
-            check_adapters(layout.model)
-            tokenizer_of(pl_module)  # a tokenizer that cannot be loaded is an error before any long work
+        if self._exporter is not None:
+            self._exporter.check(pl_module, layout, self.config)
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(
                 "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."
@@ -221,14 +203,17 @@ class SparseLLMCallback(SparseFinetuning):
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, pl_module, self.report)
         self._log_results(trainer, self.report)
-        self._export(trainer, pl_module, self.report)
+        self.report.phases |= self._profile.seconds
+        if self._exporter is not None:
+            self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
+        trainer.strategy.barrier()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._claim.close()
+        self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._claim.close()
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else self.report.to_dict()
@@ -334,37 +319,11 @@ class SparseLLMCallback(SparseFinetuning):
         layout = adapter.describe(model, self.config)
         report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors)
 
-    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
-        """Complete the report's seconds, and write the model and the report if there is an export folder."""
-        model, adapter = self._model(pl_module), adapter_for(trainer)
-        state = None if self.export_dir is None else adapter.state_dict(model)
-        report.phases |= self._profile.seconds
-        start = time.perf_counter()
-        if self.config.removes and self.export_dir is not None:
-            layout = adapter.describe(model, self.config)  # by all ranks together
-            if trainer.is_global_zero:
-                smaller = shrink(layout, self.config, state)
-                report.layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
-                model, state = smaller.model, None
-
-        def content() -> dict[str, Any]:
-            report.phases["export"] = time.perf_counter() - start
-            return report.to_dict()
-
-        if self.export_dir is not None and trainer.is_global_zero:
-            export = partial(
-                export_model,
-                model,
-                tokenizer=tokenizer_of(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
-                state_dict=state,
-                report=content,
-                more=partial(save_companions, report, packed=self.pack),
-                pack=self.pack,
-            )
-            export_or_rescue(export, Path(self.export_dir), self.overwrite)
-            if self.push_to_hub is not None:
-                log.info("Uploaded to %s", upload(Path(self.export_dir), self.push_to_hub))
-        trainer.strategy.barrier()
+    def _release(self) -> None:
+        """Leave the export folder to other runs."""
+        if self._exporter is not None:
+            self._exporter.release()
+        self._exporter = None
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._trains_on(pl_module):

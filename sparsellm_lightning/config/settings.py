@@ -1,60 +1,25 @@
-"""What to prune and how: the only list of settings, validated before a model is loaded."""
+"""The settings, and what follows from them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsFloat, get_args
+from typing import Literal, SupportsFloat
 
+from sparsellm_lightning.config.checks import check_pattern, check_settings, one_of, parse_nofm
+from sparsellm_lightning.config.presets import (
+    BUDGETS,
+    PRESETS,
+    STRUCTURES,
+    Allocation,
+    LocalSolverName,
+    Method,
+    Precision,
+    Preset,
+    Target,
+)
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import SINGLE, NofM, Pattern, Penalties, Ranks, Unstructured
-
-Preset = Literal["paper", "fast", "balanced", "best"]
-Method = Literal["sparsellm", "admm", "sparsegpt", "wanda", "magnitude"]
-LocalSolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
-Target = Literal["block", "model"]
-Allocation = Literal["uniform", "owl", "atp", "kl", "kl_blocks"]
-Precision = Literal["auto", "float32"]
-
-STRUCTURES = ("neurons", "heads", "blocks")
-BUDGETS = ("parameters", "latency")
-
-_PAPER: dict[str, Any] = {
-    "method": "sparsellm",
-    "local_solver": "sparsegpt",
-    "num_iterations": 4,
-    "target": "block",
-    "allocation": "uniform",
-    "reconstruction_steps": 0,
-    "continuations": 0,
-    "distillation_steps": 0,
-    "damping": 0.01,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": _PAPER,
-    "fast": _PAPER | {"method": "sparsegpt", "reconstruction_steps": 6, "damping": 0.1},
-    "balanced": _PAPER
-    | {
-        "method": "admm",
-        "target": "model",
-        "allocation": "kl_blocks",
-        "reconstruction_steps": 24,
-        "distillation_steps": 40,
-        "damping": 0.3,
-    },
-    "best": _PAPER
-    | {
-        "method": "admm",
-        "target": "model",
-        "allocation": "kl",
-        "reconstruction_steps": 24,
-        "continuations": 2,
-        "distillation_steps": 128,
-        "damping": 0.3,
-    },
-}
-"""The settings that each preset decides. All presets decide the same ones."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +107,8 @@ class PruningConfig:
     memory: Literal["auto"] | int = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, tuple(PRESETS))
-        nofm = _parse_nofm(self.pattern)
-        self._check_shares()
+        one_of("preset", self.preset, tuple(PRESETS))
+        check_pattern(self)
         target_given = self.target is not None
         allocation_given = self.allocation is not None
         for name, value in PRESETS[self.preset].items():
@@ -165,87 +129,7 @@ class PruningConfig:
             value = getattr(self, name)
             if isinstance(value, SupportsFloat):  # NumPy's numbers too, which JSON does not know
                 object.__setattr__(self, name, float(value))
-        self._check_sparsity(nofm)
-        self._check_choices()
-        self._check_numbers()
-
-    def _check_shares(self) -> None:
-        """Refuse a pattern of several shares that is not one."""
-        if isinstance(self.pattern, str):
-            return
-        named = (
-            "neurons, heads and blocks with the shares that leave, or parameters or latency with the share that is kept"
-        )
-        if not self.pattern or ({*self.pattern} - {*STRUCTURES} and len(self.pattern) > 1):
-            raise UserError(f"pattern must give {named}, got {self.pattern}. Write {{neurons: 0.25, blocks: 3}}.")
-        if self.sparsity is not None:
-            raise UserError(f"pattern {self.pattern} gives the shares, got sparsity {self.sparsity} too. Leave it out.")
-        for name, share in self.pattern.items():
-            _one_of("pattern's names", name, (*STRUCTURES, *BUDGETS))
-            count = name == "blocks" and isinstance(share, (int, float)) and share >= 1 and float(share).is_integer()
-            low = 0 if name in STRUCTURES else 1e-9
-            if not count and (isinstance(share, bool) or not isinstance(share, (int, float)) or not low <= share < 1):
-                whole = " or a number of blocks" if name == "blocks" else ""
-                raise UserError(f"pattern's {name} must be a share below 1{whole}, got {share!r}. Write 0.25 for 25 %.")
-
-    def _check_sparsity(self, nofm: tuple[int, int] | None) -> None:
-        if self.sparsity is None:
-            return
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity must be in [0, 1), got {self.sparsity}. Write 0.7 for 70 %.")
-        if nofm and abs(self.sparsity - (1 - nofm[0] / nofm[1])) > 1e-6:
-            raise UserError(
-                f"pattern {self.pattern} fixes the sparsity at {1 - nofm[0] / nofm[1]:g}, got sparsity "
-                f"{self.sparsity:g}. Leave sparsity out (null), or choose another pattern."
-            )
-
-    def _check_choices(self) -> None:
-        _one_of("method", self.method, get_args(Method))
-        _one_of("local_solver", self.local_solver, get_args(LocalSolverName))
-        _one_of("target", self.target, get_args(Target))
-        _one_of("allocation", self.allocation, get_args(Allocation))
-        _one_of("solver_precision", self.solver_precision, get_args(Precision))
-        if isinstance(self.alternation_blocks, str):
-            choices = ("all", "none", "first_half")
-            _one_of("alternation_blocks", self.alternation_blocks, choices, " or a list of block indices")
-        if self.allocation != "uniform" and self.pattern != "unstructured":
-            raise UserError(
-                f"allocation {self.allocation} needs pattern unstructured, because pattern {self.pattern_name} fixes every "
-                "sparsity. Use allocation uniform, or pattern unstructured."
-            )
-        if "blocks" in self.removes and self.ignore:
-            raise UserError(
-                f"pattern {self.pattern_name} may remove whole blocks, but ignore keeps {', '.join(self.ignore)} in them. "
-                "Leave ignore out, or remove neurons or heads instead."
-            )
-        if self.target == "model" and not self.fits_target:
-            raise UserError(
-                f"target model needs a method that fits it, but method is {self.method} without reconstruction. Use method "
-                "sparsellm, set reconstruction_steps, or leave target out."
-            )
-
-    def _check_numbers(self) -> None:
-        for name in ("num_iterations", "num_calibration_samples", "round_to"):
-            _integer(name, getattr(self, name), 1)
-        for name in ("reconstruction_steps", "distillation_steps", "continuations"):
-            _integer(name, getattr(self, name), 0)
-        if self.memory != "auto":
-            _integer("memory", self.memory, 1, "'auto' or a number of bytes")
-        for name, low, high in (
-            ("allocation_spread", 0.0, 1.0),
-            ("calibration_val_fraction", 0.0, 0.5),
-            ("damping", 0.0, float("inf")),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high or value == float("inf"):
-                limits = f"between {low:g} and {high:g}" if high < float("inf") else "non-negative and finite"
-                raise UserError(f"{name} must be {limits}, got {value}. Leave it out for the default.")
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self.penalties, name)
-            if not 0 < value < float("inf"):
-                raise UserError(
-                    f"penalties.{name} must be positive and finite, got {value}. The default is {getattr(Penalties(), name):g}."
-                )
+        check_settings(self)
 
     @property
     def fits_target(self) -> bool:
@@ -255,7 +139,7 @@ class PruningConfig:
     @property
     def requested_sparsity(self) -> float:
         """The fraction of zeros that ``sparsity`` or ``pattern`` asks for. Of several shares the largest; a number is 1."""
-        nofm = _parse_nofm(self.pattern)
+        nofm = parse_nofm(self.pattern)
         if nofm:
             return 1 - nofm[0] / nofm[1]
         if self.budget is not None:
@@ -319,7 +203,7 @@ class PruningConfig:
     @property
     def group(self) -> int:
         """Number of consecutive weights that the pattern decides together: the M of N:M, otherwise 1."""
-        nofm = _parse_nofm(self.pattern)
+        nofm = parse_nofm(self.pattern)
         return nofm[1] if nofm else 1
 
     @property
@@ -346,7 +230,7 @@ class PruningConfig:
             sparsity: replaces the setting's. Ignored by N:M patterns.
             first_row: position of this rank's first row, if rows are not spread evenly over the ranks.
         """
-        nofm = _parse_nofm(self.pattern)
+        nofm = parse_nofm(self.pattern)
         if nofm:
             return NofM(*nofm, ranks)
         return Unstructured(self.requested_sparsity if sparsity is None else sparsity, ranks, rows, first_row)
@@ -373,31 +257,3 @@ class PruningConfig:
                 f"{outside}. Correct the indices."
             )
         return {int(index) % num_blocks for index in self.alternation_blocks}
-
-
-def _parse_nofm(pattern: dict[str, float] | str) -> tuple[int, int] | None:
-    """``(kept, group)`` of an N:M pattern such as ``"2:4"``. None for patterns without groups.
-
-    Raises:
-        UserError: neither of these, nor kept:group with 0 < kept < group.
-    """
-    if isinstance(pattern, dict) or pattern in ("unstructured", *STRUCTURES):
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    kept, group = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 0 < kept < group:
-        raise UserError(
-            "pattern must be 'unstructured', 'neurons', 'heads', 'blocks', kept:group with 0 < kept < group, or shares by "
-            f"name, got {pattern!r}. Write '2:4' to keep 2 of every 4 weights."
-        )
-    return kept, group
-
-
-def _integer(name: str, value: object, low: int, kind: str = "an integer") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be {kind} of at least {low}, got {value!r}. Correct it.")
-
-
-def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}{more}, got {value!r}. Choose one of these.")

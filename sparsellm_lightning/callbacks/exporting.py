@@ -1,0 +1,116 @@
+"""The export of a run: its folder is checked and claimed before, and written at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import DecoderLayout
+from sparsellm_lightning.callbacks.checks import check_folders_apart
+from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.models import (
+    check_export_dir,
+    check_hub,
+    check_shrinkable,
+    export_model,
+    export_or_rescue,
+    fixed_shrinkage,
+    shrink,
+    tokenizer_of,
+    upload,
+)
+from sparsellm_lightning.reporting import PruningReport, rows_of_smaller, save_companions
+from sparsellm_lightning.runtime import claimed
+from sparsellm_lightning.sparsity import check_adapters
+
+log = logging.getLogger(__name__)
+
+
+class Exporter:
+    """Writes the model and the report of one run. All ranks call its methods together; rank 0 writes.
+
+    Args:
+        folder: ``export_dir``.
+        overwrite, pack, push_to_hub: as in :class:`~sparsellm_lightning.SparseLLMCallback`.
+    """
+
+    def __init__(self, folder: str, overwrite: bool, pack: bool, push_to_hub: str | None) -> None:
+        self.folder = folder
+        self.overwrite = overwrite
+        self.pack = pack
+        self.push_to_hub = push_to_hub
+        self._claim = ExitStack()
+
+    def claim(self, trainer: pl.Trainer, resume_dir: str | None) -> None:
+        """Refuse other runs the folder until :meth:`release`.
+
+        Raises:
+            UserError: a folder that is not empty, or that another run has claimed; a journal or checkpoints inside it; a hub
+                that cannot be written.
+        """
+        check_folders_apart(trainer, self.folder, resume_dir)
+        if trainer.is_global_zero:
+            if self.push_to_hub is not None:
+                check_hub(self.push_to_hub)
+            check_export_dir(self.folder, self.overwrite)
+            self._claim.enter_context(claimed(self.folder, "export_dir"))
+
+    def release(self) -> None:
+        """Leave the folder to other runs."""
+        self._claim.close()
+
+    @staticmethod
+    def check(pl_module: pl.LightningModule, layout: DecoderLayout, config: PruningConfig) -> None:
+        """Refuse what could not be exported after the run.
+
+        Raises:
+            UserError: a model that cannot be made smaller, adapters that cannot be merged, a tokenizer that cannot be loaded.
+        """
+        if config.removed_shares:
+            check_shrinkable(layout, fixed_shrinkage(layout, config))
+        check_adapters(layout.model)
+        tokenizer_of(pl_module)
+
+    def write(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        model: PreTrainedModel,
+        config: PruningConfig,
+        report: PruningReport,
+    ) -> None:
+        """Write the folder, and upload it. What leaves the model is cut out first."""
+        adapter, start = adapter_for(trainer), time.perf_counter()
+        state = adapter.state_dict(model)
+        layout = adapter.describe(model, config) if config.removes else None
+        if not trainer.is_global_zero:
+            return
+        if layout is not None:
+            smaller = shrink(layout, config, state)
+            report.layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
+            model, state = smaller.model, None
+
+        def content() -> dict[str, Any]:
+            report.phases["export"] = time.perf_counter() - start
+            return report.to_dict()
+
+        export = partial(
+            export_model,
+            model,
+            tokenizer=tokenizer_of(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
+            state_dict=state,
+            report=content,
+            more=partial(save_companions, report, packed=self.pack),
+            pack=self.pack,
+        )
+        export_or_rescue(export, Path(self.folder), self.overwrite)
+        if self.push_to_hub is not None:
+            log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
