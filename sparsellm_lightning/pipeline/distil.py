@@ -23,6 +23,7 @@ from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
 STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
+OWN_SHARE = 0.6  # of the steps, on the calibration windows, if there are written ones too
 MAX_CHECKS = 2  # of the held-out divergence, besides the one before, each of which takes as long as a few steps
 VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 
@@ -38,12 +39,16 @@ class Distiller:
     where p and q are the next-token distributions of the dense and the pruned model. The dense model's decoder output is kept,
     a vector a token on the host, from which p is computed again. Logits of a few positions at a time are in memory.
 
+    Steps on windows that the model has written come first, and those on the calibration windows at the end, when the rate
+    falls. A mixed order left more on all texts.
+
     It is made while the model is dense. All ranks call its methods together.
 
     Args:
         context: of the run.
         batches: this rank's calibration windows.
         fitted: number of windows that are fitted: the first ones. The best state is chosen on the others.
+        written: number of these that the model has written: the last of them.
 
     Raises:
         UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
@@ -51,7 +56,7 @@ class Distiller:
     """
 
     @torch.no_grad()
-    def __init__(self, context: Context, batches: Sequence[CalibrationBatch], fitted: int) -> None:
+    def __init__(self, context: Context, batches: Sequence[CalibrationBatch], fitted: int, written: int = 0) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
         self.model, self.ranks, self.adapter = context.layout.model, context.ranks, context.adapter
@@ -62,16 +67,22 @@ class Distiller:
             )
         self._check_room()
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
-        parts = split_windows([batch for batch in batches if batch.tokens], fitted)
-        made = [self._steps(part) for part in parts]
+        ahead, behind = split_windows([batch for batch in batches if batch.tokens], fitted)
+        made = [self._steps(part) for part in (*split_windows(ahead, fitted - written), behind)]
         first = next((batch for part in made for batch in part), None)
         if not self.ranks.all(first is None or self._decode(first) is not None):
             raise UserError(
                 f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
                 "not. Set distillation_steps to 0."
             )
-        fitted_batches, held_out = made
-        self.schedule = list(islice(self._choices(fitted_batches), context.config.distillation_steps))
+        own, by_model, held_out = made
+        fitted_batches = own + by_model
+        steps = context.config.distillation_steps
+        before = round((1 - OWN_SHARE) * steps) if self.ranks.total(len(by_model)) != [0] else 0
+        self.schedule = [
+            *islice(self._choices(fitted_batches, range(len(own), len(fitted_batches))), before),
+            *islice(self._choices(fitted_batches, range(len(own))), steps - before),
+        ]
         seen = sorted({index for chosen in self.schedule for index in chosen})
         self.fitted = {index: self._with_goal(fitted_batches[index]) for index in seen}
         self.held_out = [self._with_goal(batch) for batch in held_out]
@@ -191,10 +202,9 @@ class Distiller:
         self._output = self._output or output
         return output
 
-    def _choices(self, batches: Sequence[CalibrationBatch]) -> Iterator[list[int]]:
-        """Indices of this rank's batches for each step: every batch once, in random order, then again."""
-        mine = list(range(len(batches)))
-        largest = max((batch.tokens for batch in batches), default=0)
+    def _choices(self, batches: Sequence[CalibrationBatch], mine: Sequence[int]) -> Iterator[list[int]]:
+        """Those of the indices ``mine``, of this rank's batches, for each step: each once, in random order, then again."""
+        largest = max((batches[index].tokens for index in mine), default=0)
         shapes = self.ranks.gather_counts(largest, len(mine))
         tokens, numbers = zip(*shapes, strict=True)
         together = min(max(1, round(STEP_TOKENS / max(sum(tokens), 1))), max(numbers))

@@ -128,7 +128,8 @@ def prune_model(
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
-        batches, fitted, written = _write_windows(context, batches, fitted, journal)
+        own = fitted
+        batches, fitted, written = _write_windows(context, batches, own, journal)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
         if adapter.forward_is_collective:
@@ -137,7 +138,7 @@ def prune_model(
         _warn_of_dense_layers(context)
         if not keep_zeros:
             _warn_of_pruned_parts(context)
-        distiller = _distiller(context, batches, fitted)
+        distiller = _distiller(context, batches, fitted, fitted - own)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
@@ -229,14 +230,14 @@ def _write_windows(
         return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)
 
 
-def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int) -> Distiller | None:
+def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int, written: int) -> Distiller | None:
     """What tunes all blocks at the end. None, with a warning, if only the preset asks for it and it cannot be done."""
     config = context.config
     if not config.distillation_steps or config.requested_sparsity == 0:
         return None
     try:
         with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-            return Distiller(context, batches, fitted)
+            return Distiller(context, batches, fitted, written)
     except UserError as error:
         if config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
             raise

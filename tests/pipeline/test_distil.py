@@ -122,6 +122,38 @@ def test_the_dense_model_runs_on_the_windows_of_the_steps_only(monkeypatch: pyte
     assert {index for chosen in distiller.schedule for index in chosen} == set(distiller.fitted)
 
 
+def test_calibration_windows_come_after_written_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first five windows, the last three are written."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    context = make_context(build_model("llama"), PruningConfig(**ONE, distillation_steps=10))
+    distiller = Distiller(context, calibration_batches(random_batches()), 5, written=3)
+    order = [index for (index,) in distiller.schedule]
+    assert sorted(order[:3]) == [2, 3, 4]
+    assert order[3] in (2, 3, 4)
+    assert sorted(order[4:6]) == sorted(order[6:8]) == sorted(order[8:]) == [0, 1]
+    windows = [row[None] for batch in random_batches() for row in batch["input_ids"]]
+    assert all(torch.equal(distiller.fitted[index][0].inputs["input_ids"], windows[index]) for index in range(5))
+
+
+def test_ranks_change_from_written_windows_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank has two windows of its own and two written ones, the other a window of its own only."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    models = [build_model("llama") for _ in range(2)]
+    windows = [row[None] for batch in random_batches() for row in batch["input_ids"]]
+
+    def on_rank(ranks: Ranks) -> list[list[int]]:
+        context = make_context(models[ranks.rank], PruningConfig(**ONE, distillation_steps=5), ranks=ranks)
+        own, written = ((2, 2), (1, 0))[ranks.rank]
+        batches = calibration_batches([{"input_ids": ids} for ids in windows[: own + written]])
+        return Distiller(context, batches, own + written, written).schedule
+
+    first, second = on_ranks(2, on_rank)
+    assert all(set(chosen) <= {2, 3} for chosen in first[:2])
+    assert second[:2] == [[], []]
+    assert all(set(chosen) <= {0, 1} for chosen in first[2:])
+    assert second[2:] == [[0]] * 3
+
+
 def test_held_out_windows_are_not_fitted() -> None:
     """Other tokens in the held-out windows choose another state at most; here one state is checked."""
     results = []
