@@ -1,4 +1,4 @@
-"""The ``sparsellm`` command: Lightning's subcommands, ``prune``, ``evaluate``, ``verify``, ``inspect`` and ``benchmark``."""
+"""The ``sparsellm`` command: Lightning's subcommands, ``prune``, ``evaluate``, ``verify``, ``inspect``, ``benchmark`` and ``sweep``."""
 
 from __future__ import annotations
 

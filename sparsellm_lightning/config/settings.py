@@ -34,13 +34,13 @@ class PruningConfig:
             that a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in
             every block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
             key-value head); ``blocks``: decoder blocks, those that the model's output can best do without. Or several of these
-            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number), or the share of
-            the decoder blocks that is kept, ``{parameters: 0.7}`` or ``{latency: 0.7}`` (of a forward over one window), which
-            is divided over units, heads and blocks by the divergence of the model's output.
+            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number), or a budget: the
+            share of the decoder blocks' parameters that is kept, ``{parameters: 0.7}``, or of their time in a forward over one
+            window, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the model's output.
         round_to: number by which the hidden units that are kept are divisible.
-        preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM as published, in this
-            implementation. ``fast``: hardly slower than one-shot pruning. ``balanced``. ``best``: most accurate. A setting that
-            is given wins over the preset.
+        preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
+            ``solvers/README.md`` lists. ``fast``: about twice the time of SparseGPT. ``balanced``. ``best``: most accurate. A
+            setting that is given wins over the preset.
         method: ``sparsellm`` (feed-forward blocks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: solver inside ``sparsellm``: of the attention projections, and of the alternation's weight steps.
@@ -74,10 +74,10 @@ class PruningConfig:
             windows.
         seed: of the choice of calibration windows, of continuations and of the order of reconstruction batches.
         solver_precision: ``auto``: bfloat16 products for the alternation's auxiliaries, for reconstruction, and for
-            continuations, where the hardware is faster at them and the model is float32. Gram matrices and solvers are always
-            float32. ``float32``: no bfloat16.
+            continuations, where the hardware is faster at them and the model is float32. Gram matrices and solvers never use
+            bfloat16. ``float32``: no bfloat16.
         memory: bytes that pruning may hold on each rank's device besides the model, or ``auto``: most of what is free. With
-            less, activations and Adam's moments are kept in host memory: slower, the same result.
+            less, auxiliaries, activations and Adam's moments are kept in host memory: slower, the same result.
 
     Raises:
         UserError: a value out of its range. The message says what to write instead.
