@@ -1,4 +1,4 @@
-"""The ``sparsellm`` command: Lightning's subcommands, ``prune``, ``evaluate``, ``verify``, ``inspect``, ``benchmark`` and ``sweep``."""
+"""The ``sparsellm`` command: Lightning's subcommands, prune, evaluate, verify, inspect, benchmark and sweep."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from sparsellm_lightning.models import (
     measure_speed,
     pretrained_of,
     verify_export,
+    weights_of,
 )
 from sparsellm_lightning.pipeline import estimate_work
 from sparsellm_lightning.quiet import quieten
@@ -102,6 +103,11 @@ class PruningTrainer(pl.Trainer):
             tasks_limit: examples of each task. None: all.
             against: another model, such as the dense one, on the same tasks: what share of its accuracy is recovered.
         """
+        name = weights_of(model) or pretrained_of(model) or type(model).__name__
+        if against == name:
+            raise UserError(
+                f"against must be another model than the one that is measured, got {against}. Leave it out."
+            )
         harness = _harness(self) if tasks else None
         if harness is not None:
             harness.find_tasks(tasks, tasks_folder)
@@ -117,7 +123,6 @@ class PruningTrainer(pl.Trainer):
         except UserError as error:  # perplexity needs no decoder blocks that can be pruned
             sparsity = "unknown"
             warnings.warn(f"The sparsity is not known: {error}", stacklevel=2)
-        name = pretrained_of(model) or type(model).__name__
         if self.is_global_zero:
             perplexity = f"{results[0]['test_perplexity']:.2f}"
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
@@ -253,8 +258,8 @@ def benchmark(
         repeats: repetitions, of which medians are shown.
     """
     speeds = measure_speed([name for name in (model, against) if name], prompt_tokens, new_tokens, repeats)
-    add_to_report(model, speed=[asdict(speed) for speed in speeds])
     print(speed_table(speeds))
+    add_to_report(model, speed=[asdict(speed) for speed in speeds])
 
 
 class Parser(LightningArgumentParser):

@@ -18,6 +18,7 @@ from sparsellm_lightning.models import load_model, load_tokenizer, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import format_table, save_sweep
 from sparsellm_lightning.runtime import claimed, showing, to_best_device
+from sparsellm_lightning.solvers import Penalties
 
 TABLE, SETTINGS = "sweep.csv", "sweep.json"
 
@@ -115,6 +116,11 @@ def _config(variant: str, sparsity: float, settings: dict[str, Any]) -> PruningC
             f"variants must be presets or methods, got {variant}. Choose among {', '.join((*PRESETS, *get_args(Method)))}."
         )
     chosen = {"preset": variant} if variant in PRESETS else {"preset": "paper", "method": variant}
+    unknown = set(settings) - {field.name for field in fields(PruningConfig)}
+    if unknown:
+        raise UserError(f"settings must be those of the pruner, got {', '.join(sorted(unknown))}. Correct the names.")
+    if isinstance(settings.get("penalties"), dict):
+        settings = {**settings, "penalties": Penalties(**settings["penalties"])}
     return PruningConfig(**{**settings, **chosen, "sparsity": sparsity})
 
 

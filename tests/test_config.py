@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError
@@ -331,3 +332,14 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argume
         main([*ARGUMENTS, *arguments.split()])
     assert caught.value.code
     assert named in capsys.readouterr().err
+
+
+def test_numbers_of_other_kinds_become_pythons() -> None:
+    """The report and the model card are JSON and YAML."""
+    config = PruningConfig(alternation_blocks=range(2), seed=np.int64(3))  # type: ignore[arg-type]
+    assert config.alternation_blocks == [0, 1]
+    assert type(config.seed) is int
+    with pytest.raises(UserError, match=r"alternation_blocks must be an integer, got 1\.5"):
+        PruningConfig(alternation_blocks=[1.5])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="seed must be an integer, got None"):
+        PruningConfig(seed=None)  # type: ignore[arg-type]

@@ -68,6 +68,10 @@ def test_goes_on_where_it_stopped(tmp_path: Path, model_dir: Path) -> None:
 def test_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="variants must be presets or methods, got fst"):
         sweep("no-such-model", [0.5], ["fst"], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="settings must be those of the pruner, got baseline, windows"):
+        sweep("no-such-model", [0.5], ["fast"], str(tmp_path / "out"), settings={"windows": 8, "baseline": True})
+    with pytest.raises(UserError, match=r"penalties\.beta must be positive"):
+        sweep("no-such-model", [0.5], ["fast"], str(tmp_path / "out"), settings={"penalties": {"beta": -1.0}})
     with pytest.raises(UserError, match="sparsity must be in"):
         sweep("no-such-model", [1.5], ["fast"], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

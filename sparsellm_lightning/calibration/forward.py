@@ -157,11 +157,12 @@ def _run_until(batches: _Batches, observed: nn.Module, see: Callable[..., None])
         see(module, args, kwargs)
         raise _Stop
 
-    block = batches.block.module
+    adapter, block = batches.context.adapter, batches.block.module
+    inner = adapter.inner(block)
     with ExitStack() as stack:
         stack.callback(observed.register_forward_pre_hook(see_and_stop, with_kwargs=True).remove)
-        stack.enter_context(patched_forward(block, _stoppable(block.forward)))
-        stack.enter_context(batches.context.adapter.holding(block))
+        stack.enter_context(patched_forward(inner, _stoppable(inner.forward)))
+        stack.enter_context(adapter.holding(block))
         for _ in batches:
             pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def _through(context: Context, block: Block, cache: ActivationCache, gradients: 
         with torch.enable_grad(), context.adapter.forward_context(), context.autocast():
             leaf = cache.hidden[index].detach().to(context.device).requires_grad_()
             # A product, because a block may change its input in place, which a leaf forbids.
-            output = block_output(block, leaf * 1, cache.arguments[block.index][index])
+            forward = partial(block_output, block, leaf * 1, cache.arguments[block.index][index])
+            output = context.adapter.with_gradient(forward)
         found += torch.autograd.grad(output, leaf, gradient.to(output.dtype))
     return found

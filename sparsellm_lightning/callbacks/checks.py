@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import datamodule_of
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import check_device
@@ -41,21 +44,24 @@ def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
             "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
             "Keep one. With SparseLLMCallback, set finetune to true."
         )
-    check_training = getattr(trainer.datamodule, "check_training", None)  # type: ignore[attr-defined]
+    check_training = getattr(datamodule_of(trainer), "check_training", None)
     if trains and check_training is not None:
         check_training()
 
 
 def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | None) -> None:
-    """Refuse a journal or checkpoints inside the export folder, which an export replaces as a whole.
+    """Refuse a journal, checkpoints or logs inside the export folder, which an export replaces as a whole.
 
     Raises:
         UserError: such a folder.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    folders = {"resume_dir": resume_dir} | {
+    folders: dict[str, Any] = {"resume_dir": resume_dir} | {
         f"{type(c).__name__}.dirpath": getattr(c, "dirpath", None) for c in callbacks
     }
+    folders |= {f"{type(logger).__name__}.log_dir": logger.log_dir or logger.save_dir for logger in trainer.loggers}
+    if any(isinstance(c, Checkpoint) and getattr(c, "dirpath", None) is None for c in callbacks):
+        folders["default_root_dir"] = trainer.default_root_dir  # of checkpoints whose folder is not set
     for name, folder in folders.items():
         if folder is not None and Path(folder).resolve().is_relative_to(Path(export_dir).resolve()):
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.architecture import DecoderLayout
 from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.data import datamodule_of
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.models import (
     check_export_dir,
@@ -87,7 +89,7 @@ class Exporter:
         config: PruningConfig,
         report: PruningReport,
     ) -> None:
-        """Write the folder, and upload it. What leaves the model is cut out first."""
+        """Write the folder, and upload it. What leaves the model is cut out first; the written report is of what remains."""
         adapter, start = adapter_for(trainer), time.perf_counter()
         state = adapter.state_dict(model)
         layout = adapter.describe(model, config) if config.removes else None
@@ -95,7 +97,8 @@ class Exporter:
             return
         if layout is not None:
             smaller = shrink(layout, config, state)
-            report.layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
+            layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
+            report = replace(report, layers=layers)
             model, state = smaller.model, None
 
         def content() -> dict[str, Any]:
@@ -105,7 +108,7 @@ class Exporter:
         export = partial(
             export_model,
             model,
-            tokenizer=tokenizer_of(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
+            tokenizer=tokenizer_of(pl_module, datamodule_of(trainer)),
             state_dict=state,
             report=content,
             more=partial(save_companions, report, packed=self.pack),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import calibration_batches, validation_batches
+from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.models import continued, first_prompts, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
@@ -37,7 +39,10 @@ class Measurer:
         self._prompts: Tensor | None = None
 
     def perplexity(self, trainer: pl.Trainer, model: PreTrainedModel) -> float | None:
-        """Perplexity on the validation windows. None if there are none, or the model has no language-model head."""
+        """Perplexity on the validation windows.
+
+        None if there are none, if the model has no language-model head, or, with a warning, if it is not finite.
+        """
         batches, sharded = validation_batches(trainer)
         if batches is None or model.get_output_embeddings() is None:
             return None
@@ -47,10 +52,13 @@ class Measurer:
             found = perplexity(model, _noting_shapes(batches, seen), adapter, sharded=sharded)
         (windows,) = adapter.ranks.total(sum(shape[0] for shape in seen))
         self.evaluation = {
-            "source": str(getattr(trainer.datamodule, "evaluation_text", "validation dataloader")),  # type: ignore[attr-defined]
+            "source": str(getattr(datamodule_of(trainer), "evaluation_text", "validation dataloader")),
             "windows": windows if sharded else windows // adapter.ranks.size,
             "length": max((shape[1] for shape in seen), default=0),
         }
+        if not math.isfinite(found):  # a report cannot hold it
+            rank_zero_warn(f"The perplexity on the validation windows is {found}, and is not reported.")
+            return None
         return found
 
     def sparsegpt(self, trainer: pl.Trainer, model: PreTrainedModel, config: PruningConfig) -> float | None:
@@ -106,7 +114,10 @@ class Measurer:
         assert self._prompts is not None
         with self.profile.phase("evaluation"):
             texts = tokenizer.batch_decode(continued(model, self._prompts, CONTINUED, adapter))
-        examples = known or [{"prompt": prompt} for prompt in tokenizer.batch_decode(self._prompts)]
+        prompts = tokenizer.batch_decode(self._prompts)
+        if [example["prompt"] for example in known] != prompts:  # a resumed run may have other windows
+            known = [{"prompt": prompt} for prompt in prompts]
+        examples = known
         return [example | {state: text} for example, text in zip(examples, texts, strict=True)]
 
 

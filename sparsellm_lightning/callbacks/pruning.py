@@ -24,7 +24,7 @@ from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import TextDataModule, calibration_batches
+from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
@@ -106,8 +106,8 @@ class SparseLLMCallback(SparseFinetuning):
         if self.schedule is not None:
             self.config = replace(self.config, sparsity=list(self.schedule.values())[-1])
         self.finetune = finetune
-        self.export_dir = export_dir
-        self.resume_dir = resume_dir
+        self.export_dir = None if export_dir is None else str(Path(export_dir).expanduser())
+        self.resume_dir = None if resume_dir is None else str(Path(resume_dir).expanduser())
         self.overwrite = overwrite
         self.pack = pack
         self.push_to_hub = push_to_hub
@@ -127,6 +127,7 @@ class SparseLLMCallback(SparseFinetuning):
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
         self._unfinished = False  # whether pruning has begun and not ended
+        self._trained = False  # whether this fit has begun to train
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
@@ -137,7 +138,7 @@ class SparseLLMCallback(SparseFinetuning):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._restored = self._unfinished = False
+        self._restored = self._unfinished = self._trained = False
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         self._unsaved = unsaved_float32_buffers(pl_module)
@@ -161,6 +162,7 @@ class SparseLLMCallback(SparseFinetuning):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trained = True
         model = self._model(pl_module)
         pruned_here = self._pruned_model is not None and self._pruned_model() is model
         if not (self._restored or pruned_here):
@@ -207,6 +209,14 @@ class SparseLLMCallback(SparseFinetuning):
         if self._exporter is not None:
             self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
         trainer.strategy.barrier()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a run whose checkpoint is of its last step: Lightning does not train, and has moved the module to the CPU."""
+        if self._restored and not self._trained:
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+            pl_module.cpu()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
@@ -282,7 +292,7 @@ class SparseLLMCallback(SparseFinetuning):
         report.calibration["source"] = source
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         report.data = data.settings if isinstance(data, TextDataModule) else None
         report.examples = self._examples(trainer, pl_module, "pruned", examples)
         report.perplexity = {**known, "pruned": after}
@@ -313,7 +323,15 @@ class SparseLLMCallback(SparseFinetuning):
         zeros = self._masks.zeros
         report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        report.perplexity["finetuned"] = self._perplexity(trainer, model)
+        finetuned = self._perplexity(trainer, model)
+        if report.evaluation is not None and self._measurer.evaluation != report.evaluation:
+            rank_zero_warn(
+                f"The model was measured on {_text(report.evaluation)} before, and on {_text(self._measurer.evaluation)} now. "
+                "The report gives the new perplexity only."
+            )
+            report.perplexity = dict.fromkeys(report.perplexity)
+        report.evaluation = self._measurer.evaluation
+        report.perplexity["finetuned"] = finetuned
         report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
         layout = adapter.describe(model, self.config)
@@ -348,7 +366,7 @@ class SparseLLMCallback(SparseFinetuning):
         """See :meth:`Measurer.examples`. Without an export nobody reads them."""
         if not self.measure or self.export_dir is None:
             return []
-        tokenizer = tokenizer_of(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        tokenizer = tokenizer_of(pl_module, datamodule_of(trainer))
         return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)
 
     @staticmethod
@@ -362,3 +380,8 @@ class SparseLLMCallback(SparseFinetuning):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _text(evaluation: dict[str, Any] | None) -> str:
+    """What a perplexity was measured on, in words."""
+    return "nothing" if evaluation is None else "{windows} windows of {length} tokens of {source}".format(**evaluation)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex, get_args
 
 from sparsellm_lightning.config.presets import (
     BUDGETS,
@@ -135,6 +136,17 @@ def parse_nofm(pattern: dict[str, float] | str) -> tuple[int, int] | None:
             f"name, got {pattern!r}. Write '2:4' to keep 2 of every 4 weights."
         )
     return kept, group
+
+
+def integer(name: str, value: object) -> int:
+    """An integer of any kind, NumPy's too, which JSON does not know, as Python's.
+
+    Raises:
+        UserError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise UserError(f"{name} must be an integer, got {value!r}. Correct it.")
+    return index(value)
 
 
 def _integer(name: str, value: object, low: int, kind: str = "an integer") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, SupportsFloat
 
-from sparsellm_lightning.config.checks import check_pattern, check_settings, one_of, parse_nofm
+from sparsellm_lightning.config.checks import check_pattern, check_settings, integer, one_of, parse_nofm
 from sparsellm_lightning.config.presets import (
     BUDGETS,
     PRESETS,
@@ -34,9 +34,9 @@ class PruningConfig:
             that a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in
             every block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
             key-value head); ``blocks``: decoder blocks, those that the model's output can best do without. Or several of these
-            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number), or a budget: the
-            share of the decoder blocks' parameters that is kept, ``{parameters: 0.7}``, or of their time in a forward over one
-            window, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the model's output.
+            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number). Or a budget:
+            the share of the decoder blocks' parameters that is kept, ``{parameters: 0.7}``, or of their time in a forward over
+            one window, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the model's output.
         round_to: number by which the hidden units that are kept are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
             ``solvers/README.md`` lists. ``fast``: about twice the time of SparseGPT. ``balanced``. ``best``: most accurate. A
@@ -125,6 +125,11 @@ class PruningConfig:
                 f"ignore must be a list of patterns, got the string {self.ignore!r}. Write ['{self.ignore}']."
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not isinstance(self.alternation_blocks, str):
+            object.__setattr__(
+                self, "alternation_blocks", [integer("alternation_blocks", i) for i in self.alternation_blocks]
+            )
+        object.__setattr__(self, "seed", integer("seed", self.seed))
         for name in ("sparsity", "damping", "allocation_spread", "calibration_val_fraction"):
             value = getattr(self, name)
             if isinstance(value, SupportsFloat):  # NumPy's numbers too, which JSON does not know

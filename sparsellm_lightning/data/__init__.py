@@ -1,7 +1,7 @@
 """Text and tokens: sources, the datamodule, calibration windows, and windows that the model writes."""
 
 from sparsellm_lightning.data.datamodule import TextDataModule
-from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
+from sparsellm_lightning.data.loaders import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
 from sparsellm_lightning.data.windows import (
     CalibrationBatch,
@@ -20,6 +20,7 @@ __all__ = [
     "TextDataModule",
     "add_written_windows",
     "calibration_batches",
+    "datamodule_of",
     "equally_many",
     "first_tokens",
     "fitted_windows",

@@ -96,7 +96,8 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         given = dict(locals())
         super().__init__()
-        _at_least(1, sequence_length=sequence_length, batch_size=batch_size)
+        _at_least(2, sequence_length=sequence_length)  # a token that predicts, and one that is predicted
+        _at_least(1, batch_size=batch_size)
         _at_least(1, max_train_windows=max_train_windows, max_eval_windows=max_eval_windows)
         _at_least(0, num_workers=num_workers)
         usual = {name: parameter.default for name, parameter in signature(TextDataModule).parameters.items()}
@@ -136,7 +137,7 @@ class TextDataModule(LightningDataModule):
         if (self.source, split) == ("self", "train"):
             return "self"
         files = [path.name for path in self.texts.files[split]]
-        return ", ".join(files) if files else f"{self.source}, {split} split"
+        return ", ".join(files) if files else f"{self.source}, {self.texts.splits[split]} split"
 
     def prepare_data(self) -> None:
         """Download hub datasets once, in one process per node. An evaluation run does not download c4's train text.
@@ -216,7 +217,7 @@ class TextDataModule(LightningDataModule):
         world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         dataset = WindowDataset(windows)
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
-        return ResumableLoader(
+        loader = ResumableLoader(
             dataset,
             self.batch_size,
             sampler=sampler,
@@ -224,6 +225,9 @@ class TextDataModule(LightningDataModule):
             generator=torch.Generator(),
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
+        if self.trainer is not None:  # a Trainer may ask for a loader anew each epoch
+            loader.load_state_dict({"epoch": self.trainer.current_epoch, "batches": 0})
+        return loader
 
     def check_training(self) -> None:
         """Refuse training on a source without training windows. Pruning calls this before its own work if training follows.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -81,7 +80,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
         the batches; whether they hold this rank's share only; and their source for the report: the datamodule's ``source``
         (``self``: the model wrote them) or its type.
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
     loader = getattr(data, "calibration_dataloader", None)
     if loader is None:
         assert trainer.train_dataloader is not None
@@ -91,25 +90,43 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     accepted = inspect.signature(loader).parameters
     wanted = {"num_samples": num_samples, "seed": seed}
     source = str(getattr(data, "calibration_text", type(data).__name__))
-    batches = loader(**{name: value for name, value in wanted.items() if name in accepted})
+    takes_all = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    batches = loader(**{name: value for name, value in wanted.items() if takes_all or name in accepted})
     return batches, _is_sharded(batches), source
 
 
 def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
-    """The validation batches, or None, and whether they hold this rank's share only."""
-    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        if owner is not None and is_overridden("val_dataloader", owner):
-            loaders = owner.val_dataloader()
-            break
-    else:
-        loaders = trainer.val_dataloaders
+    """The validation batches of this fit, or None, and whether they hold this rank's share only.
+
+    Of each loader as many as the Trainer's ``limit_val_batches`` says. 0, which turns off Lightning's own validation, limits
+    nothing.
+    """
+    source: Any = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not source.is_defined():
+        return None, False
+    loaders = source.dataloader()
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     elif isinstance(loaders, CombinedLoader):
         loaders = loaders.flattened
-    if isinstance(loaders, (list, tuple)):
-        return (chain.from_iterable(loaders) if loaders else None), _is_sharded(loaders)
-    return loaders, _is_sharded(loaders)
+    elif not isinstance(loaders, (list, tuple)):
+        loaders = [] if loaders is None else [loaders]
+    limited = [_limited(loader, trainer.limit_val_batches) for loader in loaders]
+    batches = limited[0] if len(limited) == 1 else chain.from_iterable(limited)
+    return (batches if limited else None), _is_sharded(loaders)
+
+
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """The datamodule of this fit, if it has one. ``trainer.datamodule`` may be that of an earlier fit."""
+    source = trainer.fit_loop._data_source.instance
+    return source if isinstance(source, pl.LightningDataModule) else None
+
+
+def _limited(loader: Any, limit: int | float | None) -> Iterable[Any]:
+    """The first batches of a loader: a number (int), or a share (float). All, if that is 0 or 1.0."""
+    if isinstance(limit, float):
+        limit = max(int(limit * len(loader)), 1) if 0 < limit < 1 else None
+    return islice(loader, limit) if limit else loader
 
 
 class _Fresh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,13 +184,13 @@ def c4_train_tokens(table: Table, needed: int, tokenise: Tokenise) -> Tensor:
         characters *= 2
 
 
-def check_files(name: str, files: Sequence[str] | str | None) -> list[Path]:
+def check_files(name: str, files: Sequence[str | Path] | str | Path | None) -> list[Path]:
     """The paths in the setting ``name``.
 
     Raises:
         UserError: a missing file, or a file of an unknown kind.
     """
-    paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or [])]
+    paths = [Path(file).expanduser() for file in ([files] if isinstance(files, (str, Path)) else files or [])]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{name} must be existing files, but there is no file {path}. Correct the path.")
@@ -213,7 +214,8 @@ def _python_docs(split: Split) -> str:
 
 def _read_file(path: Path, text_field: str) -> Iterable[str]:
     if path.suffix in TABLE_BUILDERS:
-        return _column(_load_table(TABLE_BUILDERS[path.suffix], data_files=str(path), split="train"), text_field, path)
+        table = _load_table(TABLE_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+        return _column(table, text_field, path)
     try:
         # Read as bytes, because text mode changes line ends.
         return [path.read_bytes().decode("utf-8")]

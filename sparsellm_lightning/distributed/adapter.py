@@ -70,6 +70,14 @@ class StrategyAdapter:
         """Context of several forwards of a block, between which no weight changes."""
         return nullcontext()
 
+    def inner(self, block: nn.Module) -> nn.Module:
+        """The module inside the strategy's wrapper of a block: its forward may end early, the wrapper's may not."""
+        return block
+
+    def with_gradient(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Call a forward of a block, whose result has a gradient that is taken."""
+        return forward()
+
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         """Run the model so that its blocks are called. The head is left out where the strategy allows it."""
         model.base_model(**inputs, use_cache=False)

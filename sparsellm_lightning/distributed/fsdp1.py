@@ -1,13 +1,14 @@
-"""``FSDPStrategy`` (FSDP1), which needs GPUs."""
+"""``FSDPStrategy`` (FSDP1), for which Lightning asks for GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
@@ -31,12 +32,23 @@ class FSDP1Adapter(ShardedAdapter):
         self.ranks = ProcessGroupRanks(device=strategy.root_device)
 
     def check(self, layout: DecoderLayout) -> None:
+        if self.ranks.size == 1:  # torch leaves blocks without parameters after a gradient there
+            raise UserError("FSDPStrategy shards a model over several processes, but there is one. Leave strategy out.")
         for block in layout.blocks:
             if not isinstance(block.module, FullyShardedDataParallel):
                 raise UserError(
                     f"Every decoder block must be wrapped on its own, but {block.name} is not: pruning it would gather the "
                     "whole model. Pass FSDPStrategy(auto_wrap_policy={DecoderLayerClass})."
                 )
+
+    def inner(self, block: nn.Module) -> nn.Module:
+        assert isinstance(block, FullyShardedDataParallel)
+        return block.module
+
+    def with_gradient(self, forward: Callable[[], Tensor]) -> Tensor:
+        # Only the backward of the root's output ends the state "in backward" of the units inside.
+        output: Tensor = self._through_root(forward)
+        return output
 
     def read_rows(self, projection: Projection) -> Tensor:
         return self.whole(projection)[self.ranks.local_rows(projection.shape[0])].contiguous()
@@ -57,7 +69,19 @@ class FSDP1Adapter(ShardedAdapter):
         return bias
 
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+        offload = self.ranks.device.type != "cpu"  # torch would free what it has "moved" to the CPU
+        options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+        assert self.strategy is not None
+        outer = self.strategy.model  # gathers the parameters that belong to no block, which a module inside does not
+        assert outer is not None
+        state = get_model_state_dict(outer, options=options)
+        (path,) = (name for name, module in outer.named_modules() if module is model)
+        prefix = ".".join(part for part in path.split(".") if part != "_fsdp_wrapped_module") + "."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix) and isinstance(value, Tensor)
+        }
 
     def _summoned(self, projection: Projection, write: bool) -> AbstractContextManager[Any]:
         assert self.strategy is not None

@@ -1,6 +1,6 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
-from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of
+from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of, weights_of
 from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
@@ -56,4 +56,5 @@ __all__ = [
     "unsaved_float32_buffers",
     "upload",
     "verify_export",
+    "weights_of",
 ]

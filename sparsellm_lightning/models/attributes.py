@@ -22,6 +22,11 @@ def tokenizer_of(*owners: Any) -> Any | None:
     return next((t for t in found if hasattr(t, "save_pretrained") and hasattr(t, "batch_decode")), None)
 
 
+def weights_of(module: pl.LightningModule) -> str | None:
+    """The name of the sparse weights that a module was made from: ``weights`` of :class:`CausalLM`."""
+    return module.weights if isinstance(module, CausalLM) else None
+
+
 def is_sparse_already(module: pl.LightningModule) -> bool:
     """Whether a module was made to train a sparse model, which is not pruned."""
-    return isinstance(module, CausalLM) and module.weights is not None
+    return weights_of(module) is not None

@@ -59,8 +59,8 @@ class CausalLM(pl.LightningModule):
                 "CausalLM needs a model, got neither pretrained nor weights. Set --model.pretrained to a hub id, a folder or "
                 "package:NAME."
             )
-        self.pretrained = pretrained
-        self.weights = weights
+        self.pretrained = None if pretrained is None else str(pretrained)  # a Path too
+        self.weights = None if weights is None else str(weights)
         self.lora = lora
         self.dtype_name = dtype
         self.optimizer = optimizer

@@ -72,8 +72,8 @@ def _read_sharded(folder: Path) -> dict[str, Any]:
     reader = _SafeReader(folder)
     reader.read_metadata()  # a refusal here keeps its message
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=reader, planner=_SafePlanner(keys={"state_dict"}), no_dist=True)
-    return state
+    _load_state_dict(state, storage_reader=reader, planner=_SafePlanner(keys={"state_dict", "model"}), no_dist=True)
+    return state if "state_dict" in state else {"state_dict": state["model"]}  # FSDP1's name for them
 
 
 class _SafeReader(FileSystemReader):

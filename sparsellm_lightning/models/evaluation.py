@@ -100,8 +100,17 @@ def new_metric() -> Perplexity:
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100."""
-    labels = batch.get("labels", batch["input_ids"])
+    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100.
+
+    Raises:
+        UserError: the batch has neither.
+    """
+    labels = batch["labels"] if "labels" in batch else batch.get("input_ids")
+    if labels is None:
+        raise UserError(
+            f"Perplexity needs labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader add labels, "
+            "or set measure to false."
+        )
     mask = batch.get("attention_mask")
     return labels if mask is None or mask.dim() != 2 else labels.masked_fill(mask == 0, IGNORED)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,18 +120,25 @@ def export_model(
 
 
 def add_to_report(folder: str | Path, **entries: Any) -> None:
-    """Add entries to an export's report. Nothing happens if the folder is no export."""
+    """Add entries to an export's report. Nothing happens if the folder is no export; one that is read-only gives a warning."""
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
         return
-    content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, allow_nan=False)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    new.write_text(content + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+        content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, allow_nan=False)
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        new.write_text(content + "\n", encoding="utf-8")
+        new.replace(path)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} does not get {', '.join(entries)}: {error}", stacklevel=2)
 
 
 def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
-    """Export, or if that fails write the model to another folder.
+    """Export, or if that fails write the model to another folder, at last without its report and companions.
+
+    Args:
+        export: :func:`export_model` without its folder.
+        export_dir, overwrite: its arguments.
 
     Raises:
         UserError: the export failed. Names the folder that holds the model.
@@ -138,10 +146,11 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
     try:
         export(export_dir=export_dir, overwrite=overwrite)
     except Exception as error:  # of any class: safetensors has its own for a full disk, and the model must not be lost
-        for parent in (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir())):
+        parents = (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir()))
+        for parent, less in (*((p, {}) for p in parents), *((p, {"report": None, "more": None}) for p in parents)):
             rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
             try:
-                export(export_dir=rescue)
+                export(export_dir=rescue, **less)
             except Exception:
                 log.debug("The export to %s failed too.", rescue, exc_info=True)
                 continue

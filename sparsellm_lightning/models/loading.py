@@ -29,7 +29,7 @@ PACKAGE_PREFIX = "package:"
 _Loaded = TypeVar("_Loaded")
 
 
-def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model with plain dense weights, on the CPU unless ``kwargs`` say otherwise.
 
     GGUF weights are dequantised, packed ones (:mod:`~sparsellm_lightning.models.packed`) unpacked. The result is an ordinary
@@ -70,7 +70,7 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
         return or_user_error(pretrained, lambda: load(**extra))
 
 
-def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(pretrained: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; for GGUF, the one inside the file.
 
     Args:
@@ -109,7 +109,7 @@ def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _refuse_missing(pretrained: str, missing: Collection[str]) -> None:
+def _refuse_missing(pretrained: str | Path, missing: Collection[str]) -> None:
     if missing:
         names = ", ".join(sorted(missing)[:3])
         raise UserError(
@@ -126,8 +126,9 @@ def _refuse_remote_code(kwargs: dict[str, Any]) -> None:
         )
 
 
-def locate(pretrained: str) -> tuple[str, str | None]:
+def locate(pretrained: str | Path) -> tuple[str, str | None]:
     """The arguments of ``from_pretrained``: folder or hub id, and the name of the GGUF file inside the folder."""
+    pretrained = str(pretrained)
     if not pretrained:
         raise UserError("pretrained must name a model, got an empty string. Write a hub id, a folder or a .gguf file.")
     if pretrained.startswith(PACKAGE_PREFIX):
@@ -186,7 +187,7 @@ def _inside(path: Path, roots: list[Path]) -> str:
     return str(Path(root.name) / path.relative_to(root))
 
 
-def or_user_error(pretrained: str, load: Callable[[], _Loaded]) -> _Loaded:
+def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loaded:
     """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line."""
     try:
         return load()

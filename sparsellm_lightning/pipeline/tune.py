@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ class Reconstructor:
         scale = self.parameters.loss_scale(tokens)
         for index in batches:
             with torch.enable_grad(), self.adapter.forward_context(), self._autocast():
-                output = self._forward(index)
+                output = self.adapter.with_gradient(partial(self._forward, index))
                 self._count(index, 3)  # the backward has two products for each product of the forward
             with torch.enable_grad():
                 (self._distances(output, index, slice(self.fitted[index])).sum() * scale).backward()

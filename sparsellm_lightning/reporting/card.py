@@ -53,7 +53,7 @@ _ZEROS = (
 
 
 def _pattern(report: PruningReport) -> str:
-    achieved = f"{100 * report.sparsity['achieved']:.2f} % zeros"
+    achieved = f"{100 * report.exported_sparsity:.2f} % zeros"
     return achieved if report.pattern == "unstructured" else f"{report.pattern}, {achieved}"
 
 

@@ -39,7 +39,7 @@ def report_page(report: PruningReport, folder: Path, images: Sequence[str] = ())
         folder: that holds the weights as safetensors, and the images.
         images: names of plots in the folder.
     """
-    title = html.escape(f"{report.model}, {report.label}, {100 * report.sparsity['achieved']:.2f} % zeros")
+    title = html.escape(f"{report.model}, {report.label}, {100 * report.exported_sparsity:.2f} % zeros")
     parts = [
         f"<h1>{title}</h1>",
         _perplexities(report),

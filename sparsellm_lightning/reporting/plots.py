@@ -94,7 +94,7 @@ def layers_figure(report: PruningReport) -> Figure:
     if high - low < 1:
         top.set_ylim(-2, 102)
     else:
-        top.axhline(100 * report.sparsity["achieved"], color="gray", linestyle=":")
+        top.axhline(100 * report.exported_sparsity, color="gray", linestyle=":")
         top.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     top.set(ylabel="zeros (%)", title=_title(report))
     bottom.set(xlabel="block", ylabel="relative output error")
@@ -106,7 +106,7 @@ def layers_figure(report: PruningReport) -> Figure:
 
 
 def _title(report: PruningReport) -> str:
-    return f"{report.model}, {report.label}, {100 * report.sparsity['achieved']:.1f} % zeros"
+    return f"{report.model}, {report.label}, {100 * report.exported_sparsity:.1f} % zeros"
 
 
 def _feed_forward_errors(blocks: list[dict[str, Any]]) -> Series:

@@ -148,6 +148,11 @@ class PruningReport:
         shown = 4 if reference > 0 else 3
         return [row[:shown] for row in rows]
 
+    @property
+    def exported_sparsity(self) -> float:
+        """Fraction of zeros in the projections as they are written: without what leaves the model as a whole."""
+        return float(self.sparsity.get("exported", self.sparsity["achieved"]))
+
     def metrics(self) -> dict[str, float]:
         """The run's figures for a logger: sparsity, perplexities, seconds of pruning and of each phase."""
         found = {"sparsity": self.sparsity["achieved"], "seconds": self.wall_seconds}

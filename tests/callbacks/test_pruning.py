@@ -540,3 +540,96 @@ def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(run.strategy), "root_device", torch.device("mps"))
     with pytest.raises(UserError, match=r"Set trainer\.accelerator to cpu"):
         check_trainer(run, trains=False)
+
+
+MAGNITUDE: dict[str, Any] = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 4}
+
+
+def test_the_data_of_this_fit_counts(model_dir: Path, text: TextDataModule, ids: torch.Tensor) -> None:
+    """Not those of an earlier fit with the same Trainer, and not the module's own."""
+
+    class Measured(OwnModule):
+        def val_dataloader(self) -> Any:
+            return DataLoader(ids[:4], batch_size=4)
+
+    first = SparseLLMCallback(**MAGNITUDE)
+    run = trainer(first, num_sanity_val_steps=0, check_val_every_n_epoch=5, max_epochs=1)
+    run.fit(CausalLM(str(model_dir)), datamodule=text)
+    loader, other = DataLoader(ids[8:16], batch_size=4), DataLoader(ids[20:32], batch_size=4)
+    run.callbacks = [SparseLLMCallback(**MAGNITUDE)]
+    run.should_stop = False
+    module = Measured(build_model("llama"))
+    run.fit(module, loader, other)
+    report = run.callbacks[0].report
+    assert report is not None
+    assert report.perplexity["dense"] == pytest.approx(perplexity(build_model("llama"), other))
+    assert report.calibration["source"] == "training dataloader"
+    assert report.evaluation == {"source": "validation dataloader", "windows": 12, "length": ids.shape[1]}
+    assert report.data is None
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(1, 4), (2, 8), (0.5, 4), (0, 8), (1.0, 8)])
+def test_validation_is_limited_as_the_trainer_says(ids: torch.Tensor, limit: float, windows: int) -> None:
+    pruner = SparseLLMCallback(**MAGNITUDE)
+    run = trainer(pruner, num_sanity_val_steps=0, limit_val_batches=limit)
+    run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), DataLoader(ids[:8], batch_size=4))
+    assert pruner.report is not None
+    assert pruner.report.evaluation is not None
+    assert pruner.report.evaluation["windows"] == windows
+    assert pruner.report.perplexity["dense"] == pytest.approx(perplexity(build_model("llama"), [ids[:windows]]))
+
+
+def test_a_perplexity_that_is_not_finite_is_left_out(
+    tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no number for it, and the model must be written all the same."""
+    monkeypatch.setattr("sparsellm_lightning.callbacks.measuring.perplexity", lambda *_, **__: math.inf)
+    pruner = SparseLLMCallback(**MAGNITUDE, export_dir=str(tmp_path / "out"))
+    with pytest.warns(UserWarning, match="is inf, and is not reported"):
+        trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), DataLoader(ids[:4]))
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["perplexity"]["pruned"] is None
+
+
+def test_validation_without_token_ids_needs_labels(ids: torch.Tensor) -> None:
+    model = build_model("llama")
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids[:4])
+    labelled = [{"inputs_embeds": embedded, "labels": ids[:4]}]
+    assert perplexity(model, labelled) == pytest.approx(perplexity(model, [ids[:4]]))
+    with pytest.raises(UserError, match=r"needs labels or input_ids, but the batches hold inputs_embeds\."):
+        perplexity(model, [{"inputs_embeds": embedded}])
+
+
+def test_a_smaller_model_is_written_twice(tmp_path: Path, ids: torch.Tensor) -> None:
+    """The second report says what the first one says: rows of blocks are not numbered anew a second time."""
+    pruner = SparseLLMCallback(
+        preset="paper", method="wanda", pattern={"blocks": 1}, num_calibration_samples=4, measure=False
+    )
+    module, reports = OwnModule(build_model("llama")), []
+    for name in ("first", "second"):
+        pruner.export_dir = str(tmp_path / name)
+        trainer(pruner).fit(module, DataLoader(ids, batch_size=8))
+        reports.append(json.loads((tmp_path / name / "pruning_report.json").read_text()))
+        assert "0.00 % zeros" in (tmp_path / name / "README.md").read_text()
+        assert "0.00 % zeros" in (tmp_path / name / "report.html").read_text()
+    assert reports[0]["layers"] == reports[1]["layers"]
+    assert reports[0]["sparsity"] == reports[1]["sparsity"]
+    assert reports[0]["sparsity"]["exported"] == 0 < reports[0]["sparsity"]["achieved"]
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pruner = SparseLLMCallback(export_dir="~/out", resume_dir="~/journal")
+    assert pruner.export_dir == str(tmp_path / "out")
+    assert pruner.resume_dir == str(tmp_path / "journal")
+
+
+@pytest.mark.parametrize("settings", [{"logger": True}, {"enable_checkpointing": True}], ids=["logs", "checkpoints"])
+def test_what_the_run_writes_lies_outside_the_export(
+    tmp_path: Path, ids: torch.Tensor, settings: dict[str, Any]
+) -> None:
+    pruner = SparseLLMCallback(**MAGNITUDE, export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="must not lie inside export_dir"):
+        trainer(pruner, default_root_dir=tmp_path / "out", **settings).fit(
+            OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
+        )

@@ -195,6 +195,54 @@ def test_resumed_runs_are_bit_equal(
             assert len(solves) == sum(step >= stop for step in stages), "stages that were still to come"
 
 
+def test_a_finished_run_is_exported_later(tmp_path: Path, model_dir: Path) -> None:
+    """From a checkpoint of the last step, after which Lightning trains nothing."""
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=20, max_eval_windows=4)
+
+    def run(steps: int, **settings: Any) -> tuple[pl.Trainer, CausalLM, SparseLLMCallback]:
+        module = CausalLM(str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+        held = SparseLLMCallback(preset="paper", method="wanda", finetune=True, num_calibration_samples=8, **settings)
+        return trainer(held, max_steps=steps), module, held
+
+    fit, module, first = run(3)
+    fit.fit(module, data)
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    again, other, second = run(3, export_dir=str(tmp_path / "out"))
+    again.fit(other, data, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert first.report is not None
+    assert second.report is not None
+    assert second.report.perplexity == pytest.approx(first.report.perplexity)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for tensor, expected in zip(written.parameters(), module.model.parameters(), strict=True):
+        assert torch.equal(tensor, expected)
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["mask_check"]["broken"] == 0
+
+
+def test_perplexities_of_two_texts_do_not_stand_together(tmp_path: Path, model_dir: Path) -> None:
+    def run(steps: int, windows: int, ckpt_path: Path | None = None) -> tuple[pl.Trainer, SparseLLMCallback]:
+        module = CausalLM(str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+        held = SparseLLMCallback(
+            preset="paper",
+            method="wanda",
+            finetune=True,
+            num_calibration_samples=8,
+            export_dir=str(tmp_path / f"{steps}"),
+        )
+        fit = trainer(held, max_steps=steps)
+        data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=20, max_eval_windows=windows)
+        fit.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
+        return fit, held
+
+    fit, _ = run(2, 4)
+    fit.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.warns(UserWarning, match="was measured on 4 windows of 32 tokens of .* before, and on 2 windows of 32"):
+        _, held = run(3, 2, tmp_path / "two.ckpt")
+    assert held.report is not None
+    assert held.report.perplexity["dense"] is held.report.perplexity["pruned"] is None
+    assert held.report.perplexity["finetuned"] is not None
+    assert [set(example) for example in held.report.examples] == [{"prompt", "finetuned"}] * 2
+
+
 def test_dropout_makes_a_difference(dropout_dir: Path) -> None:
     """The model with dropout depends on the random state, which the tests above need."""
     run = Run(dropout_dir)

@@ -323,6 +323,20 @@ def test_tables(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text_file: s
         module.test_dataloader()
 
 
+def test_names_of_files_are_no_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """``part[1].jsonl`` is not ``part1.jsonl``. A single Path will do."""
+    for name, text in (("part1", "another"), ("part[1]", "its own")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    module = _module(tokenizer, source="files", train_files=tmp_path / "part[1].jsonl")
+    assert module.texts.text("train") == "its own"
+
+
+def test_a_split_of_another_name_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    module = _module(tokenizer, source="some/set", test_split="validation")
+    assert module.evaluation_text == "some/set, validation split"
+    assert module.calibration_text == "some/set, train split"
+
+
 def test_text_file_is_read_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "crlf.txt").write_bytes("a\r\n é\r".encode())
     module = _module(tokenizer, source="files", train_files=str(tmp_path / "crlf.txt"))

@@ -1,15 +1,20 @@
-"""A loader for calibration has an iterator of its own, so that training keeps its place."""
+"""Loaders: one for calibration has an iterator of its own, so that training keeps its place. Epochs, limits, arguments."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from support.training import trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _Fresh
+from sparsellm_lightning import CausalLM, TextDataModule
+from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _Fresh, calibration_batches
 
 
 def rows(batches: Any) -> list[list[int]]:
@@ -48,6 +53,37 @@ def test_a_fresh_loader_leaves_the_random_generator_alone(taken: int) -> None:
     for _, _batch in zip(range(taken), _Fresh(loader), strict=False):
         pass
     assert torch.equal(generator.get_state(), before)
+
+
+def test_loaders_that_are_made_anew_each_epoch_differ(model_dir: Path) -> None:
+    class Watch(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.seen.append(batch["input_ids"].flatten().tolist())
+
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=12, max_eval_windows=4)
+    watches = []
+    for every in (0, 1):
+        watches.append(Watch())
+        run = trainer(watches[-1], max_epochs=3, reload_dataloaders_every_n_epochs=every, limit_val_batches=0)
+        run.fit(CausalLM(str(model_dir)), data)
+    assert watches[0].seen == watches[1].seen
+    assert len({tuple(window) for window in watches[1].seen}) == 3
+
+
+def test_a_calibration_dataloader_that_takes_anything_gets_both_arguments() -> None:
+    class Own(pl.LightningDataModule):
+        def calibration_dataloader(self, **kwargs: int) -> Any:
+            return [kwargs]
+
+    class Fit:
+        fit_loop = SimpleNamespace(_data_source=SimpleNamespace(instance=Own()))
+
+    batches, _, _ = calibration_batches(Fit(), 3, 5)  # type: ignore[arg-type]
+    assert list(batches) == [{"num_samples": 3, "seed": 5}]
 
 
 @pytest.mark.parametrize("limit", [2, 0.5], ids=["number", "share"])

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 with gloo processes on the CPU, compared with one process. CUDA, NCCL and FSDP1 where there are GPUs.
+"""DDP, FSDP2 and FSDP1 with gloo processes on the CPU, compared with one process. CUDA and NCCL where there are GPUs.
 
 One worker of pytest-xdist runs this folder (see ``conftest.py``), so that the processes of the ranks are started once.
 """
@@ -25,7 +25,7 @@ from support.pool import JobFailed, RankPool
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm_lightning import PruningConfig, prune_model, verify_export
+from sparsellm_lightning import PruningConfig, UserError, prune_model, verify_export
 from sparsellm_lightning.architecture import describe
 
 Exported = tuple[PreTrainedModel, dict[str, Any]]
@@ -84,6 +84,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
     [
         ("llama", SPARSELLM, "ddp", 2),
         ("llama", SPARSELLM, "fsdp2", 2),
+        ("llama", SPARSELLM, "fsdp1", 2),
         # gpt2 stores transposed weights, so FSDP2 shards their inputs.
         pytest.param(
             "gpt2",
@@ -106,6 +107,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
     ids=[
         "llama-ddp2",
         "llama-fsdp2",
+        "llama-fsdp1",
         "gpt2-fsdp2",
         "phi3-fsdp2",
         "mixtral-ddp2",
@@ -138,6 +140,7 @@ def test_same_answer_on_any_number_of_ranks(
         ("llama", {"neurons": 0.4, "heads": 0.5}, "fsdp2"),
         ("gpt2", "neurons", "ddp"),
         ("gpt2", "blocks", "fsdp2"),
+        pytest.param("gpt2", {"neurons": 0.4, "blocks": 1}, "fsdp1", marks=pytest.mark.slow),
         pytest.param("llama", {"neurons": 0.4, "heads": 0.5, "blocks": 1}, "ddp", marks=pytest.mark.slow),
         pytest.param("llama", {"parameters": 0.6}, "ddp", marks=pytest.mark.slow),
         pytest.param("llama", {"parameters": 0.6}, "fsdp2", marks=pytest.mark.slow),
@@ -169,7 +172,7 @@ def test_smaller_models(
         torch.testing.assert_close(state[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), "fsdp1"])
 def test_reconstruction_and_measured_budgets(
     tmp_path: Path,
     folder_of: Callable[[str], str],
@@ -251,7 +254,7 @@ def test_calibration_from_a_sharded_train_loader(
     assert float((mask(one[0]) == mask(two[0])).double().mean()) >= 0.999
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_the_same_generated_windows_on_every_rank(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str
 ) -> None:
@@ -280,6 +283,13 @@ def test_precisions(
     assert report["perplexity"]["pruned"] == pytest.approx(alone(**options)[1]["perplexity"]["pruned"], rel=0.05)
 
 
+def test_fsdp1_needs_several_processes(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    with pytest.raises(UserError, match="FSDPStrategy shards a model over several processes, but there is one"):
+        ranks(1).run("prune", tmp_path, model=folder_of("llama"), strategy="fsdp1", pruner=FAILING)
+
+
 def test_compiled_and_checkpointed_blocks(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], alone: Callable[..., Exported]
 ) -> None:
@@ -295,6 +305,7 @@ def test_compiled_and_checkpointed_blocks(
         {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True}, marks=pytest.mark.slow),
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(str(key if value is True else value) for key, value in options.items()),
 )
@@ -477,11 +488,17 @@ def test_sharded_on_an_accelerator(
     assert equal > (0.98 if preset == "paper" else 0.95)  # what follows a tuned block differs more
 
 
-gpus = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: CUDA, NCCL and FSDP1")
+gpus = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: CUDA and NCCL")
 
 
 @gpus
-@pytest.mark.parametrize("strategy", [None, "ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(None, "ddp", "fsdp2"),
+        pytest.param("fsdp1", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+    ],
+)
 def test_on_gpu(
     tmp_path: Path, folder_of: Callable[[str], str], alone: Callable[..., Exported], strategy: str | None
 ) -> None:

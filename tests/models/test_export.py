@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import SparseLLMCallback, UserError, export_model, load_model
-from sparsellm_lightning.models import REPORT_NAME, check_export_dir
+from sparsellm_lightning.models import REPORT_NAME, add_to_report, check_export_dir, export_or_rescue
 from sparsellm_lightning.models import export as export_module
 from sparsellm_lightning.runtime import claimed
 
@@ -143,6 +144,25 @@ def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path
     with pytest.raises(ValueError, match="not JSON compliant"):
         export_model(model, tmp_path / "out", report=lambda: {"perplexity": value})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_rescued_without_a_report_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:
+    export = partial(export_model, model, report=lambda: {"perplexity": float("nan")})
+    with pytest.raises(UserError, match=r"could not be written .*not JSON compliant.* The model is in"):
+        export_or_rescue(export, tmp_path / "out", overwrite=False)
+    (rescued,) = tmp_path.iterdir()
+    for tensor, expected in zip(load_model(rescued).parameters(), model.parameters(), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_an_export_that_cannot_be_changed_keeps_its_report(model: PreTrainedModel, tmp_path: Path) -> None:
+    export_model(model, tmp_path / "out", report=lambda: {"run": 1})
+    report = tmp_path / "out" / REPORT_NAME
+    add_to_report(tmp_path / "out", speed=[])
+    assert json.loads(report.read_text())["speed"] == []
+    report.write_text("{")
+    with pytest.warns(UserWarning, match=f"{REPORT_NAME} does not get speed"):
+        add_to_report(tmp_path / "out", speed=[])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

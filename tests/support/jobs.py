@@ -25,6 +25,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sparsellm_lightning import (
     CausalLM,
@@ -67,7 +68,11 @@ class Job:
         if kind == "fsdp2":
             return FSDP2Strategy(save_distributed_checkpoint=sharded_checkpoint, process_group_backend=backend)
         if kind == "fsdp1":
-            return FSDPStrategy(auto_wrap_policy=_decoder_layer)
+            return FSDP1OnAnyDevice(
+                auto_wrap_policy=_decoder_layer,
+                process_group_backend=backend,
+                state_dict_type="sharded" if sharded_checkpoint else "full",
+            )
         if kind == "tensor_parallel":
             return ModelParallelStrategy(1, self.processes, process_group_backend=backend)
         return "auto"
@@ -102,6 +107,20 @@ class Job:
 
     def pruner(self, **kwargs: Any) -> Observed:
         return Observed(**{**self.options.get("pruner", {}), **kwargs})
+
+
+class FSDP1OnAnyDevice(FSDPStrategy):
+    """FSDPStrategy, also on CPUs: Lightning refuses the class itself there, and names no device to torch."""
+
+    def _setup_model(self, model: Any) -> Any:
+        device = self.root_device
+
+        class OnDevice(FullyShardedDataParallel):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **{**kwargs, "device_id": device})
+
+        with mock.patch("torch.distributed.fsdp.FullyShardedDataParallel", OnDevice):
+            return super()._setup_model(model)
 
 
 class Mixing(torch.optim.SGD):
@@ -173,7 +192,7 @@ class Observed(SparseLLMCallback):
 
 
 def _decoder_layer(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    return recurse or type(module).__name__.endswith("DecoderLayer")
+    return recurse or type(module).__name__.endswith(("DecoderLayer", "Block"))
 
 
 def prune(job: Job) -> dict[str, Any]:
