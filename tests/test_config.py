@@ -96,6 +96,14 @@ def test_a_given_target_model_needs_a_method_that_fits_it(method: Any) -> None:
     assert PruningConfig(method=method, reconstruction_steps=1, target="model").target == "model"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"num_iterations": 1}, {"alternation_blocks": "none"}, {"alternation_blocks": []}]
+)
+def test_a_given_target_model_needs_an_alternation(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="without reconstruction and without an alternation"):
+        PruningConfig(preset="paper", target="model", **settings)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nofm_patterns_have_a_uniform_allocation(preset: Any) -> None:
     assert decided(PruningConfig(preset=preset, pattern="2:4")) == {**PRESETS[preset], "allocation": "uniform"}

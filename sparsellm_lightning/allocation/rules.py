@@ -161,6 +161,29 @@ def minimise_damage(
     return [min(value, most) for value, most in zip(result, high, strict=True)]
 
 
+def above(sparsities: Sequence[float], floors: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Sparsities of the same mean that are at least the floors: ``max(s_i − δ, f_i)``, with one δ ≥ 0 for all parts.
+
+    If the floors alone have a larger mean, they are returned.
+
+    Args:
+        sparsities: s.
+        floors: f, least sparsity of each part.
+        sizes: n, weights in each part.
+    """
+
+    def shifted(by: float) -> list[float]:
+        return [max(s - by, floor) for s, floor in zip(sparsities, floors, strict=True)]
+
+    total = math.fsum(size * s for size, s in zip(sizes, sparsities, strict=True))
+    low, high = 0.0, 1.0
+    for _ in range(60):  # halvings: more than float64 resolves
+        middle = (low + high) / 2
+        more = math.fsum(size * s for size, s in zip(sizes, shifted(middle), strict=True)) > total
+        low, high = (middle, high) if more else (low, middle)
+    return shifted(high)
+
+
 def round_counts(sparsities: Sequence[float], entries: Sequence[int], total: int | None = None) -> list[int]:
     """Number of weights to prune in each matrix: ``s_i n_i`` rounded up or down, with an exact sum.
 

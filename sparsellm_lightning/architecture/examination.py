@@ -107,7 +107,7 @@ class Examination:
         """What is solved at a time, by the first call of each."""
         units: list[tuple[int, Unit]] = []
         in_network = {name for proof in proofs for name in proof.calls}
-        routers = self._routers()
+        routers = self._routers() - in_network
         groups: list[list[Call]] = []
         for call in self.seen.calls:
             reason = self._reason_dense(call, routers)

@@ -96,7 +96,7 @@ def listed_routing(
     if not torch.equal(given[used], hidden[token[used]].to(given)):
         return None
     expert = torch.cat([torch.full_like(z.flatten(0, -2)[:, 0], index, dtype=torch.long) for index, _, z in rows])
-    weights = torch.zeros(len(hidden), len(experts), device=hidden.device)
+    weights = torch.zeros(len(hidden), len(experts), dtype=weight.dtype, device=hidden.device)
     weights.index_put_((token[used], expert[used]), weight[used], accumulate=True)
     most = max(int((weights != 0).sum(1).max()), 1)
     chosen = weights.abs().topk(most).indices

@@ -91,8 +91,9 @@ def _check_choices(config: PruningConfig) -> None:
         )
     if config.target == "model" and not config.fits_target:
         raise UserError(
-            f"target model needs a method that fits it, but method is {config.method} without reconstruction. Use method "
-            "sparsellm, set reconstruction_steps, or leave target out."
+            f"target model needs a method that fits it, but method is {config.method} without reconstruction"
+            f"{' and without an alternation' * (config.method == 'sparsellm')}. Set reconstruction_steps, use method sparsellm "
+            "with several num_iterations, or leave target out."
         )
 
 

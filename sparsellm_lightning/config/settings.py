@@ -139,7 +139,12 @@ class PruningConfig:
     @property
     def fits_target(self) -> bool:
         """Whether any part of the method fits ``target``: the alternation or reconstruction."""
-        return self.method == "sparsellm" or bool(self.reconstruction_steps)
+        return self.alternates or bool(self.reconstruction_steps)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether any block is solved by the alternation, beyond its first iteration, which is the local solver."""
+        return self.method == "sparsellm" and self.num_iterations > 1 and self.alternation_blocks not in ("none", [])
 
     @property
     def requested_sparsity(self) -> float:
@@ -214,11 +219,8 @@ class PruningConfig:
     @property
     def held_out_fraction(self) -> float:
         """``calibration_val_fraction``, or 0 if the method chooses nothing on held-out windows."""
-        alternates = (
-            self.method == "sparsellm" and self.num_iterations > 1 and self.alternation_blocks not in ("none", [])
-        )
         tunes = self.reconstruction_steps or self.distillation_steps
-        return self.calibration_val_fraction if alternates or tunes else 0.0
+        return self.calibration_val_fraction if self.alternates or tunes else 0.0
 
     def build_pattern(
         self,

@@ -129,12 +129,17 @@ def held_out_windows(windows: int, fraction: float) -> int:
 def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
     """Number of this rank's windows that are fitted: its first ones. The last of all windows are held out.
 
+    The ranks take turns: the first windows of all ranks, the second ones, and so on.
+
     Args:
-        windows: over all ranks.
-        fraction: of them that is held out.
-        ranks: window i belongs to rank ``i mod size``.
+        windows: of this rank.
+        fraction: of all windows that is held out.
+        ranks: all call this together.
     """
-    return len(range(ranks.rank, windows - held_out_windows(windows, fraction), ranks.size))
+    counts = [count for (count,) in ranks.gather_counts(windows)]
+    order = sorted((position, rank) for rank, count in enumerate(counts) for position in range(count))
+    fitted = order[: len(order) - held_out_windows(len(order), fraction)]
+    return sum(rank == ranks.rank for _, rank in fitted)
 
 
 def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:

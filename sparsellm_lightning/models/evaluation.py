@@ -179,7 +179,9 @@ def perplexity(
         for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)
-            inputs = {key: value[rank::size].to(device) for key, value in whole.items()}
+            windows = len(next(iter(whole.values())))
+            mine = {key: value[rank::size] if len(value) == windows else value for key, value in whole.items()}
+            inputs = {key: value.to(device) for key, value in mine.items()}
             labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None
             targets = labels_of(inputs | ({} if labels is None else {"labels": labels}))
             together = adapter.ranks if adapter.forward_is_collective else SINGLE

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block, DecoderLayout
+from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
-from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
-from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import Forward, decoder_output, head_in, logits_at, positions_together
-from sparsellm_lightning.pipeline.kept import KeptParameters
+from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
@@ -25,7 +23,6 @@ LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
 STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 OWN_SHARE = 0.6  # of the steps, on the calibration windows, if there are written ones too
 MAX_CHECKS = 2  # of the held-out divergence, besides the one before, each of which takes as long as a few steps
-VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 
 
 class Distiller:
@@ -125,7 +122,7 @@ class Distiller:
     def _check_room(self) -> None:
         """Choose where the vectors of kept entries lie. Gradients of parameters lie on the device."""
         context, split = self.context, self.adapter.weights_are_split
-        gradients, vectors = memory_of_distillation(context.layout, context.config, split)
+        gradients, vectors = memory_of_tuning(context.layout.blocks, context.config, split)
         device, limit = context.device, room(context.config.memory, context.device)
         on_cpu = device.type == "cpu"
         needed, what = (gradients + vectors, "gradients and Adam's moments") if on_cpu else (gradients, "gradients")
@@ -221,20 +218,6 @@ class Distiller:
         projections = list(block.projections())
         (zeros,) = self.ranks.total(sum(int(self.adapter.count_zeros(p)) for p in projections))
         return zeros < sum(p.size for p in projections)
-
-
-def memory_of_distillation(layout: DecoderLayout, config: PruningConfig, split: bool = False) -> tuple[float, float]:
-    """Bytes of gradients and of the vectors of all kept weights on this rank.
-
-    Where units, heads or blocks leave, all weights count as kept, because how many leave is not known yet. Whole parameters
-    hold one gradient at a time. Those of sharded parameters (``split``) are held together.
-    """
-    pruned = {id(p.parameter) for p in layout.projections() if p.pruned}
-    parameters = [(id(p) in pruned, local_tensor(p)) for block in layout.blocks for p in block.module.parameters()]
-    zeros = 0.0 if config.removes else config.requested_sparsity
-    kept = sum((1 - zeros * is_pruned) * p.numel() for is_pruned, p in parameters)
-    gradients = [p.numel() * p.element_size() for _, p in parameters]
-    return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.pipeline.distil import STEP_TOKENS, memory_of_distillation
+from sparsellm_lightning.pipeline.distil import STEP_TOKENS
+from sparsellm_lightning.pipeline.kept import memory_of_tuning
 from sparsellm_lightning.pipeline.sequential import ALTERNATION_TOKENS
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.runtime import Sizes
@@ -56,7 +57,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
         seen = config.distillation_steps * min(STEP_TOKENS, tokens)
         forward = sum(block.forward_work(window) for block in layout.blocks)
         operations["distillation"] = seen * (3.0 * forward + (6.0 * head.weight.numel() if head else 0.0))
-        memory = sum(memory_of_distillation(layout, config))
+        memory = sum(memory_of_tuning(layout.blocks, config))
     done = {phase: work for phase, work in operations.items() if work}
     return Estimate(done, _sizes(layout, config, tokens), memory)
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
+from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import local_tensor
 
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
 LOSS_SCALE = 2.0**10  # of the losses, because float16 cannot hold gradients below 6e-8. Exact in other dtypes
+VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 BETAS = (0.9, 0.95)  # of Adam. The usual 0.999 averages over more steps than there are
 
 
@@ -175,6 +177,20 @@ class KeptParameters:
         squares, entries, size = totals.clamp(min=1e-30).T
         scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
         return scales
+
+
+def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool = False) -> tuple[float, float]:
+    """Bytes of gradients and of the vectors of all kept weights of some blocks, on this rank.
+
+    Where units, heads or blocks leave, all weights count as kept, because how many leave is not known yet. Whole parameters
+    hold one gradient at a time. Those of sharded parameters (``split``) are held together.
+    """
+    pruned = {id(p.parameter) for block in blocks for p in block.projections() if p.pruned}
+    parameters = [(id(p) in pruned, local_tensor(p)) for block in blocks for p in block.module.parameters()]
+    zeros = 0.0 if config.removes else config.requested_sparsity
+    kept = sum((1 - zeros * is_pruned) * p.numel() for is_pruned, p in parameters)
+    gradients = [p.numel() * p.element_size() for _, p in parameters]
+    return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
 
 
 def _positions(local: Tensor) -> Tensor:

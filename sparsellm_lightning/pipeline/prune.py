@@ -28,7 +28,7 @@ from sparsellm_lightning.data import (
     take_windows,
 )
 from sparsellm_lightning.distributed import StrategyAdapter
-from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.errors import OutOfMemoryError, UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
 from sparsellm_lightning.pipeline.distil import STEP_TOKENS, Distiller
 from sparsellm_lightning.pipeline.progress import Progress
@@ -127,8 +127,7 @@ def prune_model(
             batch_tokens=BATCH_TOKENS // adapter.ranks.size if tunes else None,
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
-        fitted = fitted_windows(windows, config.held_out_fraction, adapter.ranks)
-        own = fitted
+        own = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
         batches, fitted, written = _write_windows(context, batches, own, journal)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
@@ -239,7 +238,8 @@ def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int, w
         with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
             return Distiller(context, batches, fitted, written)
     except UserError as error:
-        if config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
+        one_rank_alone = isinstance(error, OutOfMemoryError) and context.ranks.size > 1  # the others would wait for it
+        if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
             raise
         if context.ranks.rank == 0:
             warnings.warn(f"Preset {config.preset} goes without distillation: {error}", stacklevel=3)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
-from sparsellm_lightning.pipeline.kept import KeptParameters
+from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
+from sparsellm_lightning.runtime import room
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
@@ -61,7 +62,11 @@ class Reconstructor:
         self.batch_tokens = batch_tokens
         self.device = device_of(block.module)
         self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
-        self.parameters = KeptParameters(context, [block], learning_rate, context.config.reconstruction_steps)
+        _, vectors = memory_of_tuning([block], context.config, self.adapter.weights_are_split)
+        fits = vectors <= room(context.config.memory, self.device)
+        steps = context.config.reconstruction_steps
+        storage = self.device if fits else torch.device("cpu")
+        self.parameters = KeptParameters(context, [block], learning_rate, steps, storage)
         self.fitted = cache.fitted_by_batch()
         self.tokens = cache.fitted_tokens_by_batch()
         self.guarded = self.ranks.total(sum(cache.windows[cache.fitted :])) != [0]

@@ -13,6 +13,7 @@ import torch
 
 from sparsellm_lightning.allocation.rules import (
     Curve,
+    above,
     atp,
     atp_step,
     minimise_damage,
@@ -265,3 +266,15 @@ def test_largest_remainders_are_rounded_up() -> None:
         round_counts([1.0, 0.25], [3, 2], total=5)
     with pytest.raises(UserError, match=r"in \[0, 1\]"):
         round_counts([1.1], [3])
+
+
+def test_above_floors() -> None:
+    sparsities, sizes = [0.5, 0.6, 0.7], [10, 20, 30]
+    assert above(sparsities, [0.1, 0.2, 0.3], sizes) == pytest.approx(sparsities)
+    raised = above(sparsities, [0.62, 0.0, 0.0], sizes)
+    assert raised == pytest.approx([0.62, 0.6 - 0.024, 0.7 - 0.024])  # 1.2 weights from the other 50
+    assert mean(raised, sizes) == pytest.approx(mean(sparsities, sizes))
+    raised = above(sparsities, [0.62, 0.59, 0.0], sizes)
+    assert raised[:2] == pytest.approx([0.62, 0.59])
+    assert mean(raised, sizes) == pytest.approx(mean(sparsities, sizes))
+    assert above(sparsities, [0.8, 0.8, 0.8], sizes) == [0.8, 0.8, 0.8]

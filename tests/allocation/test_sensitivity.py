@@ -381,3 +381,20 @@ def test_parts_that_have_the_sparsity_already_are_not_free() -> None:
         assert at[1] == 0.6
         assert damages[0] == damages[1] == 0
         assert damages[2] > 0
+
+
+@pytest.mark.parametrize("allocation", ["owl", "kl", "kl_blocks"])
+def test_a_later_stage_has_the_sparsity_asked_for(allocation: Any) -> None:
+    """Although some parts have more zeros than the allocation gives them."""
+    model = build_model("llama")
+    blocks = describe(model).blocks
+    with torch.no_grad():
+        for block, share in zip(blocks, (0.7, 0.2, 0.5), strict=True):
+            for p in block.projections():
+                zeros = torch.rand(p.matrix.shape, generator=torch.Generator().manual_seed(0)) < share
+                p.parameter.masked_fill_(zeros, 0)
+    config = PruningConfig(preset="paper", method="sparsegpt", sparsity=0.55, allocation=allocation)
+    windows = [batch.inputs for batch in random_windows()]
+    report = prune_model(model, windows, config, keep_zeros=True)
+    assert report.sparsity["achieved"] == pytest.approx(0.55, abs=2e-3)
+    assert all(float((p.matrix == 0).double().mean()) > 0.69 for p in blocks[0].projections())

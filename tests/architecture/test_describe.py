@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.batches import random_batches
 from support.classes import tiny_config, tiny_model
-from support.models import build_model
+from support.models import VOCABULARY, build_model
 from support.runs import block_outputs
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from sparsellm_lightning import Architecture, PruningConfig, UserError, export_model, load_model, prune_model
 from sparsellm_lightning.architecture import Network, blocks, describe, discovery, examination, find_model, table
@@ -294,3 +294,20 @@ def test_ordinary_links_between_blocks() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             describe(build_model(name))
+
+
+def test_a_shared_expert_that_is_narrow_is_no_router() -> None:
+    """As wide as there are experts. Its gate stays dense; the router is no linear layer."""
+    config = Qwen2MoeConfig(
+        **{
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 12,
+        },
+        **{"num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64},
+    )
+    torch.manual_seed(0)
+    (block,) = describe(Qwen2MoeForCausalLM(config)).blocks
+    assert {name.rpartition("mlp.")[2] for name in block.dense} == {"shared_expert_gate"}

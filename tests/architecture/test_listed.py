@@ -61,6 +61,23 @@ def test_routing(style: str, dtype: torch.dtype) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_routing_in_another_default_dtype() -> None:
+    """Lightning's ``bf16-true`` sets it during forwards."""
+    model = with_listed_experts(build_model("mixtral").to(torch.bfloat16), "gathered")
+    experts = experts_of(model)
+    x = torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        expected = routing_in(experts, (x,), {})
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = routing_in(experts, (x,), {})
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found.weights, expected.weights)
+
+
 def test_experts_that_see_other_inputs_stay_dense() -> None:
     """Tokens times their weights: which token it is cannot be told."""
     model = with_listed_experts(build_model("mixtral"), "weighted")

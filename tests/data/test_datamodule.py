@@ -463,7 +463,7 @@ def test_pickle(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
     ],
 )
 def test_numbers_out_of_range(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"{name} must be at least [01], got {value}"):
+    with pytest.raises(UserError, match=f"{name} must be at least [012], got {value}"):
         TextDataModule(**{name: value})  # type: ignore[arg-type]
 
 

@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from sparsellm_lightning import perplexity
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models import evaluation
+from sparsellm_lightning.solvers import Ranks
 
 MORE = {
     # Logits behind the head are scaled, capped or divided.
@@ -85,3 +87,18 @@ def test_slices_of_positions(room: int, length: int, sizes: list[int], monkeypat
     monkeypatch.setattr(evaluation, "LOGITS", room * VOCABULARY)
     pieces = evaluation.positions_together(build_model("llama"), 2, length)
     assert [len(range(length)[piece]) for piece in pieces] == sizes
+
+
+def test_arguments_that_a_batch_shares_are_not_split() -> None:
+    """Position ids of one row, on a rank that has a part of the windows."""
+    model = build_model("llama")
+    ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(3, 19)[None]
+    batch = {"input_ids": ids, "position_ids": positions}
+    adapters = [StrategyAdapter() for _ in range(2)]
+    for rank, adapter in enumerate(adapters):
+        adapter.ranks = Ranks()
+        adapter.ranks.rank, adapter.ranks.size = rank, 2
+    found = [perplexity(model, [batch], adapter) for adapter in adapters]
+    expected = [perplexity(model, [{"input_ids": ids[r::2], "position_ids": positions}]) for r in range(2)]
+    assert found == pytest.approx(expected)

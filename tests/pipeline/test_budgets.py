@@ -25,7 +25,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.models import shrink, verify_export
-from sparsellm_lightning.pipeline.distil import memory_of_distillation
+from sparsellm_lightning.pipeline.kept import memory_of_tuning
 
 ENDS = ("o_proj", "down_proj")
 SETTINGS: dict[str, Any] = {"round_to": 16, "num_calibration_samples": 8, "reconstruction_steps": 3}
@@ -209,8 +209,8 @@ def test_a_budget_where_heads_and_units_cannot_leave(share: float) -> None:
 def test_memory_of_distillation_where_blocks_leave() -> None:
     """How many weights are left is not known before, so it is that of all."""
     layout = describe(build_model("llama"))
-    _, zeros = memory_of_distillation(layout, PruningConfig(sparsity=0.0))
-    _, blocks = memory_of_distillation(layout, PruningConfig(pattern={"blocks": 1}))
+    _, zeros = memory_of_tuning(layout.blocks, PruningConfig(sparsity=0.0))
+    _, blocks = memory_of_tuning(layout.blocks, PruningConfig(pattern={"blocks": 1}))
     assert blocks == zeros == 24 * sum(p.numel() for b in layout.blocks for p in b.module.parameters())
 
 

@@ -27,13 +27,20 @@ Targets = dict[str, Tensor]
 @pytest.mark.parametrize("fraction", [0.0, 1 / 8, 0.5])
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_last_of_all_windows_are_held_out(windows: int, fraction: float, size: int) -> None:
-    fitted = []
-    for rank in range(size):
-        ranks = Ranks()
-        ranks.rank, ranks.size = rank, size
-        mine = list(range(windows))[rank::size]
-        fitted += mine[: fitted_windows(windows, fraction, ranks)]
+    def on_rank(ranks: Ranks) -> list[int]:
+        mine = list(range(windows))[ranks.rank :: size]
+        return mine[: fitted_windows(len(mine), fraction, ranks)]
+
+    fitted = [window for found in on_ranks(size, on_rank) for window in found]
     assert sorted(fitted) == list(range(windows))[: windows - int(fraction * windows)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "fitted"), [([20, 0], [18, 0]), ([5, 3], [4, 3]), ([1, 7], [1, 6]), ([0, 1], [0, 1])]
+)
+def test_windows_that_ranks_share_unevenly(counts: list[int], fitted: list[int]) -> None:
+    """As many are held out as of evenly shared ones."""
+    assert on_ranks(2, lambda ranks: fitted_windows(counts[ranks.rank], 1 / 8, ranks)) == fitted
 
 
 def windows_of(seed: int, held_out_seed: int, windows: int = 10, held_out: int = 2) -> list[dict[str, Tensor]]:
