@@ -14,6 +14,7 @@ import pytest
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
 from sparsellm_lightning import UserError
+from sparsellm_lightning.cli import main
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import Penalties
 
@@ -84,6 +85,14 @@ def test_fit_without_a_limit_trains_one_epoch(tmp_path: Path, model_dir: Path) -
     assert (tmp_path / "lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt").is_file()
     assert "epoch=0-step=2.ckpt" in run.stdout, "the end says where the result is"
     assert "pruner.export_dir" in run.stdout
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--model.pretrained", "no-such-model", "--ckpt_path", "typo.ckpt"])
+    assert end.value.code == 1
+    assert "ckpt_path must be a checkpoint, but there is no typo.ckpt" in capsys.readouterr().err
 
 
 def test_evaluate_needs_no_prunable_model(

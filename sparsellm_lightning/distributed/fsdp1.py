@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, Projection
+from sparsellm_lightning.architecture import DecoderLayout, Projection, unwrapped
 from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
 from sparsellm_lightning.distributed.sharded import ShardedAdapter
 from sparsellm_lightning.errors import UserError
@@ -76,7 +76,7 @@ class FSDP1Adapter(ShardedAdapter):
         assert outer is not None
         state = get_model_state_dict(outer, options=options)
         (path,) = (name for name, module in outer.named_modules() if module is model)
-        prefix = ".".join(part for part in path.split(".") if part != "_fsdp_wrapped_module") + "."
+        prefix = f"{unwrapped(path)}."
         return {
             name.removeprefix(prefix): value
             for name, value in state.items()

@@ -240,7 +240,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):
             continue
         layer: Any = module
-        prefix = f"{name}." if name else ""
+        prefix = f"{name}.".replace("_fsdp_wrapped_module.", "") if name else ""  # FSDP1 leaves it out of states
         base = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}base_layer.")}
         own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
         key = f"{prefix}base_layer.{getattr(layer, 'parameter_name', 'weight')}"

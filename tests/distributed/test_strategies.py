@@ -305,7 +305,9 @@ def test_compiled_and_checkpointed_blocks(
         {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True}, marks=pytest.mark.slow),
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True}, marks=pytest.mark.slow),
-        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "distilled": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "lora": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "mixing": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(str(key if value is True else value) for key, value in options.items()),
 )
