@@ -72,7 +72,9 @@ def _outer_lists(module: nn.Module, model: PreTrainedModel, text: object) -> Ite
 
 def _weights(blocks: Any) -> int:
     """Number of weights in linear layers and in parameters of three dimensions."""
-    linear = {id(m.weight): m.weight.numel() for m in blocks.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    # By the layers' attributes, because the parameter of a sharded module may be a flat piece, and empty on this rank.
+    linear = {id(m.weight): m.in_features * m.out_features for m in blocks.modules() if isinstance(m, nn.Linear)}
+    linear |= {id(m.weight): m.nx * m.nf for m in blocks.modules() if isinstance(m, Conv1D)}
     return sum((linear | {id(p): p.numel() for p in blocks.parameters() if p.dim() == 3}).values())
 
 

@@ -41,6 +41,12 @@ class FSDP1Adapter(ShardedAdapter):
                     "whole model. Pass FSDPStrategy(auto_wrap_policy={DecoderLayerClass})."
                 )
 
+            if any(_holds_experts(unit) for unit in FullyShardedDataParallel.fsdp_modules(block.module)):
+                raise UserError(
+                    f"FSDPStrategy hides experts that share a parameter, as in {block.name}: they would stay dense. Use "
+                    "ModelParallelStrategy (FSDP2)."
+                )
+
     def inner(self, block: nn.Module) -> nn.Module:
         assert isinstance(block, FullyShardedDataParallel)
         return block.module
@@ -93,3 +99,12 @@ class FSDP1Adapter(ShardedAdapter):
         ]
         # The innermost unit that holds the projection comes last in the traversal.
         return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False, writeback=write)
+
+
+def _holds_experts(unit: FullyShardedDataParallel) -> bool:
+    """Whether a module of this unit has several parameters of three dimensions, of which torch keeps the shapes only here."""
+    flat = getattr(unit._handle, "flat_param", None)
+    if flat is None:
+        return False
+    cubes = [info.module for info, shape in zip(flat._param_infos, flat._shapes, strict=True) if len(shape) == 3]
+    return len(cubes) > len(set(cubes))

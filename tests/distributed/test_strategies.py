@@ -266,7 +266,10 @@ def test_the_same_generated_windows_on_every_rank(
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"rank {rank}"
 
 
-@pytest.mark.parametrize(("strategy", "precision"), [("fsdp2", "bf16-true"), ("ddp", "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("fsdp2", "bf16-true"), ("ddp", "bf16-mixed"), pytest.param("fsdp1", "bf16-mixed", marks=pytest.mark.slow)],
+)
 def test_precisions(
     tmp_path: Path,
     folder_of: Callable[[str], str],
@@ -288,6 +291,13 @@ def test_fsdp1_needs_several_processes(
 ) -> None:
     with pytest.raises(UserError, match="FSDPStrategy shards a model over several processes, but there is one"):
         ranks(1).run("prune", tmp_path, model=folder_of("llama"), strategy="fsdp1", pruner=FAILING)
+
+
+@pytest.mark.slow
+def test_fsdp1_hides_experts(tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]) -> None:
+    with pytest.raises(JobFailed) as failure:
+        ranks(2).run("prune", tmp_path, model=folder_of("mixtral"), strategy="fsdp1", pruner=FAILING)
+    assert all("UserError: FSDPStrategy hides experts" in text for text in failure.value.tracebacks.values())
 
 
 def test_compiled_and_checkpointed_blocks(

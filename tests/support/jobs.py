@@ -192,7 +192,7 @@ class Observed(SparseLLMCallback):
 
 
 def _decoder_layer(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    return recurse or type(module).__name__.endswith(("DecoderLayer", "Block"))
+    return recurse or type(module).__name__.endswith(("DecoderLayer", "GPT2Block"))
 
 
 def prune(job: Job) -> dict[str, Any]:
