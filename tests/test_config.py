@@ -349,5 +349,17 @@ def test_numbers_of_other_kinds_become_pythons() -> None:
     assert type(config.seed) is int
     with pytest.raises(UserError, match=r"alternation_blocks must be an integer, got 1\.5"):
         PruningConfig(alternation_blocks=[1.5])  # type: ignore[list-item]
+    assert PruningConfig(num_calibration_samples=np.int64(8), memory=np.int32(9)).memory == 9  # type: ignore[arg-type]
+    assert (
+        PruningConfig(preset="best", method="sparsellm", reconstruction_steps=0, alternation_blocks=()).target
+        == "block"
+    )  # type: ignore[arg-type]
+    for name in ("num_calibration_samples", "round_to"):
+        with pytest.raises(UserError, match=f"{name} must be an integer of at least 1, got None"):
+            PruningConfig(**{name: None})
+    with pytest.raises(UserError, match="num_iterations must be an integer of at least 1, got 'many'"):
+        PruningConfig(preset="paper", num_iterations="many")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"alternation_blocks must be one of all, .*, got 3"):
+        PruningConfig(alternation_blocks=3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="seed must be an integer, got None"):
         PruningConfig(seed=None)  # type: ignore[arg-type]

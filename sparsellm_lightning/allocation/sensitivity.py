@@ -76,11 +76,13 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
         curves = list(_damages(context, cache, batches))
         low, high = max(sparsity - spread, 0.0), sparsity + spread
         chosen = minimise_damage(curves, sizes, sparsity, [low] * len(parts), [high] * len(parts))
-    if context.keep_zeros:  # what is zero stays so, and the other parts get less for it
-        chosen = above(chosen, [_zeros(context, part) for part in parts], sizes)
-    by_projection = [(p, s) for part, s in zip(parts, chosen, strict=True) for p in part]
-    counts = round_counts([s for _, s in by_projection], [p.size for p, _ in by_projection])
-    return {p.name: count / p.size for (p, _), count in zip(by_projection, counts, strict=True)}
+    projections = [p for part in parts for p in part]
+    sizes = [p.size for p in projections]
+    chosen = [s for part, s in zip(parts, chosen, strict=True) for _ in part]
+    if context.keep_zeros:  # what is zero stays so, and the others get less for it
+        zeros = context.ranks.total(*(int(context.adapter.count_zeros(p)) for p in projections))
+        chosen = above(chosen, [count / size for count, size in zip(zeros, sizes, strict=True)], sizes)
+    return {p.name: n / p.size for p, n in zip(projections, round_counts(chosen, sizes), strict=True)}
 
 
 def _parts(block: Block, apart: bool) -> list[list[Projection]]:
@@ -94,12 +96,6 @@ def _parts(block: Block, apart: bool) -> list[list[Projection]]:
     parts = [[p for p in part if p.pruned] for part in parts]
     parts = [part for part in parts if part]
     return parts if apart or not parts else [[p for part in parts for p in part]]
-
-
-def _zeros(context: Context, part: Sequence[Projection]) -> float:
-    """The largest share of zeros in a projection of a part, over all ranks."""
-    zeros = context.ranks.total(*(int(context.adapter.count_zeros(p)) for p in part))
-    return max(count / p.size for count, p in zip(zeros, part, strict=True))
 
 
 def _spread(config: PruningConfig) -> float:

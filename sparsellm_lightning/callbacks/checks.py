@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
@@ -56,13 +56,14 @@ def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | 
         UserError: such a folder.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    folders: dict[str, Any] = {"resume_dir": resume_dir} | {
-        f"{type(c).__name__}.dirpath": getattr(c, "dirpath", None) for c in callbacks
-    }
-    folders |= {f"{type(logger).__name__}.log_dir": logger.log_dir or logger.save_dir for logger in trainer.loggers}
-    if any(isinstance(c, Checkpoint) and getattr(c, "dirpath", None) is None for c in callbacks):
-        folders["default_root_dir"] = trainer.default_root_dir  # of checkpoints whose folder is not set
-    for name, folder in folders.items():
+    folders: list[tuple[str, Any]] = [("resume_dir", resume_dir)]
+    folders += [(f"{type(c).__name__}.dirpath", getattr(c, "dirpath", None)) for c in callbacks]
+    folders += [(f"{type(logger).__name__}.log_dir", logger.log_dir or logger.save_dir) for logger in trainer.loggers]
+    if not trainer.loggers and any(isinstance(c, ModelCheckpoint) and c.dirpath is None for c in callbacks):
+        folders.append(
+            ("ModelCheckpoint.dirpath", Path(trainer.default_root_dir) / "checkpoints")
+        )  # Lightning's choice
+    for name, folder in folders:
         if folder is not None and Path(folder).resolve().is_relative_to(Path(export_dir).resolve()):
             raise UserError(
                 f"{name} must not lie inside export_dir {export_dir}, got {folder}. Choose a folder beside it."

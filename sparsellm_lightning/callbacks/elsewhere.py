@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity import holding_zeros
 
 
@@ -17,12 +18,17 @@ class KeepZeros(TrainerCallback):
     ``Trainer(model, ..., callbacks=[KeepZeros()])``. See :func:`~sparsellm_lightning.holding_zeros`, which it enters when
     training begins, and leaves when it ends. A training that an exception ends leaves its hooks on the model; to be free of
     them, run ``trainer.train()`` inside ``holding_zeros(model)`` instead of using the callback.
+
+    Raises:
+        UserError: under DeepSpeed, which trains copies of the weights.
     """
 
     def __init__(self) -> None:
         self._held = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        if getattr(args, "deepspeed", None):
+            raise UserError("KeepZeros does not reach DeepSpeed's copies of the weights. Leave deepspeed out.")
         self._held.close()
         assert model is not None
         self._held.enter_context(holding_zeros(model))

@@ -18,8 +18,10 @@ from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import datamodule_of
 from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     check_export_dir,
+    check_generation_config,
     check_hub,
     check_shrinkable,
     export_model,
@@ -69,13 +71,19 @@ class Exporter:
         """Leave the folder to other runs."""
         self._claim.close()
 
-    @staticmethod
-    def check(pl_module: pl.LightningModule, layout: DecoderLayout, config: PruningConfig) -> None:
+    def check(self, pl_module: pl.LightningModule, layout: DecoderLayout, config: PruningConfig) -> None:
         """Refuse what could not be exported after the run.
 
         Raises:
-            UserError: a model that cannot be made smaller, adapters that cannot be merged, a tokenizer that cannot be loaded.
+            UserError: a model that cannot be made smaller or packed, adapters that cannot be merged, a tokenizer that cannot be
+                loaded, or a generation configuration that transformers does not save.
         """
+        if self.pack and layout.model.get_output_embeddings() is None:
+            raise UserError(
+                f"pack writes files that load_model reads as a causal language model, but {type(layout.model).__name__} has no "
+                "language-model head. Set pack to false."
+            )
+        check_generation_config(layout.model)
         if config.removed_shares:
             check_shrinkable(layout, fixed_shrinkage(layout, config))
         check_adapters(layout.model)

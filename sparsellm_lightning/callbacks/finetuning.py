@@ -71,13 +71,15 @@ class SparseFinetuning(pl.Callback):
                 f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
                 "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
             )
-        _warn_of_lost_zeros(pl_module, shares)
         # A layer of zeros only is a fresh one that must train.
-        self.hold(trainer, pl_module, [p for p in layers if 0 < shares[p.name] < 1])
+        held = [p for p in layers if 0 < shares[p.name] < 1]
+        _warn_of_lost_zeros(pl_module, shares, {id(p.parameter) for p in held})
+        self.hold(trainer, pl_module, held)
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
         self.release()
+        adapter_for(trainer).check_visible()
         self._masks = Masks(projections, adapter_for(trainer))
         self._compare_with_stored()
         self._masks.clear_moments(trainer.optimizers)
@@ -149,13 +151,17 @@ class SparseFinetuning(pl.Callback):
                 )
 
 
-def _warn_of_lost_zeros(module: pl.LightningModule, shares: dict[str, float]) -> None:
-    """Name the layers whose zeros are not kept."""
+def _warn_of_lost_zeros(module: pl.LightningModule, shares: dict[str, float], held: set[int]) -> None:
+    """Name the layers and other matrices whose zeros are not kept."""
     lost = [f"{name} (zeros only)" for name, share in shares.items() if share == 1]
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Embedding):
-            weight = local_tensor(child.weight)
-            if weight.numel() and float((weight == 0).double().mean()) >= SPARSE:
-                lost.append(f"{name} (an embedding, and a head tied to it)")
+    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    for name, parameter in module.named_parameters():
+        local = local_tensor(parameter)
+        if id(parameter) in held or local.dim() < 2 or not local.numel() or "lora_" in name:
+            continue
+        if SPARSE <= float((local == 0).double().mean()) < 1:
+            lost.append(
+                f"{name.removesuffix('.weight')}{' (an embedding, and a head tied to it)' * (id(parameter) in embeddings)}"
+            )
     if lost:
         rank_zero_warn(f"The zeros of {', '.join(lost)} are not kept in training. Freeze these weights to keep them.")

@@ -127,7 +127,8 @@ def shows_progress(trainer: pl.Trainer) -> bool:
 
 
 def _noting_shapes(batches: Iterable[Any], seen: list[torch.Size]) -> Iterator[Any]:
-    """The batches. The shapes of their windows are added to ``seen``."""
+    """The batches, of a shuffled loader in the same order on all ranks. The shapes of their windows are added to ``seen``."""
+    torch.manual_seed(0)  # the random state is restored after the measurement
     for batch in batches:
         seen.append(next(iter(model_inputs(batch).values())).shape)
         yield batch

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
-from sparsellm_lightning.callbacks.finetuning import SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
@@ -142,6 +142,11 @@ class SparseLLMCallback(SparseFinetuning):
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         self._unsaved = unsaved_float32_buffers(pl_module)
+        if is_sparse_already(pl_module) and (self.schedule is not None or self.baseline):
+            name = "baseline" if self.schedule is None else "schedule"
+            raise UserError(
+                f"weights names a sparse model, which is not pruned, but {name} asks for pruning. Leave one out."
+            )
         check_trainer(trainer, self._trains_on(pl_module))
         if self.schedule is not None:
             check_run(trainer, self.schedule)
@@ -154,6 +159,8 @@ class SparseLLMCallback(SparseFinetuning):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
+        if not (self._restored or is_sparse_already(pl_module)):
+            adapter_for(trainer).check(layout)
         if self._exporter is not None:
             self._exporter.check(pl_module, layout, self.config)
         if self.schedule is not None and has_adapters(pl_module):
@@ -197,7 +204,7 @@ class SparseLLMCallback(SparseFinetuning):
         if self.report is None:
             return
         left = list(self.schedule or {})[len(self.report.stages) :]
-        if left and not is_sparse_already(pl_module):
+        if left:
             rank_zero_warn(
                 f"The run ended at step {trainer.global_step}, before the schedule's stages at {', '.join(map(str, left))}. "
                 "Train longer, or prune earlier."
@@ -211,11 +218,18 @@ class SparseLLMCallback(SparseFinetuning):
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End a run whose checkpoint is of its last step: Lightning does not train, and has moved the module to the CPU."""
-        if self._restored and not self._trained:
+        """End a run whose checkpoint is of its last step: Lightning does not train, and calls no other hook."""
+        if not self._restored or self._trained:
+            return
+        moved = not adapter_for(trainer).weights_are_split  # to the CPU
+        if moved:
             pl_module.to(trainer.strategy.root_device)
-            self.on_train_start(trainer, pl_module)
-            self.on_train_end(trainer, pl_module)
+        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
+            if isinstance(callback, AVERAGING):
+                callback.on_train_end(trainer, pl_module)
+        self.on_train_start(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
+        if moved:
             pl_module.cpu()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -267,9 +281,8 @@ class SparseLLMCallback(SparseFinetuning):
         before = self._perplexity(trainer, model)
         known = {"dense": before}
         if self.report is not None:
-            known = {
-                name: self.report.perplexity[name] for name in ("dense", "sparsegpt") if name in self.report.perplexity
-            }
+            before_this = self._comparable(self.report)
+            known = {name: before_this[name] for name in ("dense", "sparsegpt") if name in before_this}
         elif self.baseline:
             known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config)
         examples = self._examples(trainer, pl_module, "dense") if self.report is None else self.report.examples
@@ -302,10 +315,21 @@ class SparseLLMCallback(SparseFinetuning):
             report.stages = [*stages, stage]
         return report
 
+    def _comparable(self, report: PruningReport) -> dict[str, float | None]:
+        """The report's perplexities. None instead, with a warning, if this run measures on another text."""
+        now = self._measurer.evaluation
+        if now is None or report.evaluation in (None, now):
+            return report.perplexity
+        rank_zero_warn(
+            f"The model was measured on {_text(report.evaluation)} before, and on {_text(now)} now. The report gives the new "
+            "perplexity only."
+        )
+        return dict.fromkeys(report.perplexity)
+
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        self.report = report_of_sparse(adapter.describe(model, self.config), adapter, self.config.pattern_name)
+        self.report = report_of_sparse(adapter.describe(model, self.config), adapter)
         achieved = self.report.sparsity["achieved"]
         if achieved < SPARSE:
             raise UserError(
@@ -324,14 +348,8 @@ class SparseLLMCallback(SparseFinetuning):
         report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
         model, adapter = self._model(pl_module), adapter_for(trainer)
         finetuned = self._perplexity(trainer, model)
-        if report.evaluation is not None and self._measurer.evaluation != report.evaluation:
-            rank_zero_warn(
-                f"The model was measured on {_text(report.evaluation)} before, and on {_text(self._measurer.evaluation)} now. "
-                "The report gives the new perplexity only."
-            )
-            report.perplexity = dict.fromkeys(report.perplexity)
-        report.evaluation = self._measurer.evaluation
-        report.perplexity["finetuned"] = finetuned
+        report.perplexity = {**self._comparable(report), "finetuned": finetuned}
+        report.evaluation = self._measurer.evaluation or report.evaluation
         report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
         layout = adapter.describe(model, self.config)
@@ -382,6 +400,6 @@ class SparseLLMCallback(SparseFinetuning):
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
-def _text(evaluation: dict[str, Any] | None) -> str:
+def _text(evaluation: dict[str, Any]) -> str:
     """What a perplexity was measured on, in words."""
-    return "nothing" if evaluation is None else "{windows} windows of {length} tokens of {source}".format(**evaluation)
+    return "{windows} windows of {length} tokens of {source}".format(**evaluation)

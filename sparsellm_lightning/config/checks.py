@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from sparsellm_lightning.config.settings import PruningConfig
 
 
+BLOCK_CHOICES = ("all", "none", "first_half")
+# The smallest value of the settings that are integers.
+LEAST = {"num_iterations": 1, "num_calibration_samples": 1, "round_to": 1} | dict.fromkeys(
+    ("reconstruction_steps", "distillation_steps", "continuations"), 0
+)
+
+
 def check_settings(config: PruningConfig) -> None:
     """Refuse values out of their range, and settings that contradict each other.
 
@@ -77,8 +84,7 @@ def _check_choices(config: PruningConfig) -> None:
     one_of("allocation", config.allocation, get_args(Allocation))
     one_of("solver_precision", config.solver_precision, get_args(Precision))
     if isinstance(config.alternation_blocks, str):
-        choices = ("all", "none", "first_half")
-        one_of("alternation_blocks", config.alternation_blocks, choices, " or a list of block indices")
+        one_of("alternation_blocks", config.alternation_blocks, BLOCK_CHOICES, " or a list of block indices")
     if config.allocation != "uniform" and config.pattern != "unstructured":
         raise UserError(
             f"allocation {config.allocation} needs pattern unstructured, because pattern {config.pattern_name} fixes every "
@@ -98,12 +104,6 @@ def _check_choices(config: PruningConfig) -> None:
 
 
 def _check_numbers(config: PruningConfig) -> None:
-    for name in ("num_iterations", "num_calibration_samples", "round_to"):
-        _integer(name, getattr(config, name), 1)
-    for name in ("reconstruction_steps", "distillation_steps", "continuations"):
-        _integer(name, getattr(config, name), 0)
-    if config.memory != "auto":
-        _integer("memory", config.memory, 1, "'auto' or a number of bytes")
     for name, low, high in (
         ("allocation_spread", 0.0, 1.0),
         ("calibration_val_fraction", 0.0, 0.5),
@@ -139,20 +139,16 @@ def parse_nofm(pattern: dict[str, float] | str) -> tuple[int, int] | None:
     return kept, group
 
 
-def integer(name: str, value: object) -> int:
-    """An integer of any kind, NumPy's too, which JSON does not know, as Python's.
+def integer(name: str, value: object, least: int | None = None, kind: str = "an integer") -> int:
+    """An integer of any type as Python's.
 
     Raises:
-        UserError: something else.
+        UserError: something else, or less than ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise UserError(f"{name} must be an integer, got {value!r}. Correct it.")
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or (least is not None and index(value) < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise UserError(f"{name} must be {kind}{bound}, got {value!r}. Correct it.")
     return index(value)
-
-
-def _integer(name: str, value: object, low: int, kind: str = "an integer") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name} must be {kind} of at least {low}, got {value!r}. Correct it.")
 
 
 def one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, SupportsFloat
 
-from sparsellm_lightning.config.checks import check_pattern, check_settings, integer, one_of, parse_nofm
+from sparsellm_lightning.config.checks import (
+    BLOCK_CHOICES,
+    LEAST,
+    check_pattern,
+    check_settings,
+    integer,
+    one_of,
+    parse_nofm,
+)
 from sparsellm_lightning.config.presets import (
     BUDGETS,
     PRESETS,
@@ -109,6 +117,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
         check_pattern(self)
+        self._normalise()
         target_given = self.target is not None
         allocation_given = self.allocation is not None
         for name, value in PRESETS[self.preset].items():
@@ -125,16 +134,26 @@ class PruningConfig:
                 f"ignore must be a list of patterns, got the string {self.ignore!r}. Write ['{self.ignore}']."
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        if not isinstance(self.alternation_blocks, str):
-            object.__setattr__(
-                self, "alternation_blocks", [integer("alternation_blocks", i) for i in self.alternation_blocks]
-            )
-        object.__setattr__(self, "seed", integer("seed", self.seed))
+        check_settings(self)
+
+    def _normalise(self) -> None:
+        """Make numbers of other kinds, such as NumPy's, which JSON does not know, Python's."""
         for name in ("sparsity", "damping", "allocation_spread", "calibration_val_fraction"):
             value = getattr(self, name)
-            if isinstance(value, SupportsFloat):  # NumPy's numbers too, which JSON does not know
+            if isinstance(value, SupportsFloat):
                 object.__setattr__(self, name, float(value))
-        check_settings(self)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if not (value is None and name in PRESETS[self.preset]):  # which is replaced by the preset's
+                object.__setattr__(self, name, integer(name, value, least))
+        object.__setattr__(self, "seed", integer("seed", self.seed))
+        if self.memory != "auto":
+            object.__setattr__(self, "memory", integer("memory", self.memory, 1, "'auto' or a number of bytes"))
+        if not isinstance(self.alternation_blocks, str):
+            if not isinstance(self.alternation_blocks, Iterable):
+                one_of("alternation_blocks", self.alternation_blocks, BLOCK_CHOICES, " or a list of block indices")
+            blocks = [integer("alternation_blocks", index) for index in self.alternation_blocks]
+            object.__setattr__(self, "alternation_blocks", blocks)
 
     @property
     def fits_target(self) -> bool:

@@ -28,8 +28,8 @@ class CalibrationBatch:
 
     @property
     def windows(self) -> int:
-        """Number of windows."""
-        return len(next(iter(self.inputs.values())))
+        """Number of windows. Arguments that they share have one row."""
+        return max(map(len, self.inputs.values()))
 
     @property
     def length(self) -> int:

@@ -42,6 +42,9 @@ class StrategyAdapter:
     def check(self, layout: DecoderLayout) -> None:
         """Refuse a model that is laid out over ranks in a way that is not supported."""
 
+    def check_visible(self) -> None:
+        """Refuse a model of which the strategy hides weights that are pruned, or whose zeros are kept."""
+
     def describe(self, model: PreTrainedModel, config: PruningConfig | None = None) -> DecoderLayout:
         """The model's structure, probed by forwards that the strategy allows. All ranks call this together."""
         layout = describe(model, config, self.run_model)

@@ -40,10 +40,18 @@ class FSDP1Adapter(ShardedAdapter):
                     f"Every decoder block must be wrapped on its own, but {block.name} is not: pruning it would gather the "
                     "whole model. Pass FSDPStrategy(auto_wrap_policy={DecoderLayerClass})."
                 )
+        self.check_visible()
 
-            if any(_holds_experts(unit) for unit in FullyShardedDataParallel.fsdp_modules(block.module)):
+    def check_visible(self) -> None:
+        assert self.strategy is not None
+        assert self.strategy.model is not None
+        for unit in FullyShardedDataParallel.fsdp_modules(self.strategy.model):
+            flat = getattr(unit._handle, "flat_param", None)  # only here does torch keep the shapes
+            shapes = [] if flat is None else list(zip(flat._param_infos, flat._shapes, strict=True))
+            cubes = [info.module for info, shape in shapes if len(shape) == 3]
+            if len(cubes) > len(set(cubes)):
                 raise UserError(
-                    f"FSDPStrategy hides experts that share a parameter, as in {block.name}: they would stay dense. Use "
+                    f"FSDPStrategy hides experts that share a parameter, as in {type(unit.module).__name__}. Use "
                     "ModelParallelStrategy (FSDP2)."
                 )
 
@@ -99,12 +107,3 @@ class FSDP1Adapter(ShardedAdapter):
         ]
         # The innermost unit that holds the projection comes last in the traversal.
         return FullyShardedDataParallel.summon_full_params(units[-1], recurse=False, writeback=write)
-
-
-def _holds_experts(unit: FullyShardedDataParallel) -> bool:
-    """Whether a module of this unit has several parameters of three dimensions, of which torch keeps the shapes only here."""
-    flat = getattr(unit._handle, "flat_param", None)
-    if flat is None:
-        return False
-    cubes = [info.module for info, shape in zip(flat._param_infos, flat._shapes, strict=True) if len(shape) == 3]
-    return len(cubes) > len(set(cubes))

@@ -9,6 +9,7 @@ from sparsellm_lightning.models.export import (
     REPORT_NAME,
     add_to_report,
     check_export_dir,
+    check_generation_config,
     export_model,
     export_or_rescue,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Speed",
     "add_to_report",
     "check_export_dir",
+    "check_generation_config",
     "check_hub",
     "check_inputs",
     "check_shrinkable",

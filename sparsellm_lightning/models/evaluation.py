@@ -179,7 +179,7 @@ def perplexity(
         for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)
-            windows = len(next(iter(whole.values())))
+            windows = max(map(len, whole.values()))  # arguments that the windows share have one row
             mine = {key: value[rank::size] if len(value) == windows else value for key, value in whole.items()}
             inputs = {key: value.to(device) for key, value in mine.items()}
             labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None

@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
         raise UserError(
             f"export_dir must be writable, but {export_dir} is not: {error.strerror or error}. Choose another folder."
         ) from error
+
+
+def check_generation_config(model: PreTrainedModel) -> None:
+    """Refuse a ``generation_config`` that transformers would refuse to save, after the run.
+
+    Raises:
+        UserError: such a configuration.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+    except ValueError as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(f"generation_config must be valid to be exported: {cause}. Correct the model's.") from error
 
 
 def export_model(
@@ -134,7 +152,7 @@ def add_to_report(folder: str | Path, **entries: Any) -> None:
 
 
 def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
-    """Export, or if that fails write the model to another folder, at last without its report and companions.
+    """Export, or if that fails write the model to another folder, if need be without its report and companions.
 
     Args:
         export: :func:`export_model` without its folder.
@@ -147,7 +165,7 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
         export(export_dir=export_dir, overwrite=overwrite)
     except Exception as error:  # of any class: safetensors has its own for a full disk, and the model must not be lost
         parents = (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir()))
-        for parent, less in (*((p, {}) for p in parents), *((p, {"report": None, "more": None}) for p in parents)):
+        for parent, less in product(parents, ({}, {"report": None, "more": None})):
             rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
             try:
                 export(export_dir=rescue, **less)

@@ -63,7 +63,8 @@ class Reconstructor:
         self.device = device_of(block.module)
         self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
         _, vectors = memory_of_tuning([block], context.config, self.adapter.weights_are_split)
-        fits = vectors <= room(context.config.memory, self.device)
+        # All ranks agree, because Adam rounds otherwise on another device.
+        fits = self.ranks.all(vectors <= room(context.config.memory, self.device))
         steps = context.config.reconstruction_steps
         storage = self.device if fits else torch.device("cpu")
         self.parameters = KeptParameters(context, [block], learning_rate, steps, storage)

@@ -30,7 +30,7 @@ def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool =
         _perplexities(report),
         _sparsity(report),
         "## What is smaller or faster\n\n" + (_SMALLER if smaller else _ZEROS),
-        _calibration(report),
+        _texts(report),
         _examples(report),
         _repeat(report),
         "\n\n".join(f"![{name}]({name})" for name in images),
@@ -81,20 +81,19 @@ def _sparsity(report: PruningReport) -> str:
     return "\n".join(["## Sparsity", "", *lines])
 
 
-def _calibration(report: PruningReport) -> str:
-    found = report.calibration
-    if not found.get("windows"):
-        return ""
-    text = f"text `{found['source']}`" if "source" in found else "the caller's windows"
-    held_out = f", {found['held_out']} of them held out" if found.get("held_out") else ""
-    written = f", and {found['written']} windows that the dense model wrote" if found.get("written") else ""
-    lines = [f"{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens."]
+def _texts(report: PruningReport) -> str:
+    found, lines = report.calibration, []
+    if found.get("windows"):
+        text = f"text `{found['source']}`" if "source" in found else "the caller's windows"
+        held_out = f", {found['held_out']} of them held out" if found.get("held_out") else ""
+        written = f", and {found['written']} windows that the dense model wrote" if found.get("written") else ""
+        lines.append(f"{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens.")
     if report.evaluation is not None:
         measured = report.evaluation
         lines.append(
             f"Perplexity on {measured['windows']} windows of {measured['length']} tokens of `{measured['source']}`."
         )
-    return "\n".join(["## Text", "", *lines])
+    return "\n".join(["## Text", "", *lines]) if lines else ""
 
 
 def _examples(report: PruningReport) -> str:

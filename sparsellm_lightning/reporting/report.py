@@ -266,19 +266,18 @@ def rows_of_smaller(layers: list[dict[str, Any]], smaller: Smaller) -> tuple[lis
     return rows, zeros / total
 
 
-def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter, pattern: str) -> PruningReport:
+def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter) -> PruningReport:
     """The report of a model that was sparse already. It has no errors and no seconds, because nothing was pruned.
 
     Args:
         layout: the model's blocks.
         adapter: of the strategy the model runs under. All ranks call this together.
-        pattern: of the settings.
     """
     layers, achieved = layer_rows(layout, adapter)
     return PruningReport(
         model=layout.model.config.name_or_path or type(layout.model).__name__,
         method="already sparse",
-        pattern=pattern,
+        pattern="unstructured",  # what the settings say is not what these weights were pruned by
         sparsity={"requested": achieved, "achieved": achieved},
         perplexity={"dense": None, "pruned": None},
         layers=layers,

@@ -28,7 +28,8 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
 
     Gradients of pruned weights are zero as soon as they are there, and pruned weights are zero after every optimizer step. LoRA
     adapters (``peft``) on sparse layers are masked, in training as in every later merge. At the end the zeros are compared with
-    the masks.
+    the masks. Files of adapters hold no masks: after they are loaded on the sparse model, enter this context once before they
+    are used or merged.
 
     Args:
         model: sparse, on one device or wrapped by DDP. For FSDP use :class:`~sparsellm_lightning.SparseFinetuning`.
@@ -37,7 +38,7 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
         the masks.
 
     Raises:
-        UserError: no linear layer has zeros.
+        UserError: no linear layer has zeros, or a weight is computed from others (``torch.nn.utils.prune``, parametrizations).
         MaskError: at the end, if something other than an optimizer changed the zeros.
     """
     layers = linear_layers(model)
@@ -47,6 +48,12 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
         raise UserError(
             f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any. Load a "
             "pruned model."
+        )
+    computed = next((p.name for p in sparse if not p.parameter.is_leaf), None)
+    if computed is not None:
+        raise UserError(
+            f"The zeros of {computed} are computed in every forward, by a mask or a parametrization. Make them permanent, with "
+            "torch.nn.utils.prune.remove or remove_parametrizations."
         )
     masks = Masks(sparse, StrategyAdapter())
     keep_zeros(model, {p.module for p in sparse})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsellm_lightning.errors import UserError
+
+# Name parts of modules that are left out of states.
+_WRAPPED = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,10 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
                 f"Adapters on a sparse layer must be plain LoRA or IA3, whose merge can keep the zeros, got {kind}. "
                 "Use peft.LoraConfig without use_dora and the like."
             )
+        if any(layer.lora_bias.values()):
+            raise UserError(
+                "Adapters on a sparse layer must have no biases of their own, but lora_bias is true. Set it to false."
+            )
         for adapter in layer.lora_A:
             layer.lora_variant[adapter] = MaskedLora()
 
@@ -240,7 +248,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         if not hasattr(module, "lora_A") or not hasattr(module, "base_layer"):
             continue
         layer: Any = module
-        prefix = f"{name}.".replace("_fsdp_wrapped_module.", "") if name else ""  # FSDP1 leaves it out of states
+        prefix = _WRAPPED.sub("", f"{name}.") if name else ""
         base = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}base_layer.")}
         own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
         key = f"{prefix}base_layer.{getattr(layer, 'parameter_name', 'weight')}"

@@ -81,7 +81,7 @@ class Masks:
                     )
                     if alike and value.is_floating_point():
                         moment = local_tensor(value)
-                        moment.masked_fill_(unpack(packed, moment.shape), 0)
+                        moment.masked_fill_(unpack(packed, moment.shape).to(moment.device), 0)
 
     @torch.no_grad()
     def check(self) -> None:

@@ -398,3 +398,16 @@ def test_a_later_stage_has_the_sparsity_asked_for(allocation: Any) -> None:
     report = prune_model(model, windows, config, keep_zeros=True)
     assert report.sparsity["achieved"] == pytest.approx(0.55, abs=2e-3)
     assert all(float((p.matrix == 0).double().mean()) > 0.69 for p in blocks[0].projections())
+
+
+def test_zeros_of_one_projection_do_not_raise_the_others() -> None:
+    """Of a block whose projections have unequal zeros."""
+    model = build_model("llama")
+    first = next(iter(describe(model).projections()))
+    with torch.no_grad():
+        first.parameter.zero_()
+    config = PruningConfig(preset="paper", method="sparsegpt", sparsity=0.5, allocation="kl_blocks")
+    report = prune_model(model, [batch.inputs for batch in random_windows()], config, keep_zeros=True)
+    assert report.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
+    others = [layer["sparsity"] for layer in report.layers if layer["name"] != first.name]
+    assert max(others) < 0.7

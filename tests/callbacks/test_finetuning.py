@@ -825,3 +825,30 @@ def test_a_sparse_tied_head_is_named(trained, ids: Tensor) -> None:
         model.get_input_embeddings().weight[:, ::2] = 0
     with pytest.warns(UserWarning, match=r"wte \(an embedding, and a head tied to it\) are not kept"):
         trainer(SparseFinetuning(), max_steps=1).fit(Module(model, OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4))
+
+
+def test_zeros_that_are_not_kept_are_named(ids: Tensor) -> None:
+    """A matrix that is no linear layer."""
+    model = build_model("llama")
+    prune_by_hand(model)
+    module = OwnModule(model)
+    module.attention = nn.MultiheadAttention(8, 2)
+    with torch.no_grad():
+        module.attention.in_proj_weight[:, ::2] = 0
+    with pytest.warns(UserWarning, match=r"The zeros of attention\.in_proj_weight are not kept in training"):
+        trainer(SparseFinetuning(), max_steps=1).fit(module, DataLoader(ids, batch_size=4))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_model_without_a_head_is_not_packed(tmp_path: Path, ids: Tensor, pack: bool) -> None:
+    model = LlamaForSequenceClassification(build_model("llama").config)
+    pruner = SparseLLMCallback(
+        preset="paper", method="magnitude", measure=False, pack=pack, export_dir=str(tmp_path / "out")
+    )
+    run = trainer(pruner, max_steps=1)
+    if pack:
+        with pytest.raises(UserError, match=r"has no language-model head\. Set pack to false"):
+            run.fit(OwnModule(model), DataLoader(ids, batch_size=4))
+    else:
+        run.fit(OwnModule(model), DataLoader(ids, batch_size=4))
+        assert (tmp_path / "out" / "model.safetensors").is_file()

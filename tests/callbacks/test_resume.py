@@ -35,6 +35,7 @@ from sparsellm_lightning import (
     TextDataModule,
     UserError,
     prune_model,
+    verify_export,
 )
 from sparsellm_lightning.callbacks import pruning
 
@@ -571,3 +572,54 @@ def test_weights_on_the_command_line(tmp_path: Path, sparse: dict[str, Path]) ->
     assert f"{report['perplexity']['finetuned']:.2f}" in run.stdout
     assert report["mask_check"]["broken"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("settings", [{"schedule": {0: 0.5, 2: 0.6}}, {"baseline": True}], ids=["schedule", "baseline"])
+def test_sparse_weights_are_not_pruned(sparse: dict[str, Path], settings: dict[str, Any]) -> None:
+    held = SparseLLMCallback(preset="paper", finetune=True, **settings)
+    module = CausalLM(weights=str(sparse["folder"]))
+    data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=4)
+    with pytest.raises(UserError, match="weights names a sparse model, which is not pruned"):
+        trainer(held, max_steps=3).fit(module, data)
+
+
+def test_the_pattern_of_sparse_weights_is_not_that_of_the_settings(tmp_path: Path, sparse: dict[str, Path]) -> None:
+    held = SparseLLMCallback(preset="paper", pattern="2:4", export_dir=str(tmp_path / "out"))
+    data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=4)
+    trainer(held, max_steps=1).fit(CausalLM(weights=str(sparse["folder"])), data)
+    assert verify_export(str(tmp_path / "out")) == []
+    assert (
+        "Perplexity on 4 windows of 32 tokens of `python-docs, test split`" in (tmp_path / "out/README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["averages first", "pruner first"])
+def test_a_finished_run_with_averages_is_exported_later(tmp_path: Path, model_dir: Path, first: bool) -> None:
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=20, max_eval_windows=4)
+
+    def run(out: str, ckpt_path: Path | None = None) -> pl.Trainer:
+        held = SparseLLMCallback(
+            preset="paper", method="wanda", finetune=True, num_calibration_samples=8, export_dir=str(tmp_path / out)
+        )
+        average = EMAWeightAveraging(decay=0.5)
+        fit = trainer(*((average, held) if first else (held, average)), Saving(tmp_path / "last.ckpt"), max_steps=3)
+        module = CausalLM(str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        fit.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
+        return fit
+
+    run("first")
+    run("later", tmp_path / "last.ckpt")
+    expected, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "later"))
+    for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Saving(pl.Callback):
+    """Saves a checkpoint after the last step, before training ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps and not self.path.exists():
+            trainer.save_checkpoint(self.path)

@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import SparseLLMCallback, UserError, export_model, load_model
-from sparsellm_lightning.models import REPORT_NAME, add_to_report, check_export_dir, export_or_rescue
+from sparsellm_lightning.models import (
+    REPORT_NAME,
+    add_to_report,
+    check_export_dir,
+    check_generation_config,
+    export_or_rescue,
+)
 from sparsellm_lightning.models import export as export_module
 from sparsellm_lightning.runtime import claimed
 
@@ -144,6 +150,17 @@ def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path
     with pytest.raises(ValueError, match="not JSON compliant"):
         export_model(model, tmp_path / "out", report=lambda: {"perplexity": value})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_path: Path) -> None:
+    model = build_model("llama")
+    check_generation_config(model)
+    model.generation_config.temperature = 0.7
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", measure=False, export_dir=str(tmp_path / "out"))
+    windows = torch.randint(0, 100, (4, 16))
+    with pytest.raises(UserError, match="generation_config must be valid to be exported"):
+        trainer(pruner).fit(OwnModule(model), DataLoader(windows, batch_size=2))  # type: ignore[arg-type]
+    assert all(bool(p.all()) for name, p in model.named_parameters() if "proj" in name), "nothing was pruned"
 
 
 def test_a_model_is_rescued_without_a_report_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:

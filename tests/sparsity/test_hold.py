@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from support.models import VOCABULARY, build_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from sparsellm_lightning import KeepZeros, LoraOptions, MaskError, PruningConfig, UserError, holding_zeros, prune_model
@@ -120,3 +123,31 @@ def test_adapters_alone_are_trained() -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
         made.step()
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.items())
+
+
+def test_masks_that_are_computed_in_every_forward_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with (
+        pytest.raises(UserError, match=r"zeros of 0 are computed .* torch\.nn\.utils\.prune\.remove"),
+        holding_zeros(model),
+    ):
+        pass
+    prune.remove(model[0], "weight")
+    with holding_zeros(model) as masks:
+        assert masks.zeros == {"0": 32}
+
+
+def test_deepspeed_is_refused() -> None:
+    with pytest.raises(UserError, match="does not reach DeepSpeed's copies"):
+        KeepZeros().on_train_begin(SimpleNamespace(deepspeed="zero2.json"), None, None, model=nn.Linear(2, 2))
+
+
+def test_biases_of_adapters_are_refused() -> None:
+    model = build_model("opt")
+    with torch.no_grad():
+        for p in describe(model).projections():
+            p.parameter[:, ::2] = 0
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(UserError, match="lora_bias is true"), holding_zeros(adapted):
+        pass
