@@ -290,7 +290,7 @@ class SparseLLMCLI(LightningCLI):
         except (ValueError, TypeError) as error:  # such as an unknown strategy
             raise UserError(f"The Trainer must accept its settings, but it does not: {error}") from error
 
-    def before_instantiate_classes(self) -> None:
+    def before_fit(self) -> None:
         """Refuse a checkpoint that is not there."""
         path = self.config[self.subcommand].get("ckpt_path")
         by_name = path in ("last", "best", "hpc") or "://" in str(path) or str(path).startswith("registry")
@@ -298,6 +298,8 @@ class SparseLLMCLI(LightningCLI):
             raise UserError(
                 f"ckpt_path must be a checkpoint, but there is no {path}. Correct the path, or leave it out."
             )
+
+    before_validate = before_test = before_fit
 
     def after_fit(self) -> None:
         """Show the report, as ``prune`` does."""
