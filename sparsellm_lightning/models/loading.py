@@ -70,6 +70,28 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         return or_user_error(pretrained, lambda: load(**extra))
 
 
+def load_exported(folder: str | Path) -> PreTrainedModel:
+    """Load a local folder in the class that its configuration names, such as a sequence classifier.
+
+    Raises:
+        UserError: see :func:`load_model`.
+    """
+
+    def load() -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # nosec B615
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        others = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        if not others or named is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
+            return load_model(folder)
+        assert named is not None
+        model, found = named.from_pretrained(folder, output_loading_info=True)  # nosec B615
+        _refuse_missing(folder, found["missing_keys"])
+        loaded: PreTrainedModel = model
+        return loaded
+
+    return or_user_error(folder, load)
+
+
 def load_tokenizer(pretrained: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; for GGUF, the one inside the file.
 

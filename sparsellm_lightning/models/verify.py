@@ -17,7 +17,7 @@ from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
-from sparsellm_lightning.models.loading import load_model
+from sparsellm_lightning.models.loading import load_exported
 from sparsellm_lightning.models.packed import is_packed, read_packed
 from sparsellm_lightning.runtime import to_best_device
 from sparsellm_lightning.solvers import all_finite
@@ -29,7 +29,8 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     """Recompute from an export's files what its report says.
 
     Compared are: the files that the report names; every tensor's finiteness; a tied head; the tensors and shapes that the
-    configuration asks for; zeros of every projection, exactly; the pattern; and, if there are batches, perplexity.
+    configuration asks for; zeros of every projection, exactly; the pattern; and, if there are batches and the model has a
+    language-model head, perplexity.
 
     Args:
         folder: an export.
@@ -59,12 +60,12 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         found += stored.damaged
     found += [f"{name}: holds NaN or infinity" for name in stored if not all_finite(stored[name])]
     try:
-        model = load_model(str(path)).eval()
+        model = load_exported(path).eval()
     except UserError as error:
         return [*found, str(error)]
     found += _compare_tied(model)
     found += _compare_sparsity(describe(model), report)
-    if batches is not None and not found:
+    if batches is not None and not found and model.get_output_embeddings() is not None:
         to_best_device(model)
         measured = perplexity(model, batches)
         reported = report["perplexity"].get("finetuned", report["perplexity"].get("pruned"))

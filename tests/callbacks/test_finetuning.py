@@ -36,6 +36,7 @@ from sparsellm_lightning import (
     SparseLLMCallback,
     UserError,
     perplexity,
+    verify_export,
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.errors import MaskError
@@ -851,4 +852,6 @@ def test_a_model_without_a_head_is_not_packed(tmp_path: Path, ids: Tensor, pack:
             run.fit(OwnModule(model), DataLoader(ids, batch_size=4))
     else:
         run.fit(OwnModule(model), DataLoader(ids, batch_size=4))
-        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert verify_export(tmp_path / "out", [ids]) == []
+        written = LlamaForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert torch.equal(written.score.weight, model.score.weight)
