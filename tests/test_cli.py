@@ -245,7 +245,7 @@ def test_the_experiments(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, rows: int
 ) -> None:
     recipe = runpy.run_path(str(RECIPES / "experiments.py"))
-    small = ("--pretrained", str(model_dir), "--length", "64", "--windows", "4", "--out", str(tmp_path))
+    small = ("--pretrained", str(model_dir), "--length", "64", "--windows", "8", "--out", str(tmp_path))
     found = recipe["main"]([experiment, *small])
     assert len(found) == rows
     assert {path.name for path in tmp_path.iterdir()} - {"perplexities.json"} == {

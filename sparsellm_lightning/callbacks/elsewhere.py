@@ -27,7 +27,7 @@ class KeepZeros(TrainerCallback):
         self._held = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):  # of accelerate's configuration
             raise UserError("KeepZeros does not reach DeepSpeed's copies of the weights. Leave deepspeed out.")
         self._held.close()
         assert model is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout
 from sparsellm_lightning.callbacks.checks import check_folders_apart
@@ -78,15 +78,18 @@ class Exporter:
             UserError: a model that cannot be made smaller or packed, adapters that cannot be merged, a tokenizer that cannot be
                 loaded, or a generation configuration that transformers does not save.
         """
-        if self.pack and layout.model.get_output_embeddings() is None:
+        model = layout.model
+        plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+        if self.pack and type(model) is not plain:
             raise UserError(
-                f"pack writes files that load_model reads as a causal language model, but {type(layout.model).__name__} has no "
-                "language-model head. Set pack to false."
+                f"pack writes files that load_model reads as a plain causal language model, but the model is a "
+                f"{type(model).__name__}. Set pack to false."
             )
-        check_generation_config(layout.model)
+        if pl_module.trainer.is_global_zero:  # a copy that another rank has received counts as changed
+            check_generation_config(model)
         if config.removed_shares:
             check_shrinkable(layout, fixed_shrinkage(layout, config))
-        check_adapters(layout.model)
+        check_adapters(model)
         tokenizer_of(pl_module)
 
     def write(

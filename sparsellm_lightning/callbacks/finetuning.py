@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,10 +72,9 @@ class SparseFinetuning(pl.Callback):
                 f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
                 "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
             )
+        _warn_of_lost_zeros(pl_module, layers, shares)
         # A layer of zeros only is a fresh one that must train.
-        held = [p for p in layers if 0 < shares[p.name] < 1]
-        _warn_of_lost_zeros(pl_module, shares, {id(p.parameter) for p in held})
-        self.hold(trainer, pl_module, held)
+        self.hold(trainer, pl_module, [p for p in layers if 0 < shares[p.name] < 1])
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -151,17 +151,16 @@ class SparseFinetuning(pl.Callback):
                 )
 
 
-def _warn_of_lost_zeros(module: pl.LightningModule, shares: dict[str, float], held: set[int]) -> None:
-    """Name the layers and other matrices whose zeros are not kept."""
+def _warn_of_lost_zeros(module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float]) -> None:
+    """Name the layers, embeddings and other matrices that train and whose zeros are not kept."""
     lost = [f"{name} (zeros only)" for name, share in shares.items() if share == 1]
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    known = {id(p.parameter) for p in layers}
     for name, parameter in module.named_parameters():
-        local = local_tensor(parameter)
-        if id(parameter) in held or local.dim() < 2 or not local.numel() or "lora_" in name:
+        local, embeds = local_tensor(parameter), id(parameter) in embeddings
+        if id(parameter) in known or not parameter.requires_grad or not local.numel() or "lora_" in name:
             continue
-        if SPARSE <= float((local == 0).double().mean()) < 1:
-            lost.append(
-                f"{name.removesuffix('.weight')}{' (an embedding, and a head tied to it)' * (id(parameter) in embeddings)}"
-            )
+        if (local.dim() >= 2 or embeds) and SPARSE <= int((local == 0).sum()) / local.numel() < 1:
+            lost.append(name.removesuffix(".weight") + " (an embedding, and a head tied to it)" * embeds)
     if lost:
         rank_zero_warn(f"The zeros of {', '.join(lost)} are not kept in training. Freeze these weights to keep them.")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
-from sparsellm_lightning.distributed import adapter_for, local_tensor
+from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
 from sparsellm_lightning.models import continued, first_prompts, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.runtime import Profile, showing
@@ -130,5 +130,5 @@ def _noting_shapes(batches: Iterable[Any], seen: list[torch.Size]) -> Iterator[A
     """The batches, of a shuffled loader in the same order on all ranks. The shapes of their windows are added to ``seen``."""
     torch.manual_seed(0)  # the random state is restored after the measurement
     for batch in batches:
-        seen.append(next(iter(model_inputs(batch).values())).shape)
+        seen.append(token_input(model_inputs(batch)).shape)
         yield batch

@@ -159,7 +159,8 @@ class SparseLLMCallback(SparseFinetuning):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-        if not (self._restored or is_sparse_already(pl_module)):
+        # The report of a checkpoint is restored later. Pruning checks again.
+        if trainer.ckpt_path is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
             adapter_for(trainer).check(layout)
         if self._exporter is not None:
             self._exporter.check(pl_module, layout, self.config)
@@ -171,8 +172,7 @@ class SparseLLMCallback(SparseFinetuning):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trained = True
         model = self._model(pl_module)
-        pruned_here = self._pruned_model is not None and self._pruned_model() is model
-        if not (self._restored or pruned_here):
+        if not (self._restored or self._has_pruned(pl_module)):
             self.report = None  # of an earlier run with another model
         if self.report is not None:
             if self.schedule is None:  # its stages have their own
@@ -368,6 +368,10 @@ class SparseLLMCallback(SparseFinetuning):
             if "blocks" in self.config.removes:
                 held += left_out_biases(layout, adapter_for(trainer))
             self.hold(trainer, pl_module, held)
+
+    def _has_pruned(self, pl_module: pl.LightningModule) -> bool:
+        """Whether an earlier fit has pruned this model."""
+        return self._pruned_model is not None and self._pruned_model() is self._model(pl_module)
 
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:
         return self.finetune or is_sparse_already(pl_module)

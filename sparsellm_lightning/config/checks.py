@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from operator import index
-from typing import TYPE_CHECKING, SupportsIndex, get_args
+from typing import TYPE_CHECKING, get_args
 
 from sparsellm_lightning.config.presets import (
     BUDGETS,
@@ -145,10 +145,14 @@ def integer(name: str, value: object, least: int | None = None, kind: str = "an 
     Raises:
         UserError: something else, or less than ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or (least is not None and index(value) < least):
+    try:
+        number = None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
         bound = "" if least is None else f" of at least {least}"
         raise UserError(f"{name} must be {kind}{bound}, got {value!r}. Correct it.")
-    return index(value)
+    return number
 
 
 def one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:

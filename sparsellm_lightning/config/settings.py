@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, SupportsFloat
 
@@ -150,10 +150,12 @@ class PruningConfig:
         if self.memory != "auto":
             object.__setattr__(self, "memory", integer("memory", self.memory, 1, "'auto' or a number of bytes"))
         if not isinstance(self.alternation_blocks, str):
-            if not isinstance(self.alternation_blocks, Iterable):
+            try:
+                given = list(self.alternation_blocks)
+            except TypeError:
                 one_of("alternation_blocks", self.alternation_blocks, BLOCK_CHOICES, " or a list of block indices")
-            blocks = [integer("alternation_blocks", index) for index in self.alternation_blocks]
-            object.__setattr__(self, "alternation_blocks", blocks)
+                raise
+            object.__setattr__(self, "alternation_blocks", [integer("alternation_blocks", index) for index in given])
 
     @property
     def fits_target(self) -> bool:

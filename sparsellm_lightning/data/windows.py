@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsellm_lightning.distributed import token_input
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import model_inputs
 from sparsellm_lightning.solvers import Ranks
@@ -28,13 +29,13 @@ class CalibrationBatch:
 
     @property
     def windows(self) -> int:
-        """Number of windows. Arguments that they share have one row."""
-        return max(map(len, self.inputs.values()))
+        """Number of windows."""
+        return len(token_input(self.inputs))
 
     @property
     def length(self) -> int:
         """Tokens of each window, padding included."""
-        return next(iter(self.inputs.values())).shape[1]
+        return token_input(self.inputs).shape[1]
 
     @property
     def tokens(self) -> int:

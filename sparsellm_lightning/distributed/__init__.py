@@ -1,6 +1,6 @@
 """Running over several processes: one adapter for each supported strategy, and the ranks' collectives."""
 
-from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, token_input
 from sparsellm_lightning.distributed.choose import adapter_for
 from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks
 from sparsellm_lightning.distributed.sharding import FSDP2Strategy, load_sharded, shard_blocks
@@ -14,4 +14,5 @@ __all__ = [
     "load_sharded",
     "local_tensor",
     "shard_blocks",
+    "token_input",
 ]

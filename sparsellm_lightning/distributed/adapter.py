@@ -7,7 +7,7 @@ Every adapter splits the rows of a weight over the data-parallel ranks in the sa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -87,7 +87,7 @@ class StrategyAdapter:
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
         """Logits of this rank's part of an evaluation batch. None if the rank has no part of it."""
-        if not len(next(iter(inputs.values()))):
+        if not len(token_input(inputs)):
             return None
         with self.forward_context():
             logits: Tensor = model(**inputs, use_cache=False).logits
@@ -146,6 +146,11 @@ class StrategyAdapter:
 
     def finish(self, model: nn.Module) -> None:
         """Restore the state that the strategy expects for training and checkpoints."""
+
+
+def token_input(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The argument of a model that has a row a window and a column a token: token ids or their embeddings."""
+    return next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection, unwrapped
@@ -48,11 +49,12 @@ class FSDP1Adapter(ShardedAdapter):
         for unit in FullyShardedDataParallel.fsdp_modules(self.strategy.model):
             flat = getattr(unit._handle, "flat_param", None)  # only here does torch keep the shapes
             shapes = [] if flat is None else list(zip(flat._param_infos, flat._shapes, strict=True))
-            cubes = [info.module for info, shape in shapes if len(shape) == 3]
-            if len(cubes) > len(set(cubes)):
+            if any(
+                len(shape) == 3 and min(shape) > 1 and not isinstance(info.module, _ConvNd) for info, shape in shapes
+            ):
                 raise UserError(
-                    f"FSDPStrategy hides experts that share a parameter, as in {type(unit.module).__name__}. Use "
-                    "ModelParallelStrategy (FSDP2)."
+                    f"FSDPStrategy hides parameters of three dimensions, such as the experts of {type(unit.module).__name__}. "
+                    "Use ModelParallelStrategy (FSDP2)."
                 )
 
     def inner(self, block: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import patched_forward
-from sparsellm_lightning.distributed.adapter import StrategyAdapter
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, token_input
 
 
 class ShardedAdapter(StrategyAdapter):
@@ -27,7 +27,7 @@ class ShardedAdapter(StrategyAdapter):
         self._through_root(lambda: model(**inputs, **one, use_cache=False))
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
-        given = next(iter(inputs.values()))
+        given = token_input(inputs)
         part = inputs if len(given) else {"input_ids": given.new_zeros(1, 2, dtype=torch.long)}
         with self.forward_context():
             logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.distributed import StrategyAdapter, token_input
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
 from sparsellm_lightning.runtime import tracked
@@ -85,7 +85,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
                 f"Token ids must lie in the model's vocabulary, 0 to {vocabulary - 1}, got {low} to {high}. Use the tokenizer "
                 "that belongs to the model."
             )
-    length = next(iter(inputs.values())).shape[1]
+    length = token_input(inputs).shape[1]
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and 0 < context < length:  # XLNet has -1: no limit
         raise UserError(
@@ -179,7 +179,7 @@ def perplexity(
         for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)
-            windows = max(map(len, whole.values()))  # arguments that the windows share have one row
+            windows = len(token_input(whole))
             mine = {key: value[rank::size] if len(value) == windows else value for key, value in whole.items()}
             inputs = {key: value.to(device) for key, value in mine.items()}
             labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None

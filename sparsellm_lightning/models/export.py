@@ -74,7 +74,7 @@ def check_generation_config(model: PreTrainedModel) -> None:
         UserError: such a configuration.
     """
     config = getattr(model, "generation_config", None)
-    if config is None:
+    if config is None or not model.can_generate():
         return
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -77,6 +77,9 @@ def load_exported(folder: str | Path) -> PreTrainedModel:
         UserError: see :func:`load_model`.
     """
 
+    if is_packed(folder):
+        return load_model(folder)
+
     def load() -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # nosec B615
         named = getattr(transformers, (config.architectures or [""])[0], None)

@@ -88,12 +88,12 @@ def prune_model(
         UserError: the model, the batches or the settings do not fit together. Raised before any long work.
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
+    start = time.perf_counter()
     adapter = adapter or StrategyAdapter()
     check_device(device_of(model))
     config = _without_head(model, config, adapter)
     context = Context(adapter.describe(model, config), config, adapter, keep_zeros)
     adapter.check(context.layout)
-    start = time.perf_counter()
     memory = MemoryMeter(context.device)
     progress = progress and adapter.ranks.rank == 0
     shown = Progress(len(context.layout.blocks), context.device, progress)

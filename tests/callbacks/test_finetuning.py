@@ -848,7 +848,7 @@ def test_a_model_without_a_head_is_not_packed(tmp_path: Path, ids: Tensor, pack:
     )
     run = trainer(pruner, max_steps=1)
     if pack:
-        with pytest.raises(UserError, match=r"has no language-model head\. Set pack to false"):
+        with pytest.raises(UserError, match=r"but the model is a LlamaForSequenceClassification\. Set pack"):
             run.fit(OwnModule(model), DataLoader(ids, batch_size=4))
     else:
         run.fit(OwnModule(model), DataLoader(ids, batch_size=4))

@@ -179,16 +179,28 @@ def test_work_of_the_alternation(gated: bool, iterations: int) -> None:
     assert profile.work["alternation"].total() == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_the_share_of_the_peak() -> None:
+    """Of 20 seconds, the products would take 2 at the peaks of their dtypes: 1.5 forward, 0.5 to solve."""
+    report = prune_model(build_model("llama"), random_batches(), PruningConfig(preset="paper", method="magnitude"))
+    report.gemm_peak = {"float32": 100.0, "bfloat16": 400.0}
+    report.work = {"forward": {"float32": 100.0, "bfloat16": 200.0}, "local_solve": {"float32": 50.0}}
+    report.phases, report.wall_seconds = {"forward": 5.0, "local_solve": 10.0, "other": 3.0}, 20.0
+    assert report.peak_share() == pytest.approx(0.1)
+    assert report.peak_share("forward") == pytest.approx(0.3)
+    assert report.peak_share("forward", "local_solve") == pytest.approx(2 / 15)
+    assert report.peak_share("other") == 0
+
+
+def test_the_peak_of_this_machine() -> None:
+    assert 1e9 < gemm_peak(torch.device("cpu"), torch.float32) < 1e15
+
+
 def test_the_report_holds_seconds_work_and_peak() -> None:
     config = PruningConfig(preset="paper", sparsity=0.7, num_calibration_samples=8)
     report = prune_model(build_model("llama"), random_batches(), config)
     assert set(report.phases) == {"forward", "statistics", "local_solve", "alternation"} == set(report.work)
     assert sum(report.phases.values()) <= report.wall_seconds
     assert "float32" in report.gemm_peak
-    assert all(peak > 0 for peak in report.gemm_peak.values())
-    ideal = sum(n / report.gemm_peak[d] for counts in report.work.values() for d, n in counts.items())
-    assert report.peak_share() == pytest.approx(ideal / report.wall_seconds)
-    assert 0 < report.peak_share("forward") < 1.5
     assert "alternation" in report.phase_table()
     if report.peak_memory_bytes is not None:
         assert report.added_memory_bytes is not None

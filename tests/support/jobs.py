@@ -230,13 +230,16 @@ def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
             adapter.ranks = ProcessGroupRanks(device=DEVICE)
         config = PruningConfig(**job.options["pruner"])
         prune_model(model, random_batches(), config, adapter=adapter, resume_dir=job.folder / "journal")
+        solved: list[int] = []
         prune_model(
             moved(build_model(job.options["model"])),
             random_batches(),
             config,
             adapter=adapter,
             resume_dir=job.folder / "journal",
+            on_iteration=lambda block, *_: solved.append(block),
         )
+        assert not solved, "every block is restored from the journal"
         return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
 
