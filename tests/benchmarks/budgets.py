@@ -167,7 +167,9 @@ def main() -> None:
             if row in options.tuned:
                 wanted[f"{row}, fine-tuned"] = {**here, "steps": options.steps, "rate": options.rate}
         known = complete(options.out / "budgets.json", wanted, __file__)
-        names = {job["model"]: "dense"} | {str(folder): row for row, folder in folders.items() if folder.exists()}
+        names = {job["model"]: "dense"} | {
+            str(folder): row for row, folder in folders.items() if row in known and folder.exists()
+        }
         sizes = run_job(__file__, {"names": list(names)})
     found = table(known, {names[path]: size for path, size in sizes.items()})
     if options.results:

@@ -18,6 +18,7 @@ import time
 import venv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -155,18 +156,24 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
 def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Job]:
     """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one.
 
-    An answer for another model, other calibration or test windows, or other settings is replaced.
+    Answers for another model or other windows are left out. An answer for other settings, also of a preset, is replaced.
     """
+    from sparsellm_lightning import PruningConfig
+
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
+    content = {job["content"] for job in wanted.values()}
     for name, job in wanted.items():
-        settings = hash_of({key: value for key, value in job.items() if key not in PATHS})
+        given = {key: value for key, value in job.items() if key not in PATHS}
+        if "config" in given:
+            given["config"] = asdict(PruningConfig(**given["config"]))
+        settings = hash_of(given)
         if known.get(name, {}).get("settings") != settings:
             found = run_job(script, job)
             kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
-            known[name] = {**kept, "settings": settings}
+            known[name] = {**kept, "settings": settings, "content": job["content"]}
             file.write_text(json.dumps(known, indent=1))
             print(name, known[name], file=sys.stderr, flush=True)
-    return known
+    return {name: answer for name, answer in known.items() if answer.get("content") in content}
 
 
 def measure(job: Job, their_python: str = sys.executable) -> Job:
