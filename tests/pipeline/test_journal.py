@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule, UserError, prune_model
+from sparsellm_lightning.allocation import shrinkage
 from sparsellm_lightning.distributed import ProcessGroupRanks
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import prune_blocks
@@ -96,6 +97,27 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
     finished = build_model(name)
     assert prune(finished, batches, tmp_path / "0", config)[1] == []
     assert_same_weights(finished, whole)
+
+
+def test_a_resumed_run_keeps_the_seconds_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of latency: what leaves is chosen from the first run's seconds."""
+    config, batches = replace(CONFIG, pattern={"latency": 0.6}, sparsity=None, round_to=16), random_batches()
+
+    def run(units: float, heads: float, rest: float, folder: Path | None = None, stop: int | None = None) -> Any:
+        costs = [shrinkage.Cost(units, heads, rest)] * 3
+        monkeypatch.setattr(shrinkage, "_seconds", lambda *_: costs)
+        model = build_model("llama")
+        prune(model, batches, folder, config, stop)
+        return model
+
+    whole = run(8.0, 1.0, 1.0)
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(whole.parameters(), run(1.0, 1.0, 8.0).parameters(), strict=True)
+    )
+    with pytest.raises(Killed):
+        run(8.0, 1.0, 1.0, tmp_path, stop=1)
+    assert_same_weights(run(1.0, 1.0, 8.0, tmp_path), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
