@@ -39,7 +39,7 @@ def test_code_in_an_entry_does_not_run(tmp_path: Path) -> None:
     state = {f"model.{name}": tensor for name, tensor in build_model("llama").state_dict().items()}
     entries = {"state_dict": {**state, "model.more": MakesFolder(tmp_path / "hacked")}}
     dcp.save(entries, checkpoint_id=tmp_path / "sharded", no_dist=True)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="weights must be a checkpoint"):
         load_checkpoint(build_model("llama"), str(tmp_path / "sharded"), "model.")
     assert not (tmp_path / "hacked").exists()
 
