@@ -25,14 +25,20 @@ class FSDP1Adapter(ShardedAdapter):
 
     def __init__(self, strategy: FSDPStrategy) -> None:
         super().__init__(strategy)
-        if strategy.sharding_strategy is not None and "HYBRID" in strategy.sharding_strategy.name:
+        self.sharding = getattr(strategy.sharding_strategy, "name", "FULL_SHARD")
+        if "HYBRID" in self.sharding:
             raise UserError(
-                f"Pruning supports FSDPStrategy with FULL_SHARD or SHARD_GRAD_OP, got {strategy.sharding_strategy.name}. "
+                f"FSDPStrategy is supported with FULL_SHARD, and SHARD_GRAD_OP for sparse models, got {self.sharding}. "
                 "Set sharding_strategy='FULL_SHARD'."
             )
         self.ranks = ProcessGroupRanks(device=strategy.root_device)
 
     def check(self, layout: DecoderLayout) -> None:
+        if self.sharding != "FULL_SHARD":  # SHARD_GRAD_OP runs on with gathered weights from before they were pruned
+            raise UserError(
+                f"Pruning needs FSDPStrategy with FULL_SHARD, got {self.sharding}. Set sharding_strategy='FULL_SHARD'. A "
+                "sparse model may be trained with SHARD_GRAD_OP."
+            )
         if self.ranks.size == 1:  # torch leaves blocks without parameters after a gradient there
             raise UserError("FSDPStrategy shards a model over several processes, but there is one. Leave strategy out.")
         for block in layout.blocks:

@@ -294,6 +294,18 @@ def test_fsdp1_needs_several_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["SHARD_GRAD_OP", "NO_SHARD"])
+def test_fsdp1_shards_fully(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], sharding: str
+) -> None:
+    """With SHARD_GRAD_OP, a forward goes on with the weights that it has gathered before they were changed."""
+    options = {"model": folder_of("llama"), "strategy": "fsdp1", "sharding": sharding, "pruner": FAILING}
+    with pytest.raises(JobFailed) as failure:
+        ranks(2).run("prune", tmp_path, **options)
+    assert all(f"with FULL_SHARD, got {sharding}" in text for text in failure.value.tracebacks.values())
+
+
+@pytest.mark.slow
 def test_fsdp1_hides_experts(tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]) -> None:
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, model=folder_of("mixtral"), strategy="fsdp1", pruner=FAILING)

@@ -71,6 +71,7 @@ class Job:
             return FSDP1OnAnyDevice(
                 auto_wrap_policy=_decoder_layer,
                 process_group_backend=backend,
+                sharding_strategy=self.options.get("sharding", "FULL_SHARD"),
                 state_dict_type="sharded" if sharded_checkpoint else "full",
             )
         if kind == "tensor_parallel":
