@@ -225,7 +225,7 @@ class TextDataModule(LightningDataModule):
             generator=torch.Generator(),
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
-        if self.trainer is not None:  # a Trainer may ask for a loader anew each epoch
+        if self.trainer is not None and self.trainer.training:  # it may ask for a loader anew each epoch
             loader.load_state_dict({"epoch": self.trainer.current_epoch, "batches": 0})
         return loader
 

@@ -545,7 +545,7 @@ def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPat
 MAGNITUDE: dict[str, Any] = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 4}
 
 
-def test_the_data_of_this_fit_counts(model_dir: Path, text: TextDataModule, ids: torch.Tensor) -> None:
+def test_the_data_of_this_fit_counts(model_dir: Path, ids: torch.Tensor) -> None:
     """Not those of an earlier fit with the same Trainer, and not the module's own."""
 
     class Measured(OwnModule):
@@ -554,7 +554,7 @@ def test_the_data_of_this_fit_counts(model_dir: Path, text: TextDataModule, ids:
 
     first = SparseLLMCallback(**MAGNITUDE)
     run = trainer(first, num_sanity_val_steps=0, check_val_every_n_epoch=5, max_epochs=1)
-    run.fit(CausalLM(str(model_dir)), datamodule=text)
+    run.fit(CausalLM(str(model_dir)), datamodule=TextDataModule(sequence_length=32, max_eval_windows=4))
     loader, other = DataLoader(ids[8:16], batch_size=4), DataLoader(ids[20:32], batch_size=4)
     run.callbacks = [SparseLLMCallback(**MAGNITUDE)]
     run.should_stop = False
