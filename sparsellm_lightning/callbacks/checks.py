@@ -59,9 +59,9 @@ def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | 
     folders: list[tuple[str, Any]] = [("resume_dir", resume_dir)]
     folders += [(f"{type(c).__name__}.dirpath", getattr(c, "dirpath", None)) for c in callbacks]
     folders += [(f"{type(logger).__name__}.log_dir", logger.log_dir or logger.save_dir) for logger in trainer.loggers]
-    local = [logger.save_dir for logger in trainer.loggers[:1]]
-    if local in ([], [None]) and any(isinstance(c, ModelCheckpoint) and c.dirpath is None for c in callbacks):
-        name = "" if local else "checkpoints"  # under a logger that is not local, the names are the logger's
+    nowhere = all(logger.save_dir is None for logger in trainer.loggers[:1])  # no logger has a folder for checkpoints
+    if nowhere and any(isinstance(c, ModelCheckpoint) and c.dirpath is None for c in callbacks):
+        name = "" if trainer.loggers else "checkpoints"  # with a logger, the folders inside have its names
         folders.append(("ModelCheckpoint.dirpath", Path(trainer.default_root_dir) / name))
     for name, folder in folders:
         if folder is not None and Path(folder).resolve().is_relative_to(Path(export_dir).resolve()):

@@ -17,6 +17,7 @@ from sparsellm_lightning.data import calibration_batches, datamodule_of, validat
 from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
 from sparsellm_lightning.models import continued, first_prompts, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
+from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import Profile, showing
 
 PROMPTS = (3, 16)  # examples, and tokens of each
@@ -117,8 +118,18 @@ class Measurer:
         prompts = tokenizer.batch_decode(self._prompts)
         if [example["prompt"] for example in known] != prompts:  # a resumed run may have other windows
             known = [{"prompt": prompt} for prompt in prompts]
-        examples = known
-        return [example | {state: text} for example, text in zip(examples, texts, strict=True)]
+        return [example | {state: text} for example, text in zip(known, texts, strict=True)]
+
+    def comparable(self, report: PruningReport) -> dict[str, float | None]:
+        """A report's perplexities. None instead, with a warning, if this run measures on another text."""
+        before, now = report.evaluation, self.evaluation
+        if now is None or before is None or now == before:
+            return report.perplexity
+        texts = ["{windows} windows of {length} tokens of {source}".format(**text) for text in (before, now)]
+        rank_zero_warn(
+            f"The model was measured on {texts[0]} before, and on {texts[1]} now. The report gives the new perplexity only."
+        )
+        return dict.fromkeys(report.perplexity)
 
 
 def shows_progress(trainer: pl.Trainer) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
+from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
@@ -37,7 +37,6 @@ from sparsellm_lightning.models import (
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import (
-    BlockResult,
     PruningReport,
     layer_rows,
     report_of_sparse,
@@ -211,7 +210,7 @@ class SparseLLMCallback(SparseFinetuning):
             )
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, pl_module, self.report)
-        self._log_results(trainer, self.report)
+        log_results(trainer, self.report)
         self.report.phases |= self._profile.seconds
         if self._exporter is not None:
             self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
@@ -276,12 +275,11 @@ class SparseLLMCallback(SparseFinetuning):
     def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
         """Prune, or prune further, and measure before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"pruner": asdict(self.config) | {"ignore": list(self.config.ignore)}})
+        log_settings(trainer, self.config)
         before = self._perplexity(trainer, model)
         known = {"dense": before}
         if self.report is not None:
-            before_this = self._comparable(self.report)
+            before_this = self._measurer.comparable(self.report)
             known = {name: before_this[name] for name in ("dense", "sparsegpt") if name in before_this}
         elif self.baseline:
             known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config)
@@ -300,7 +298,7 @@ class SparseLLMCallback(SparseFinetuning):
             keep_zeros=bool(stages),
             resume_dir=None if self.resume_dir is None else Path(self.resume_dir) / f"stage-{len(stages)}",
             progress=shows_progress(trainer),
-            on_block=partial(self._log_block, trainer),
+            on_block=partial(log_block, trainer),
         )
         report.calibration["source"] = source
         after = self._perplexity(trainer, model)
@@ -314,17 +312,6 @@ class SparseLLMCallback(SparseFinetuning):
             stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
             report.stages = [*stages, stage]
         return report
-
-    def _comparable(self, report: PruningReport) -> dict[str, float | None]:
-        """The report's perplexities. None instead, with a warning, if this run measures on another text."""
-        now = self._measurer.evaluation
-        if now is None or report.evaluation in (None, now):
-            return report.perplexity
-        rank_zero_warn(
-            f"The model was measured on {_text(report.evaluation)} before, and on {_text(now)} now. The report gives the new "
-            "perplexity only."
-        )
-        return dict.fromkeys(report.perplexity)
 
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""
@@ -348,7 +335,7 @@ class SparseLLMCallback(SparseFinetuning):
         report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
         model, adapter = self._model(pl_module), adapter_for(trainer)
         finetuned = self._perplexity(trainer, model)
-        report.perplexity = {**self._comparable(report), "finetuned": finetuned}
+        report.perplexity = {**self._measurer.comparable(report), "finetuned": finetuned}
         report.evaluation = self._measurer.evaluation or report.evaluation
         report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
@@ -390,20 +377,3 @@ class SparseLLMCallback(SparseFinetuning):
             return []
         tokenizer = tokenizer_of(pl_module, datamodule_of(trainer))
         return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)
-
-    @staticmethod
-    def _log_block(trainer: pl.Trainer, result: BlockResult) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics({f"prune/{name}": value for name, value in result.metrics().items()}, step=result.index)
-
-    def _log_results(self, trainer: pl.Trainer, report: PruningReport) -> None:
-        """The run's figures, for loggers, and for sweeps in ``trainer.callback_metrics``."""
-        metrics = {f"prune/{name}": value for name, value in report.metrics().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _text(evaluation: dict[str, Any]) -> str:
-    """What a perplexity was measured on, in words."""
-    return "{windows} windows of {length} tokens of {source}".format(**evaluation)

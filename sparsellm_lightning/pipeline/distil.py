@@ -37,7 +37,7 @@ class Distiller:
     a vector a token on the host, from which p is computed again. Logits of a few positions at a time are in memory.
 
     Steps on windows that the model has written come first, and those on the calibration windows at the end, when the rate
-    falls. A mixed order left more on all texts.
+    falls. Mixed steps were worse on all texts.
 
     It is made while the model is dense. All ranks call its methods together.
 

@@ -473,7 +473,7 @@ def test_a_checkpoint_of_a_half_pruned_model_is_refused(
     saving = OnExceptionCheckpoint(str(tmp_path))
     run = trainer(SparseLLMCallback(**settings), saving, max_steps=2, enable_checkpointing=True)
     with monkeypatch.context() as patch:
-        patch.setattr(SparseLLMCallback, "_log_block", fail)
+        patch.setattr("sparsellm_lightning.callbacks.pruning.log_block", fail)
         with pytest.raises(RuntimeError, match="power"):
             run.fit(module, loader)
     again = OwnModule(build_model("llama"))
