@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context, capture, run_block, tail_logits
 from sparsellm_lightning.data import CalibrationBatch, first_tokens
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import VocabularySample, can_sample, likely_tokens
 from sparsellm_lightning.solvers import kl_divergence
 
 OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
@@ -19,6 +21,8 @@ OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 pre
 
 class OutputProbe:
     """A few tokens on which the model's output is compared with the dense model's.
+
+    Of a large vocabulary, a sample stands for all (:class:`~sparsellm_lightning.models.VocabularySample`).
 
     Args:
         context: of the run. The model is dense.
@@ -38,7 +42,9 @@ class OutputProbe:
         few = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks)
         self.cache = capture(context, few, 0)
         self._start = self.cache.copy()
-        self.dense = list(self._logits(self._ends(0)))
+        ends = self._ends(0)
+        self._sample = self._choose_sample(ends)
+        self.dense = list(self._logits(ends))
 
     def divergence(self, block: Block, without: Collection[int] = ()) -> float:
         """Mean KL divergence over all ranks' valid tokens, with the blocks from ``block`` on as they are now.
@@ -75,8 +81,24 @@ class OutputProbe:
                 moving.hidden = run_block(self.context, block, moving)
         return moving.hidden
 
+    def _choose_sample(self, ends: list[Tensor]) -> VocabularySample | None:
+        """Of the vocabulary, if the model can give its logits alone."""
+        model = self.context.layout.model
+        windows = [window for hidden in ends for window in hidden.split(1)]  # logits of one window at a time
+        collective = self.context.adapter.forward_is_collective
+        if collective or not windows or not can_sample(model, lambda: self._tail(windows[0][:, :1])):
+            return None
+        likely = torch.stack([likely_tokens(self._tail(window)) for window in windows]).any(0)
+        return VocabularySample.draw(likely, torch.Generator().manual_seed(self.context.config.seed))
+
     def _logits(self, ends: list[Tensor]) -> Iterator[Tensor]:
-        """(tokens, vocabulary) of each batch."""
+        """(tokens, vocabulary) of each batch. Of a sample, with its weights."""
+        sample = self._sample
         for hidden in ends:  # one call a batch, because ranks have equally many batches but not windows
-            with self.context.autocast():
-                yield tail_logits(self.context, hidden.to(self.context.device)).flatten(0, 1)
+            with nullcontext() if sample is None else sample.in_head(self.context.layout.model):
+                logits = self._tail(hidden).flatten(0, 1)
+            yield logits if sample is None else logits + sample.log_weights
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        with self.context.autocast():
+            return tail_logits(self.context, hidden.to(self.context.device))

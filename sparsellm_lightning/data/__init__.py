@@ -5,7 +5,6 @@ from sparsellm_lightning.data.loaders import calibration_batches, datamodule_of,
 from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
 from sparsellm_lightning.data.windows import (
     CalibrationBatch,
-    add_written_windows,
     equally_many,
     first_tokens,
     fitted_windows,
@@ -13,12 +12,12 @@ from sparsellm_lightning.data.windows import (
     regrouped,
     split_windows,
     take_windows,
+    written_windows,
 )
 
 __all__ = [
     "CalibrationBatch",
     "TextDataModule",
-    "add_written_windows",
     "calibration_batches",
     "datamodule_of",
     "equally_many",
@@ -31,4 +30,5 @@ __all__ = [
     "split_windows",
     "take_windows",
     "validation_batches",
+    "written_windows",
 ]

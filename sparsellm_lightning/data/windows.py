@@ -179,21 +179,17 @@ def equally_many(batches: list[CalibrationBatch], ranks: Ranks, device: torch.de
     return batches + [nothing] * (ranks.largest(len(batches)) - len(batches))
 
 
-def add_written_windows(
-    batches: list[CalibrationBatch],
-    fitted: int,
+def written_windows(
+    batches: Sequence[CalibrationBatch],
     copies: int,
     write: Callable[[Tensor, list[str], int], Tensor],
     ranks: Ranks,
     device: torch.device,
-) -> tuple[list[CalibrationBatch], int, int]:
-    """Insert windows that the model writes between the fitted windows and the held-out ones.
-
-    Written after are the fitted windows that have the length of the longest one and no padding.
+) -> tuple[list[CalibrationBatch], int]:
+    """Windows that the model writes after those that have the length of the longest one and no padding.
 
     Args:
         batches: this rank's windows.
-        fitted: number of fitted windows: the first ones.
         copies: windows to write for each of these.
         write: called for each copy with windows (n, length), equally many on every rank, their names, which are unique over
             ranks and copies, and the number of the copy. Returns windows of the same shape.
@@ -201,7 +197,7 @@ def add_written_windows(
         device: of the batches.
 
     Returns:
-        this rank's windows, the number of them that are fitted, and the number of written windows over all ranks.
+        this rank's written windows, and their number over all ranks.
 
     Raises:
         UserError: batches without token ids.
@@ -210,10 +206,9 @@ def add_written_windows(
         raise UserError(
             "continuations are written after token ids, but the calibration batches hold inputs_embeds. Set continuations to 0."
         )
-    ahead, behind = split_windows(batches, fitted)
     whole = [
         ids
-        for batch in ahead
+        for batch in batches
         for row, ids in enumerate(batch.inputs["input_ids"])
         if batch.valid is None or bool(batch.valid[row].all())
     ]
@@ -221,14 +216,13 @@ def add_written_windows(
     whole = [ids for ids in whole if len(ids) == longest]
     counts = [count for (count,) in ranks.gather_counts(len(whole))]
     if not sum(counts):
-        return batches, fitted, 0
+        return [], 0
     # Ranks with fewer windows write after zeros too, and drop the result.
     filler = [torch.zeros(longest, dtype=torch.long, device=device)] * (max(counts) - len(whole))
     windows, numbers = torch.stack([*whole, *filler]), range(ranks.rank, max(counts) * ranks.size, ranks.size)
     copied = [write(windows, [f"{number}/{copy}" for number in numbers], copy) for copy in range(copies)]
     written = torch.cat([copy[: len(whole)] for copy in copied])
-    more = [CalibrationBatch({"input_ids": ids}, None) for ids in written.split(ahead[0].windows)] if whole else []
-    return [*ahead, *more, *behind], fitted + len(written), copies * sum(counts)
+    return [CalibrationBatch({"input_ids": ids[None]}, None) for ids in written], copies * sum(counts)
 
 
 def split_windows(

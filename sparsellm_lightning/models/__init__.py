@@ -20,6 +20,7 @@ from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
 from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
+from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens
 
 __all__ = [
     "REPORT_NAME",
@@ -29,7 +30,9 @@ __all__ = [
     "Shrinkage",
     "Smaller",
     "Speed",
+    "VocabularySample",
     "add_to_report",
+    "can_sample",
     "check_export_dir",
     "check_generation_config",
     "check_hub",
@@ -44,6 +47,7 @@ __all__ = [
     "head_in",
     "inspect_model",
     "is_sparse_already",
+    "likely_tokens",
     "load_model",
     "load_tokenizer",
     "logits_at",

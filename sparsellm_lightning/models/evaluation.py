@@ -151,9 +151,12 @@ def _logits_in_slices(
             yield positions, logits
 
 
-def positions_together(model: PreTrainedModel, windows: int, length: int) -> list[slice]:
-    """Slices of a window's positions, of which the logits of all windows are at most :data:`LOGITS`, or one position."""
-    most = max(LOGITS // (windows * model.config.get_text_config().vocab_size), 1)
+def positions_together(model: PreTrainedModel, windows: int, length: int, vocabulary: int | None = None) -> list[slice]:
+    """Slices of a window's positions, of which the logits of all windows are at most :data:`LOGITS`, or one position.
+
+    ``vocabulary`` is the number of logits of a position, if it is not the model's.
+    """
+    most = max(LOGITS // (windows * (vocabulary or model.config.get_text_config().vocab_size)), 1)
     size = -(-length // -(-length // most))  # equal slices: 256 and 256 are faster than 341 and 171
     return [slice(start, start + size) for start in range(0, length, size)]
 

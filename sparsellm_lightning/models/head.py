@@ -68,7 +68,7 @@ def head_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]
     Embeddings that share the weights keep theirs. Nothing happens if the dtype is None, or if the head is not a plain linear
     layer without bias.
     """
-    head = _plain_head(model)
+    head = plain_head(model)
     if dtype is None or head is None:
         yield
         return
@@ -87,7 +87,7 @@ def _weights_first(model: PreTrainedModel) -> Iterator[None]:
     For 64 positions and 262,144 tokens this order reaches 114 GFLOP/s and the other one 80 (AMD Zen 3, 2 cores): kernels
     repack the second factor in each product, and h is much smaller than W.
     """
-    head = _plain_head(model)
+    head = plain_head(model)
     if head is None or head.weight.device.type != "cpu":
         yield
         return
@@ -100,7 +100,7 @@ def _weights_first(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head, if it is a plain linear layer without bias."""
     head: Any = model.get_output_embeddings()
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,7 +15,16 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import Forward, decoder_output, head_in, logits_at, positions_together
+from sparsellm_lightning.models import (
+    Forward,
+    VocabularySample,
+    can_sample,
+    decoder_output,
+    head_in,
+    likely_tokens,
+    logits_at,
+    positions_together,
+)
 from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
@@ -34,7 +44,9 @@ class Distiller:
         KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
 
     where p and q are the next-token distributions of the dense and the pruned model. The dense model's decoder output is kept,
-    a vector a token on the host, from which p is computed again. Logits of a few positions at a time are in memory.
+    a vector a token on the host, from which p is computed again. Logits of a few positions at a time are in memory. Steps take
+    the sums over a large vocabulary from a sample (:class:`~sparsellm_lightning.models.VocabularySample`), a new one each
+    time, and the divergence by which the best state is chosen from all of it.
 
     Steps on windows that the model has written come first, and those on the calibration windows at the end, when the rate
     falls. Mixed steps were worse on all texts.
@@ -44,8 +56,9 @@ class Distiller:
     Args:
         context: of the run.
         batches: this rank's calibration windows.
-        fitted: number of windows that are fitted: the first ones. The best state is chosen on the others.
-        written: number of these that the model has written: the last of them.
+        fitted: number of these that are fitted: the first ones. The best state is chosen on the others.
+        write: lets the dense model write windows. Returns this rank's, and their number over all ranks. It is called after the
+            memory was found to suffice.
 
     Raises:
         UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
@@ -53,7 +66,13 @@ class Distiller:
     """
 
     @torch.no_grad()
-    def __init__(self, context: Context, batches: Sequence[CalibrationBatch], fitted: int, written: int = 0) -> None:
+    def __init__(
+        self,
+        context: Context,
+        batches: Sequence[CalibrationBatch],
+        fitted: int,
+        write: Callable[[], tuple[list[CalibrationBatch], int]] = lambda: ([], 0),
+    ) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
         self.model, self.ranks, self.adapter = context.layout.model, context.ranks, context.adapter
@@ -64,18 +83,18 @@ class Distiller:
             )
         self._check_room()
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
-        ahead, behind = split_windows([batch for batch in batches if batch.tokens], fitted)
-        made = [self._steps(part) for part in (*split_windows(ahead, fitted - written), behind)]
+        made = [self._steps(part) for part in split_windows([batch for batch in batches if batch.tokens], fitted)]
         first = next((batch for part in made for batch in part), None)
         if not self.ranks.all(first is None or self._decode(first) is not None):
             raise UserError(
                 f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
                 "not. Set distillation_steps to 0."
             )
-        own, by_model, held_out = made
-        fitted_batches = own + by_model
+        own, held_out = made
+        written, self.written = write()
+        fitted_batches = own + self._steps(written)
         steps = context.config.distillation_steps
-        before = round((1 - OWN_SHARE) * steps) if self.ranks.total(len(by_model)) != [0] else 0
+        before = round((1 - OWN_SHARE) * steps) if self.written else 0
         self.schedule = [
             *islice(self._choices(fitted_batches, range(len(own), len(fitted_batches))), before),
             *islice(self._choices(fitted_batches, range(len(own))), steps - before),
@@ -83,6 +102,8 @@ class Distiller:
         seen = sorted({index for chosen in self.schedule for index in chosen})
         self.fitted = {index: self._with_goal(fitted_batches[index]) for index in seen}
         self.held_out = [self._with_goal(batch) for batch in held_out]
+        self.likely = {index: self._likely(*self.fitted[index]) for index in seen} if self._can_sample() else {}
+        self._generator = torch.Generator().manual_seed(context.config.seed)
 
     @torch.no_grad()
     def tune(self) -> dict[str, Any]:
@@ -139,11 +160,12 @@ class Distiller:
         (tokens,) = self.ranks.total(sum(self.fitted[index][0].tokens for index in chosen))
         scale = parameters.loss_scale(tokens)
         for index in chosen:
-            with torch.enable_grad():
-                for part in self._divergences(*self.fitted[index]):
+            sample = VocabularySample.draw(self.likely[index], self._generator) if self.likely else None
+            with torch.enable_grad(), nullcontext() if sample is None else sample.in_head(self.model):
+                for part in self._divergences(*self.fitted[index], sample):
                     (part.sum() * scale).backward()
             parameters.collect()
-            self._count(self.fitted[index][0])
+            self._count(self.fitted[index][0], sample)
 
     def _steps(self, batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
         """The windows in batches of a step's tokens. Where a forward is collective, equally many on all ranks."""
@@ -154,15 +176,37 @@ class Distiller:
         """A batch and the dense model's decoder output for it, on the host."""
         return batch, self._decode(batch).last_hidden_state.cpu()
 
-    def _count(self, batch: CalibrationBatch) -> None:
+    def _can_sample(self) -> bool:
+        """Whether steps can take a sample of the vocabulary."""
+        if self.adapter.forward_is_collective or not self.fitted:
+            return False
+        batch, goal = next(iter(self.fitted.values()))
+        forward = partial(self.adapter.logits, self.model, batch.inputs)
+        return can_sample(self.model, lambda: self._logits(forward, goal[:, :1].to(self.context.device)))
+
+    def _likely(self, batch: CalibrationBatch, goal: Tensor) -> Tensor:
+        """Whether a token of the vocabulary is likely after one of the batch's, for the dense model."""
+        forward = partial(self.adapter.logits, self.model, batch.inputs)
+        found = [
+            likely_tokens(self._logits(forward, goal[:, positions].to(self.context.device)))
+            for positions in positions_together(self.model, batch.windows, batch.length)
+        ]
+        return torch.stack(found).any(0)
+
+    def _count(self, batch: CalibrationBatch, sample: VocabularySample | None) -> None:
         """Forward and backward of the blocks, which has two products for each of the forward's, and of the head, for p too."""
         head: Any = self.model.get_output_embeddings()
+        share = 1.0 if sample is None else len(sample.tokens) / len(head.weight)
         blocks = sum(block.forward_work(batch.length) for block in self.context.layout.blocks)
         tokens = batch.windows * batch.length
-        count(tokens * (3 * blocks + 6 * head.weight.numel()), self.autocast_dtype or torch.float32)
+        count(tokens * (3 * blocks + 6 * share * head.weight.numel()), self.autocast_dtype or torch.float32)
 
-    def _divergences(self, batch: CalibrationBatch, goal: Tensor) -> Iterator[Tensor]:
+    def _divergences(
+        self, batch: CalibrationBatch, goal: Tensor, sample: VocabularySample | None = None
+    ) -> Iterator[Tensor]:
         """Divergences of the tokens of a batch, (windows, positions), a few positions at a time. 0 for padding.
+
+        Of a sample of the vocabulary, if the head has it.
 
         After the caller has taken the gradient of every part, this takes that of the decoder. Sharded weights need one whole
         forward and backward instead.
@@ -176,12 +220,16 @@ class Distiller:
             assert logits is not None
             yield _divergences(dense, logits) * valid
             return
+        vocabulary = None if sample is None else len(sample.tokens)
         hidden = self._decode(batch).last_hidden_state
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
-        for positions in positions_together(self.model, batch.windows, batch.length):
+        for positions in positions_together(self.model, batch.windows, batch.length, vocabulary):
             with torch.no_grad():
                 dense = self._logits(forward, goal[:, positions])
-            yield _divergences(dense, self._logits(forward, leaf[:, positions])) * valid[:, positions]
+            logits = self._logits(forward, leaf[:, positions])
+            if sample is not None:
+                dense, logits = dense + sample.log_weights, logits + sample.log_weights
+            yield _divergences(dense, logits) * valid[:, positions]
         if hidden.requires_grad:
             hidden.backward(leaf.grad)
 

@@ -20,12 +20,13 @@ from sparsellm_lightning.calibration import Context, check_finite_weights, works
 from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
     CalibrationBatch,
-    add_written_windows,
     equally_many,
     fitted_windows,
     held_out_windows,
     rewrite_windows,
+    split_windows,
     take_windows,
+    written_windows,
 )
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
@@ -127,8 +128,7 @@ def prune_model(
             batch_tokens=BATCH_TOKENS // adapter.ranks.size if tunes else None,
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
-        own = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
-        batches, fitted, written = _write_windows(context, batches, own, journal)
+        fitted = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
         if adapter.forward_is_collective:
@@ -137,7 +137,7 @@ def prune_model(
         _warn_of_dense_layers(context)
         if not keep_zeros:
             _warn_of_pruned_parts(context)
-        distiller = _distiller(context, batches, fitted, fitted - own)
+        distiller = _distiller(context, batches, fitted, journal)
         for result in prune_blocks(context, batches, fitted, journal, iteration_done):
             results.append(result)
             shown.block()
@@ -167,7 +167,7 @@ def prune_model(
         calibration={
             "windows": windows,
             "held_out": held_out_windows(windows, config.held_out_fraction),
-            "written": written,
+            "written": 0 if distiller is None else distiller.written,
             "tokens": tokens,
         },
         phases=profile.seconds,
@@ -209,13 +209,13 @@ def _checked(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[st
         yield inputs
 
 
-def _write_windows(
+def _written_windows(
     context: Context, batches: list[CalibrationBatch], fitted: int, journal: Journal | None
-) -> tuple[list[CalibrationBatch], int, int]:
-    """Add the model's continuations: the batches, the number of fitted windows, and of written windows over all ranks."""
+) -> tuple[list[CalibrationBatch], int]:
+    """The windows that the model writes after this rank's fitted windows, and their number over all ranks."""
     config = context.config
-    if not config.continuations or config.requested_sparsity == 0:
-        return batches, fitted, 0
+    if not config.continuations:
+        return [], 0
 
     def write(ids: Tensor, names: list[str], copy: int) -> Tensor:
         seeds = [f"{config.seed}/{name}" for name in names]
@@ -226,17 +226,21 @@ def _write_windows(
         return rewrite() if journal is None else journal.remember(f"written-windows-{copy}", rewrite).to(context.device)
 
     with phase("generation"):
-        return add_written_windows(batches, fitted, config.continuations, write, context.ranks, context.device)
+        return written_windows(
+            split_windows(batches, fitted)[0], config.continuations, write, context.ranks, context.device
+        )
 
 
-def _distiller(context: Context, batches: list[CalibrationBatch], fitted: int, written: int) -> Distiller | None:
+def _distiller(
+    context: Context, batches: list[CalibrationBatch], fitted: int, journal: Journal | None
+) -> Distiller | None:
     """What tunes all blocks at the end. None, with a warning, if only the preset asks for it and it cannot be done."""
     config = context.config
     if not config.distillation_steps or config.requested_sparsity == 0:
         return None
     try:
         with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-            return Distiller(context, batches, fitted, written)
+            return Distiller(context, batches, fitted, partial(_written_windows, context, batches, fitted, journal))
     except UserError as error:
         one_rank_alone = isinstance(error, OutOfMemoryError) and context.ranks.size > 1  # the others would wait for it
         if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:

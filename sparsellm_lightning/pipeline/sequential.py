@@ -315,9 +315,8 @@ def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Siz
 
 
 def _explain_memory(context: Context, cache: ActivationCache, sizes: Sizes, where: str) -> str:
-    more = ", continuations" if context.config.continuations else ""
     return (
         f"In {where}: besides the model, pruning a block takes {sizes.describe()} for this rank's {cache.tokens} calibration "
         f"tokens. memory is {context.config.memory!r}. Lower memory, to keep activations on the host, lower "
-        f"num_calibration_samples{more}, or use more ranks."
+        f"num_calibration_samples, or use more ranks."
     )

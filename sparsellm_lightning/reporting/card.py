@@ -86,8 +86,8 @@ def _texts(report: PruningReport) -> str:
     if found.get("windows"):
         text = f"text `{found['source']}`" if "source" in found else "the caller's windows"
         held_out = f", {found['held_out']} of them held out" if found.get("held_out") else ""
-        written = f", and {found['written']} windows that the dense model wrote" if found.get("written") else ""
-        lines.append(f"{found['windows']} windows of {text}{held_out}{written}: {found['tokens']:,} tokens.")
+        written = f" Also {found['written']} windows that the dense model wrote." if found.get("written") else ""
+        lines.append(f"{found['windows']} windows of {text}{held_out}: {found['tokens']:,} tokens.{written}")
     if report.evaluation is not None:
         measured = report.evaluation
         lines.append(

@@ -1,4 +1,4 @@
-"""Windows that the model writes: against a loop without a cache, and against a run whose calibration windows include them."""
+"""Windows that the model writes: against a loop without a cache, and what a run does with them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
-from support.runs import tune_with
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
-from sparsellm_lightning.data import CalibrationBatch, add_written_windows, equally_many, rewrite_windows
+from sparsellm_lightning.data import CalibrationBatch, rewrite_windows, written_windows
 from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.pipeline import distil
+from sparsellm_lightning.pipeline.distil import Distiller
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 CPU = torch.device("cpu")
@@ -113,19 +114,14 @@ def rows_of(batches: list[CalibrationBatch]) -> list[list[int]]:
     return [row.tolist() for batch in batches for row in batch.inputs["input_ids"]]
 
 
-def test_place_among_the_windows() -> None:
-    """Behind the fitted windows and in front of the held-out ones. The batch that holds both kinds is split."""
-    ids = random_ids(7, 8)
+def test_windows_are_written_after_each_window() -> None:
+    ids = random_ids(5, 8)
     positions = torch.arange(8)[None]
     batches = [CalibrationBatch({"input_ids": part, "position_ids": positions}, None) for part in ids.split(3)]
-    found, fitted, written = add_written_windows(batches, 5, 2, echo, SINGLE, CPU)
-    more = [[ids[i, 0].item(), i, copy, *ids[i, 3:].tolist()] for copy in range(2) for i in range(5)]
-    assert (fitted, written) == (15, 10)
-    assert rows_of(found) == [*ids[:5].tolist(), *more, *ids[5:].tolist()]
-    assert max(batch.windows for batch in found) <= 3
-    assert all(
-        torch.equal(batch.inputs["position_ids"], positions) for batch in found if "position_ids" in batch.inputs
-    )
+    found, number = written_windows(batches, 2, echo, SINGLE, CPU)
+    assert rows_of(found) == [[ids[i, 0].item(), i, copy, *ids[i, 3:].tolist()] for copy in range(2) for i in range(5)]
+    assert number == 10
+    assert all(batch.inputs.keys() == {"input_ids"} and batch.valid is None for batch in found)
 
 
 def test_windows_with_padding_or_shorter_are_left_out() -> None:
@@ -133,13 +129,11 @@ def test_windows_with_padding_or_shorter_are_left_out() -> None:
     valid = torch.ones(4, 8, dtype=torch.bool)
     valid[1, :3] = False
     batches = [CalibrationBatch({"input_ids": ids}, valid), CalibrationBatch({"input_ids": short}, None)]
-    found, fitted, written = add_written_windows(batches, 6, 1, echo, SINGLE, CPU)
-    assert (fitted, written) == (9, 3)
-    assert [row[0] for row in rows_of(found)[6:]] == ids[[0, 2, 3], 0].tolist()
-    assert found[0].valid is not None
-    assert torch.equal(found[0].valid, valid)
+    found, number = written_windows(batches, 1, echo, SINGLE, CPU)
+    assert number == 3
+    assert [row[0] for row in rows_of(found)] == ids[[0, 2, 3], 0].tolist()
     nothing = [CalibrationBatch({"input_ids": ids}, torch.zeros_like(valid))]
-    assert add_written_windows(nothing, 4, 1, echo, SINGLE, CPU) == (nothing, 4, 0)
+    assert written_windows(nothing, 1, echo, SINGLE, CPU) == ([], 0)
 
 
 @pytest.mark.parametrize("windows", [7, 1])
@@ -156,14 +150,9 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
 
         mine = ids[ranks.rank :: ranks.size]
         batches = [CalibrationBatch({"input_ids": mine}, None)] if len(mine) else []
-        found, fitted, written = add_written_windows(batches, len(mine), 2, counted, ranks, CPU)
-        assert fitted == 3 * len(mine)
-        level = equally_many(found, ranks, CPU)
-        lengths = ranks.gather(torch.tensor([len(level)]))
-        assert len({int(length) for length in lengths}) == 1
-        assert rows_of(level)[: len(rows_of(found))] == rows_of(found)
-        assert all(batch.valid is not None and not batch.valid.any() for batch in level[len(found) :])
-        return rows_of(found), calls, written
+        found, number = written_windows(batches, 2, counted, ranks, CPU)
+        assert len(rows_of(found)) == 2 * len(mine)
+        return rows_of(found), calls, number
 
     one, two = write(SINGLE), on_ranks(2, write)
     assert sorted(two[0][0] + two[1][0]) == sorted(one[0])
@@ -171,16 +160,16 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
     assert [result[2] for result in two] == [one[2]] * 2 == [2 * windows] * 2
 
 
-def test_pruning_fits_them_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run with continuations gives the weights of a run whose calibration windows include them."""
-    tune_with(monkeypatch, batch_tokens=64)
-    windows = random_ids(8, 32)
+def test_the_distillation_alone_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are solved and tuned as without them. The distillation's windows are the dense model's, in order."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    windows, made = random_ids(8, 32), []
     options: dict[str, Any] = {
-        "preset": "paper",
+        "preset": "best",
         "sparsity": 0.6,
-        "method": "sparsegpt",
-        "target": "model",
-        "reconstruction_steps": 8,
+        "reconstruction_steps": 4,
+        "calibration_val_fraction": 0.25,
+        "num_calibration_samples": 8,
         "seed": 4,
         "solver_precision": "float32",
     }
@@ -195,24 +184,28 @@ def test_pruning_fits_them_like_any_other(monkeypatch: pytest.MonkeyPatch) -> No
         )
         for copy in range(2)
     ]
-    both = torch.cat([windows[:6], *written, windows[6:]])
-    config = PruningConfig(**options, calibration_val_fraction=0.25, continuations=2, num_calibration_samples=8)
-    report = prune_model(ours, windows.split(2), config)
-    expected = prune_model(
-        theirs, both.split(2), PruningConfig(**options, calibration_val_fraction=0.1, num_calibration_samples=20)
-    )
+    monkeypatch.setattr(Distiller, "tune", lambda self: made.append(self))
+    report = prune_model(ours, windows.split(2), PruningConfig(**options, distillation_steps=60, continuations=2))
+    prune_model(theirs, windows.split(2), PruningConfig(**options, distillation_steps=0))
     for (name, found), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
-    assert report.calibration == {"windows": 8, "held_out": 2, "written": 12, "tokens": 20 * 32}
-    assert expected.calibration == {"windows": 20, "held_out": 2, "written": 0, "tokens": 20 * 32}
+        assert torch.equal(found, wanted), name
+    assert report.calibration == {"windows": 8, "held_out": 2, "written": 12, "tokens": 8 * 32}
     assert report.phases["generation"] > 0
+    (distiller,) = made
+    seen = [distiller.fitted[index][0] for index in sorted(distiller.fitted)]
+    assert rows_of(seen) == torch.cat([windows[:6], *written]).tolist()
+    assert rows_of([batch for batch, _ in distiller.held_out]) == windows[6:].tolist()
 
 
 def test_models_and_batches_without_tokens_are_refused() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     headless = AutoModelForSequenceClassification.from_config(config)
-    settings = PruningConfig(preset="paper", sparsity=0.5, method="wanda", continuations=1, num_calibration_samples=1)
-    with pytest.raises(UserError, match=r"language-model head, which LlamaForSequenceClassification .*continuations 0"):
+    options: dict[str, Any] = {"preset": "paper", "sparsity": 0.5, "method": "wanda", "num_calibration_samples": 1}
+    with pytest.raises(UserError, match=r"got 1 and distillation_steps 0\. Set distillation_steps, or leave"):
+        PruningConfig(**options, continuations=1)
+    assert PruningConfig(preset="best", distillation_steps=0).continuations == 0
+    settings = PruningConfig(**options, continuations=1, distillation_steps=1)
+    with pytest.raises(UserError, match="but LlamaForSequenceClassification has no language-model head"):
         prune_model(headless, [torch.ones(1, 4, dtype=torch.long)], settings)
     model = build_model("llama")
     embedded = {"inputs_embeds": torch.zeros(1, 4, model.config.hidden_size)}

@@ -123,16 +123,17 @@ def test_the_dense_model_runs_on_the_windows_of_the_steps_only(monkeypatch: pyte
 
 
 def test_calibration_windows_come_after_written_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the first five windows, the last three are written."""
+    """Two calibration windows, three written ones, three held out."""
     monkeypatch.setattr(distil, "STEP_TOKENS", 32)
     context = make_context(build_model("llama"), PruningConfig(**ONE, distillation_steps=10))
-    distiller = Distiller(context, calibration_batches(random_batches()), 5, written=3)
+    whole = calibration_batches([{"input_ids": row[None]} for batch in random_batches() for row in batch["input_ids"]])
+    distiller = Distiller(context, whole[:2] + whole[5:], 2, lambda: (whole[2:5], 3))
     order = [index for (index,) in distiller.schedule]
     assert sorted(order[:3]) == [2, 3, 4]
     assert order[3] in (2, 3, 4)
     assert sorted(order[4:6]) == sorted(order[6:8]) == sorted(order[8:]) == [0, 1]
-    windows = [row[None] for batch in random_batches() for row in batch["input_ids"]]
-    assert all(torch.equal(distiller.fitted[index][0].inputs["input_ids"], windows[index]) for index in range(5))
+    for index in range(5):
+        assert torch.equal(distiller.fitted[index][0].inputs["input_ids"], whole[index].inputs["input_ids"])
 
 
 def test_ranks_change_from_written_windows_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +146,7 @@ def test_ranks_change_from_written_windows_at_the_same_step(monkeypatch: pytest.
         context = make_context(models[ranks.rank], PruningConfig(**ONE, distillation_steps=5), ranks=ranks)
         own, written = ((2, 2), (1, 0))[ranks.rank]
         batches = calibration_batches([{"input_ids": ids} for ids in windows[: own + written]])
-        return Distiller(context, batches, own + written, written).schedule
+        return Distiller(context, batches[:own], own, lambda: (batches[own:], 2)).schedule
 
     first, second = on_ranks(2, on_rank)
     assert all(set(chosen) <= {2, 3} for chosen in first[:2])

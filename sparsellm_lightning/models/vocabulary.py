@@ -1,0 +1,101 @@
+"""Some tokens of a large vocabulary in place of all of them, where the head would take most of the time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.models.head import plain_head
+
+LIKELY = 32  # likeliest tokens of each position that are in the sample
+OTHERS = 4096  # tokens that are drawn from the others
+
+
+@dataclass(frozen=True)
+class VocabularySample:
+    """Some tokens that stand for the whole vocabulary in a softmax.
+
+    Of n tokens that are not likely anywhere, k are drawn at random, and each counts n / k times:
+
+        Σ_v exp(a_v) ≈ Σ_{v in sample} exp(a_v + log w_v),    w_v = 1 for likely tokens and n / k for the drawn ones
+
+    Jean et al., arXiv 1412.2007, sample the softmax of translation models so.
+
+    Args:
+        tokens: (sample,) int64.
+        log_weights: log w, (sample,) float32.
+    """
+
+    tokens: Tensor
+    log_weights: Tensor
+
+    @classmethod
+    def draw(cls, likely: Tensor, generator: torch.Generator) -> VocabularySample:
+        """All likely tokens, and :data:`OTHERS` of the others.
+
+        Args:
+            likely: (vocabulary,) bool.
+            generator: of the CPU.
+        """
+        rest = (~likely).nonzero().squeeze(1)
+        drawn = rest[torch.randperm(len(rest), generator=generator)[:OTHERS].to(rest.device)]
+        tokens = torch.cat([likely.nonzero().squeeze(1), drawn])
+        log_weights = torch.zeros(len(tokens), device=likely.device)
+        if len(drawn):
+            log_weights[-len(drawn) :] = math.log(len(rest) / len(drawn))
+        return cls(tokens, log_weights)
+
+    @contextmanager
+    def in_head(self, model: PreTrainedModel) -> Iterator[None]:
+        """Logits inside this context are those of the sample's tokens, in their order. See :func:`can_sample`."""
+        head = plain_head(model)
+        assert head is not None
+        weight = head.weight
+        head.weight = nn.Parameter(weight.detach()[self.tokens], requires_grad=False)
+        try:
+            yield
+        finally:
+            head.weight = weight
+
+
+def likely_tokens(logits: Tensor) -> Tensor:
+    """Whether a token is among the :data:`LIKELY` likeliest at some position, (vocabulary,) bool, of (..., vocabulary)."""
+    found = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    found[logits.topk(min(LIKELY, logits.shape[-1]), -1).indices.flatten()] = True
+    return found
+
+
+@torch.no_grad()
+def can_sample(model: PreTrainedModel, logits: Callable[[], Tensor]) -> bool:
+    """Whether a sample of the vocabulary saves work, and the model can give its logits alone.
+
+    The head must be a plain linear layer without bias, and what follows it must work entry by entry. Chameleon, for one, masks
+    the logits of some tokens by their number.
+
+    Args:
+        model: with a language-model head.
+        logits: computes logits of some positions, (..., vocabulary).
+    """
+    head = plain_head(model)
+    if head is None or len(head.weight) <= 2 * OTHERS:
+        return False
+    tokens = torch.arange(0, len(head.weight), len(head.weight) // 64, device=head.weight.device)
+    sample = VocabularySample(tokens, torch.zeros(len(tokens)))
+    whole = logits()
+    if whole.shape[-1] != len(head.weight):
+        return False
+    try:
+        with sample.in_head(model):
+            some = logits()
+    except (IndexError, RuntimeError):  # code that indexes the vocabulary
+        return False
+    wanted = whole[..., tokens]
+    return some.shape == wanted.shape and torch.allclose(
+        some, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().median())
+    )
