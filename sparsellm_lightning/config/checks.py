@@ -95,11 +95,6 @@ def _check_choices(config: PruningConfig) -> None:
             f"pattern {config.pattern_name} may remove whole blocks, but ignore keeps {', '.join(config.ignore)} in them. "
             "Leave ignore out, or remove neurons or heads instead."
         )
-    if config.continuations and not config.distillation_steps:
-        raise UserError(
-            f"continuations are windows for the distillation, got {config.continuations} and distillation_steps 0. Set "
-            "distillation_steps, or leave continuations out."
-        )
     if config.target == "model" and not config.fits_target:
         raise UserError(
             f"target model needs a method that fits it, but method is {config.method} without reconstruction"

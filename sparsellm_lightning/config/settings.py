@@ -66,9 +66,9 @@ class PruningConfig:
             next-token distributions over the fitted windows. They need the memory of the gradients and Adam's moments of all
             kept weights, and where weights are sharded of all gradients. A preset that asks for them goes without, with a
             warning, where the model has no language-model head or the memory does not suffice. 0: none.
-        continuations: windows that the dense model writes for each fitted calibration window. The first 40 % of the
-            distillation's steps are on them. One continues each 32 tokens of the calibration window, and others continue random
-            tokens of the vocabulary, for text of other kinds.
+        continuations: windows that the dense model writes for each fitted calibration window. One continues each 32 tokens of
+            it, and others continue random tokens of the vocabulary, for text of other kinds. The first 40 % of the
+            distillation's steps are on them. Blocks are fitted to every second window of the last kind too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
@@ -119,8 +119,6 @@ class PruningConfig:
         one_of("preset", self.preset, tuple(PRESETS))
         check_pattern(self)
         self._normalise()
-        if self.distillation_steps == 0 and self.continuations is None:  # only the distillation uses them
-            object.__setattr__(self, "continuations", 0)
         target_given = self.target is not None
         allocation_given = self.allocation is not None
         for name, value in PRESETS[self.preset].items():

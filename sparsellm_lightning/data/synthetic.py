@@ -18,7 +18,7 @@ from sparsellm_lightning.runtime import explaining_memory, format_bytes, tracked
 from sparsellm_lightning.solvers import count
 
 PROMPT = 32  # largest number of tokens of a prompt, and of its continuation
-HELD_TOKENS = 16_384  # largest number of tokens whose keys and values are in memory at once, on each rank
+HELD_TOKENS = 8192  # largest number of tokens whose keys and values are in memory at once, on each rank
 HELD_BYTES = 2**31  # largest size of these keys and values
 
 
@@ -175,14 +175,14 @@ def _sample(
     tokens = [prompts]
     while len(tokens) <= length:
         logits = adapter.next_logits(model, tokens[-1], cache)
-        chances = torch.softmax(logits.float() / temperature, -1)
         # Sampling by exponential clocks: the token with the smallest clock / chance wins. Inverting the distribution function
         # would be far more sensitive to rounding. float64, because a rare token wins with a time below float32's resolution.
         # Row by row, because a row fits into the processor's cache.
         winners = []
-        for row, generator in zip(chances, generators, strict=True):
-            clocks = torch.empty_like(row, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
-            winners.append((row / clocks).argmax(-1, keepdim=True))
+        for row, generator in zip(logits, generators, strict=True):
+            chances = torch.softmax(row.float() / temperature, -1)
+            clocks = torch.empty_like(chances, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
+            winners.append(clocks.reciprocal_().mul_(chances).argmax(-1, keepdim=True))
         tokens.append(torch.stack(winners))
     return torch.cat([prompts[:, :0], *tokens[1:]], 1)
 

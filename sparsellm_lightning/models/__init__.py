@@ -20,7 +20,7 @@ from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
 from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
-from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens
+from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens, size_of_sample
 
 __all__ = [
     "REPORT_NAME",
@@ -58,6 +58,7 @@ __all__ = [
     "pretrained_of",
     "put_back",
     "shrink",
+    "size_of_sample",
     "tokenizer_of",
     "unsaved_float32_buffers",
     "upload",

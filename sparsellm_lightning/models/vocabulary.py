@@ -64,6 +64,11 @@ class VocabularySample:
             head.weight = weight
 
 
+def size_of_sample(vocabulary: int) -> int:
+    """About how many tokens a sample has: all of a small vocabulary."""
+    return min(vocabulary, 2 * OTHERS)
+
+
 def likely_tokens(logits: Tensor) -> Tensor:
     """Whether a token is among the :data:`LIKELY` likeliest at some position, (vocabulary,) bool, of (..., vocabulary)."""
     found = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -83,7 +88,7 @@ def can_sample(model: PreTrainedModel, logits: Callable[[], Tensor]) -> bool:
         logits: computes logits of some positions, (..., vocabulary).
     """
     head = plain_head(model)
-    if head is None or len(head.weight) <= 2 * OTHERS:
+    if head is None or size_of_sample(len(head.weight)) == len(head.weight):
         return False
     tokens = torch.arange(0, len(head.weight), len(head.weight) // 64, device=head.weight.device)
     sample = VocabularySample(tokens, torch.zeros(len(tokens)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -57,8 +57,7 @@ class Distiller:
         context: of the run.
         batches: this rank's calibration windows.
         fitted: number of these that are fitted: the first ones. The best state is chosen on the others.
-        write: lets the dense model write windows. Returns this rank's, and their number over all ranks. It is called after the
-            memory was found to suffice.
+        written: windows of this rank that the model has written, which are fitted too.
 
     Raises:
         UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
@@ -71,7 +70,7 @@ class Distiller:
         context: Context,
         batches: Sequence[CalibrationBatch],
         fitted: int,
-        write: Callable[[], tuple[list[CalibrationBatch], int]] = lambda: ([], 0),
+        written: Sequence[CalibrationBatch] = (),
     ) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
@@ -83,18 +82,17 @@ class Distiller:
             )
         self._check_room()
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
-        made = [self._steps(part) for part in split_windows([batch for batch in batches if batch.tokens], fitted)]
+        made = [self._steps(part) for part in (*split_windows(batches, fitted), written)]
         first = next((batch for part in made for batch in part), None)
         if not self.ranks.all(first is None or self._decode(first) is not None):
             raise UserError(
                 f"distillation_steps need a model whose forward calls its decoder once, but {type(self.model).__name__} does "
                 "not. Set distillation_steps to 0."
             )
-        own, held_out = made
-        written, self.written = write()
-        fitted_batches = own + self._steps(written)
+        own, held_out, by_model = made
+        fitted_batches = own + by_model
         steps = context.config.distillation_steps
-        before = round((1 - OWN_SHARE) * steps) if self.written else 0
+        before = round((1 - OWN_SHARE) * steps) if self.ranks.total(len(by_model)) != [0] else 0
         self.schedule = [
             *islice(self._choices(fitted_batches, range(len(own), len(fitted_batches))), before),
             *islice(self._choices(fitted_batches, range(len(own))), steps - before),
@@ -126,7 +124,8 @@ class Distiller:
                 if (step + 1) * checks // steps > step * checks // steps:
                     divergence = self.divergence()
                     if divergence < least:  # False for NaN
-                        least, best_step, best = divergence, step + 1, parameters.state()
+                        least, best_step = divergence, step + 1
+                        parameters.update(best)
         parameters.restore(best)
         return {"steps": best_step, "divergence": [before, least]}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
 from sparsellm_lightning.config import PruningConfig
+from sparsellm_lightning.models import size_of_sample
 from sparsellm_lightning.pipeline.distil import STEP_TOKENS
 from sparsellm_lightning.pipeline.kept import memory_of_tuning
 from sparsellm_lightning.pipeline.sequential import ALTERNATION_TOKENS
@@ -56,7 +57,11 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
         head = layout.model.get_output_embeddings()
         seen = config.distillation_steps * min(STEP_TOKENS, tokens)
         forward = sum(block.forward_work(window) for block in layout.blocks)
-        operations["distillation"] = seen * (3.0 * forward + (6.0 * head.weight.numel() if head else 0.0))
+        head_work = 0.0
+        if head is not None:
+            vocabulary, width = head.weight.shape
+            head_work = 6.0 * size_of_sample(vocabulary) * width
+        operations["distillation"] = seen * (3.0 * forward + head_work)
         memory = sum(memory_of_tuning(layout.blocks, config))
     done = {phase: work for phase, work in operations.items() if work}
     return Estimate(done, _sizes(layout, config, tokens), memory)

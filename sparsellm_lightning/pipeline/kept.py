@@ -111,6 +111,11 @@ class KeptParameters:
         """A copy of the kept entries."""
         return [values.clone() for values in self.values]
 
+    def update(self, state: list[Tensor]) -> None:
+        """Write the kept entries over an earlier copy, so that no second one is in memory."""
+        for copied, values in zip(state, self.values, strict=True):
+            copied.copy_(values)
+
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a copy."""
         for values, before in zip(self.values, state, strict=True):

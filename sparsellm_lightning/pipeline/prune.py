@@ -23,6 +23,7 @@ from sparsellm_lightning.data import (
     equally_many,
     fitted_windows,
     held_out_windows,
+    regrouped,
     rewrite_windows,
     split_windows,
     take_windows,
@@ -129,16 +130,16 @@ def prune_model(
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
+        written, number_written = _written_windows(context, batches, fitted, journal)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
-        if adapter.forward_is_collective:
-            batches = equally_many(batches, adapter.ranks, context.device)
         _warn_of_few_tokens(context, windows, tokens)
         _warn_of_dense_layers(context)
         if not keep_zeros:
             _warn_of_pruned_parts(context)
-        distiller = _distiller(context, batches, fitted, journal)
-        for result in prune_blocks(context, batches, fitted, journal, iteration_done):
+        distiller = _distiller(context, batches, fitted, written)
+        for_blocks = _for_blocks(context, batches, fitted, written)
+        for result in prune_blocks(context, *for_blocks, journal, iteration_done):
             results.append(result)
             shown.block()
             on_block(result)
@@ -167,7 +168,7 @@ def prune_model(
         calibration={
             "windows": windows,
             "held_out": held_out_windows(windows, config.held_out_fraction),
-            "written": 0 if distiller is None else distiller.written,
+            "written": number_written,
             "tokens": tokens,
         },
         phases=profile.seconds,
@@ -214,7 +215,7 @@ def _written_windows(
 ) -> tuple[list[CalibrationBatch], int]:
     """The windows that the model writes after this rank's fitted windows, and their number over all ranks."""
     config = context.config
-    if not config.continuations:
+    if not config.continuations or config.requested_sparsity == 0:
         return [], 0
 
     def write(ids: Tensor, names: list[str], copy: int) -> Tensor:
@@ -231,8 +232,25 @@ def _written_windows(
         )
 
 
+def _for_blocks(
+    context: Context, batches: list[CalibrationBatch], fitted: int, written: list[CalibrationBatch]
+) -> tuple[list[CalibrationBatch], int]:
+    """This rank's windows for the blocks, and the number of them that are fitted, some of which the model has written.
+
+    Without written windows the blocks fit text of other kinds much worse. With all of them some models fit the calibration text
+    worse (see recipes/RESULTS.md).
+    """
+    ahead, behind = split_windows(batches, fitted)
+    of_last_kind = len(written) // max(context.config.continuations, 1)
+    some = written[len(written) - of_last_kind :: 2]
+    windows = [*ahead, *regrouped(some, BATCH_TOKENS // context.ranks.size), *behind]
+    if context.adapter.forward_is_collective:
+        windows = equally_many(windows, context.ranks, context.device)
+    return windows, fitted + len(some)
+
+
 def _distiller(
-    context: Context, batches: list[CalibrationBatch], fitted: int, journal: Journal | None
+    context: Context, batches: list[CalibrationBatch], fitted: int, written: list[CalibrationBatch]
 ) -> Distiller | None:
     """What tunes all blocks at the end. None, with a warning, if only the preset asks for it and it cannot be done."""
     config = context.config
@@ -240,7 +258,7 @@ def _distiller(
         return None
     try:
         with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-            return Distiller(context, batches, fitted, partial(_written_windows, context, batches, fitted, journal))
+            return Distiller(context, batches, fitted, written)
     except UserError as error:
         one_rank_alone = isinstance(error, OutOfMemoryError) and context.ranks.size > 1  # the others would wait for it
         if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:

@@ -95,7 +95,7 @@ class Reconstructor:
                     errors = self.errors(held_out_only=self.guarded and step + 1 < steps)
                     if errors[int(self.guarded)] < best_errors[int(self.guarded)]:  # False for NaN
                         best_errors, best_step = errors, step + 1
-                        best = self.parameters.state()
+                        self.parameters.update(best)
         self.parameters.restore(best)
         return [before, self.errors() if 0 < best_step < steps else best_errors], best_step
 

@@ -138,7 +138,7 @@ def test_resume(device: torch.device, tmp_path: Path) -> None:
         if block == 1:
             raise Killed
 
-    settings = config(preset="paper", num_iterations=2, continuations=1, distillation_steps=2, sparsity=0.6)
+    settings = config(preset="paper", num_iterations=2, continuations=1, sparsity=0.6)
     whole, model = (moved(build_model("llama")) for _ in range(2))
     prune_model(whole, random_batches(), settings)
     with pytest.raises(Killed):

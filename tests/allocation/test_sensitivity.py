@@ -23,6 +23,7 @@ from sparsellm_lightning.allocation.rules import Curve, minimise_damage
 from sparsellm_lightning.architecture import DecoderLayout, Projection, describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import CalibrationBatch, equally_many, first_tokens, take_windows
+from sparsellm_lightning.models import vocabulary
 from sparsellm_lightning.solvers import LOCAL_SOLVERS, SINGLE, InputStatistics, Ranks, Unstructured
 
 Trained = Callable[[str], PreTrainedModel]
@@ -163,6 +164,20 @@ def beginnings(batches: list[Batch], windows: int, length: int) -> list[Batch]:
         columns = slice(start, start + length)
         found.append({"input_ids": ids[None, columns], "attention_mask": mask[None, columns]})
     return found
+
+
+def test_damages_from_a_sample_of_the_vocabulary(
+    trained: Trained, padded: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are near those from all of it, also compared with each other."""
+    config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", allocation="kl")
+    windows = calibration_batches(padded)
+    whole = [damages[1] for _, damages in damages_of(trained("llama"), windows, config)]
+    monkeypatch.setattr(vocabulary, "LIKELY", 8)
+    monkeypatch.setattr(vocabulary, "OTHERS", 64)
+    sampled = [damages[1] for _, damages in damages_of(trained("llama"), windows, config)]
+    assert sampled != whole
+    assert sampled == pytest.approx(whole, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         # gpt2 stores transposed weights, so FSDP2 shards their inputs.
         pytest.param(
             "gpt2",
-            {
-                **SPARSELLM,
-                "method": "sparsegpt",
-                "continuations": 1,
-                "distillation_steps": 4,
-                "solver_precision": "float32",
-            },
+            {**SPARSELLM, "method": "sparsegpt", "continuations": 1, "solver_precision": "float32"},
             "fsdp2",
             2,
             marks=pytest.mark.slow,

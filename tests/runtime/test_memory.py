@@ -147,7 +147,7 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
         ),
         (
             "data.synthetic._sample",
-            {"continuations": 1, "distillation_steps": 1},
+            {"continuations": 1},
             r"keys and values of \d+ tokens take [\d.]+ \wiB\. Set continuations to 0",
         ),
         (
