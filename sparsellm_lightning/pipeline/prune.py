@@ -243,7 +243,7 @@ def _for_blocks(
     ahead, behind = split_windows(batches, fitted)
     of_last_kind = len(written) // max(context.config.continuations, 1)
     some = written[len(written) - of_last_kind :: 2]
-    windows = [*ahead, *regrouped(some, BATCH_TOKENS // context.ranks.size), *behind]
+    windows = [*ahead, *regrouped(some, BATCH_TOKENS // context.ranks.size), *behind] if some else batches
     if context.adapter.forward_is_collective:
         windows = equally_many(windows, context.ranks, context.device)
     return windows, fitted + len(some)
