@@ -68,7 +68,8 @@ class PruningConfig:
             warning, where the model has no language-model head or the memory does not suffice. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window. One continues each 32 tokens of
             it, and others continue random tokens of the vocabulary, for text of other kinds. The first 40 % of the
-            distillation's steps are on them. Blocks are fitted to half of the windows of the last kind too.
+            distillation's steps are on them. For half of the calibration windows, blocks are fitted to the
+            last of these too.
         damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.

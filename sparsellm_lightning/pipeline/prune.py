@@ -241,11 +241,12 @@ def _for_blocks(
     worse (see recipes/RESULTS.md).
     """
     ahead, behind = split_windows(batches, fitted)
-    of_last_kind = len(written) // max(context.config.continuations, 1)
-    (number,) = context.ranks.total(of_last_kind)
+    last = written[
+        len(written) - len(written) // max(context.config.continuations, 1) :
+    ]  # one for each calibration window
+    (number,) = context.ranks.total(len(last))
     # The first half over all ranks, which take turns, so that the choice does not depend on their number.
-    last_kind = enumerate(written[len(written) - of_last_kind :])
-    some = [window for index, window in last_kind if 2 * (context.ranks.rank + index * context.ranks.size) < number]
+    some = [w for index, w in enumerate(last) if 2 * (context.ranks.rank + index * context.ranks.size) < number]
     windows = [*ahead, *regrouped(some, BATCH_TOKENS // context.ranks.size), *behind] if some else batches
     if context.adapter.forward_is_collective:
         windows = equally_many(windows, context.ranks, context.device)

@@ -318,5 +318,5 @@ def _explain_memory(context: Context, cache: ActivationCache, sizes: Sizes, wher
     return (
         f"In {where}: besides the model, pruning a block takes {sizes.describe()} for this rank's {cache.tokens} calibration "
         f"tokens. memory is {context.config.memory!r}. Lower memory, to keep activations on the host, lower "
-        f"num_calibration_samples, or use more ranks."
+        "num_calibration_samples, or use more ranks."
     )

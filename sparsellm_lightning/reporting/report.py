@@ -74,8 +74,8 @@ class PruningReport:
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
-            text (``self``: the model wrote it). Tokens are those of these windows. Written windows are
-            those of ``continuations``.
+            text (``self``: the model wrote it). Tokens are those of these windows. Those of
+            ``continuations`` are counted as written, apart.
         evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
         data: arguments of the :class:`~sparsellm_lightning.TextDataModule` that differ from their defaults. None without one.
         examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``

@@ -169,7 +169,7 @@ def beginnings(batches: list[Batch], windows: int, length: int) -> list[Batch]:
 def test_damages_from_a_sample_of_the_vocabulary(
     trained: Trained, padded: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are near those from all of it, also compared with each other."""
+    """They are near those from all of it."""
     config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", allocation="kl")
     windows = calibration_batches(padded)
     whole = [damages[1] for _, damages in damages_of(trained("llama"), windows, config)]

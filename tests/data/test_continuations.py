@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
-from support.runs import tune_with
+from support.runs import make_context, tune_with
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
@@ -18,6 +18,7 @@ from sparsellm_lightning.data import CalibrationBatch, rewrite_windows, written_
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.pipeline import distil
 from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.pipeline.prune import _for_blocks
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 CPU = torch.device("cpu")
@@ -159,6 +160,24 @@ def test_ranks_write_what_one_process_does(windows: int) -> None:
     assert sorted(two[0][0] + two[1][0]) == sorted(one[0])
     assert two[0][1] == two[1][1] == [-(-windows // 2)] * 2, "equally many forwards on every rank"
     assert [result[2] for result in two] == [one[2]] * 2 == [2 * windows] * 2
+
+
+def test_windows_for_blocks_do_not_depend_on_the_number_of_ranks() -> None:
+    ids, model = random_ids(12, 8), build_model("llama")  # six calibration windows, and one written for each
+
+    def chosen(ranks: Ranks) -> list[list[int]]:
+        context = make_context(model, PruningConfig(preset="paper", continuations=1), ranks)
+        own, written = (
+            [CalibrationBatch({"input_ids": row[None]}, None) for row in part[ranks.rank :: ranks.size]]
+            for part in ids.split(6)
+        )
+        windows, fitted = _for_blocks(context, own, len(own), written)
+        assert fitted == len(rows_of(windows))
+        return rows_of(windows)
+
+    expected = sorted(ids[:9].tolist())
+    assert sorted(chosen(SINGLE)) == expected
+    assert sorted(row for rank in on_ranks(2, chosen) for row in rank) == expected
 
 
 def test_what_is_fitted_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
