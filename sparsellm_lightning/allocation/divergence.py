@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,17 @@ class OutputProbe:
         batches: this rank's calibration windows, of which the first tokens are taken, at most one batch a rank.
 
     Raises:
-        UserError: a model without a language-model head.
+        UserError: a model whose hidden states give no next-token distributions.
     """
 
     def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
-        if context.layout.model.get_output_embeddings() is None:
+        if not context.layout.predicts:
+            why = "has no language-model head"
+            if context.layout.model.get_output_embeddings() is not None:
+                why = "has hidden states that are of no token"
             raise UserError(
                 f"allocation kl, pattern blocks and budgets compare next-token distributions, but "
-                f"{type(context.layout.model).__name__} has no language-model head. Use another allocation or pattern."
+                f"{type(context.layout.model).__name__} {why}. Use another allocation or pattern."
             )
         self.context = context
         few = first_tokens(batches, OUTPUT_TOKENS, OUTPUT_LENGTH, context.ranks)
@@ -82,14 +86,20 @@ class OutputProbe:
         return moving.hidden
 
     def _choose_sample(self, ends: list[Tensor]) -> VocabularySample | None:
-        """Of the vocabulary, if the model can give its logits alone."""
-        model = self.context.layout.model
-        windows = [window for hidden in ends for window in hidden.split(1)]  # logits of one window at a time
-        collective = self.context.adapter.forward_is_collective
-        if collective or not windows or not can_sample(model, lambda: self._tail(windows[0][:, :1])):
+        """Of the vocabulary, if the model can give its logits alone. The same on all ranks, and on any number of them."""
+        model, ranks = self.context.layout.model, self.context.ranks
+        if self.context.adapter.forward_is_collective:
             return None
-        likely = torch.stack([likely_tokens(self._tail(window)) for window in windows]).any(0)
-        return VocabularySample.draw(likely, torch.Generator().manual_seed(self.context.config.seed))
+        windows = [window for hidden in ends for window in hidden.split(1)]  # logits of one window at a time
+        able = not windows or can_sample(model, lambda: self._tail(windows[0][:, :1]))  # a rank may have no windows
+        if not ranks.largest(len(windows)) or not ranks.all(able):
+            return None
+        head: Any = model.get_output_embeddings()
+        likely = torch.zeros(len(head.weight), dtype=torch.long, device=self.context.device)
+        for window in windows:
+            likely += likely_tokens(self._tail(window))
+        ranks.sum_(likely)
+        return VocabularySample.draw(likely > 0, torch.Generator().manual_seed(self.context.config.seed))
 
     def _logits(self, ends: list[Tensor]) -> Iterator[Tensor]:
         """(tokens, vocabulary) of each batch. Of a sample, with its weights."""

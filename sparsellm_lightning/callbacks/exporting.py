@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout
@@ -60,12 +62,13 @@ class Exporter:
             UserError: a folder that is not empty, or that another run has claimed; a journal or checkpoints inside it; a hub
                 that cannot be written.
         """
-        check_folders_apart(trainer, self.folder, resume_dir)
-        if trainer.is_global_zero:
-            if self.push_to_hub is not None:
-                check_hub(self.push_to_hub)
-            check_export_dir(self.folder, self.overwrite)
-            self._claim.enter_context(claimed(self.folder, "export_dir"))
+        with _failing_together(trainer):
+            check_folders_apart(trainer, self.folder, resume_dir)
+            if trainer.is_global_zero:
+                if self.push_to_hub is not None:
+                    check_hub(self.push_to_hub)
+                check_export_dir(self.folder, self.overwrite)
+                self._claim.enter_context(claimed(self.folder, "export_dir"))
 
     def release(self) -> None:
         """Leave the folder to other runs."""
@@ -85,12 +88,13 @@ class Exporter:
                 f"pack writes files that load_model reads as a plain causal language model, but the model is a "
                 f"{type(model).__name__}. Set pack to false."
             )
-        if pl_module.trainer.is_global_zero:  # a copy that another rank has received counts as changed
-            check_generation_config(model)
-        if config.removed_shares:
-            check_shrinkable(layout, fixed_shrinkage(layout, config))
-        check_adapters(model)
-        tokenizer_of(pl_module)
+        with _failing_together(pl_module.trainer):
+            if pl_module.trainer.is_global_zero:  # a copy that another rank has received counts as changed
+                check_generation_config(model)
+            if config.removed_shares:
+                check_shrinkable(layout, fixed_shrinkage(layout, config))
+            check_adapters(model)
+            tokenizer_of(pl_module)
 
     def write(
         self,
@@ -100,17 +104,38 @@ class Exporter:
         config: PruningConfig,
         report: PruningReport,
     ) -> None:
-        """Write the folder, and upload it. What leaves the model is cut out first; the written report is of what remains."""
+        """Write the folder, and upload it. What leaves the model is cut out first; the written report is of what remains.
+
+        All ranks wait for the first one.
+        """
         adapter, start = adapter_for(trainer), time.perf_counter()
         state = adapter.state_dict(model)
         layout = adapter.describe(model, config) if config.removes else None
-        if not trainer.is_global_zero:
-            return
+        with _failing_together(trainer):
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, model, config, report, layout, state, start)
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        model: PreTrainedModel,
+        config: PruningConfig,
+        report: PruningReport,
+        layout: DecoderLayout | None,
+        state: dict[str, Tensor] | None,
+        start: float,
+    ) -> None:
+        """Write the folder from whole weights, or those of the model on its own. ``start``: of the phase."""
         if layout is not None:
-            smaller = shrink(layout, config, state)
-            layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
-            report = replace(report, layers=layers)
-            model, state = smaller.model, None
+            try:
+                smaller = shrink(layout, config, state)
+            except UserError as error:  # better the model with zeros than none
+                log.warning("The model is written with zeros in place of what should leave it. %s", error)
+            else:
+                layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
+                report = replace(report, layers=layers)
+                model, state = smaller.model, None
 
         def content() -> dict[str, Any]:
             report.phases["export"] = time.perf_counter() - start
@@ -128,3 +153,16 @@ class Exporter:
         export_or_rescue(export, Path(self.folder), self.overwrite)
         if self.push_to_hub is not None:
             log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
+
+
+@contextmanager
+def _failing_together(trainer: pl.Trainer) -> Iterator[None]:
+    """What the first rank raises inside is raised on all ranks, which wait for it at the end."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failure = trainer.strategy.broadcast(failure) or failure
+    if failure is not None:
+        raise failure

@@ -80,10 +80,10 @@ class FSDP2Adapter(ShardedAdapter):
         if projection.expert is not None and isinstance(projection.parameter, DTensor):
             mine = self._mine(projection)
             device = projection.parameter.to_local().device
-            whole = torch.zeros(projection.shape, device=device) if mine is None else mine.float().contiguous()
+            whole = torch.zeros(projection.shape, device=device) if mine is None else _copied(mine)
             self.ranks.sum_(whole)  # the other ranks have zeros
             return whole
-        return projection.of(self._gathered(projection.parameter)).float().contiguous()
+        return _copied(projection.of(self._gathered(projection.parameter)))
 
     def write_whole(self, projection: Projection, weight: Tensor) -> None:
         parameter = projection.parameter.detach()
@@ -151,6 +151,10 @@ class FSDP2Adapter(ShardedAdapter):
             gathered = self.ranks.gather_rows_to_first(tensor.to_local(), tensor.shape[0])
             return None if gathered is None else gathered.cpu()
         return tensor.cpu() if self.ranks.rank == 0 else None
+
+
+def _copied(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _local_shard(projection: Projection) -> Tensor | None:

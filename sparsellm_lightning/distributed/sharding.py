@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +37,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # The number of processes is known from here on. "auto" would mean tensor parallelism inside each node.
         self._data_parallel_size = self.num_nodes * self.num_processes
+        # As Lightning's launcher does, which ModelParallelStrategy has in the first process only.
+        if self.cluster_environment is None or not self.cluster_environment.creates_processes_externally:
+            _set_num_threads_if_needed(self.num_processes)
         super().setup_environment()
 
 

@@ -94,13 +94,24 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         )
 
 
-def new_metric() -> Perplexity:
-    """A perplexity metric for :func:`update`."""
-    return Perplexity(ignore_index=IGNORED)
+class _Perplexity(Perplexity):
+    """torchmetrics' perplexity, from log-probabilities: it takes the logarithm of probabilities, of which small ones are 0."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits (batch, positions, vocabulary) and target tokens (batch, positions)."""
+        flat, targets = preds.flatten(0, 1), target.flatten()
+        self.total_log_probs += torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+        self.count += (targets != IGNORED).sum()
+
+
+def new_metric(over_ranks: bool = True) -> Perplexity:
+    """A perplexity metric for :func:`update`. ``over_ranks``: whether all processes, if there are several, share it."""
+    options: dict[str, Any] = {"sync_on_compute": over_ranks}
+    return _Perplexity(ignore_index=IGNORED, **options)
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100.
+    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and those behind padding on the left.
 
     Raises:
         UserError: the batch has neither.
@@ -112,7 +123,10 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
             "or set measure to false."
         )
     mask = batch.get("attention_mask")
-    return labels if mask is None or mask.dim() != 2 else labels.masked_fill(mask == 0, IGNORED)
+    if mask is None or mask.dim() != 2:
+        return labels
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)  # what sees padding alone predicts nothing
+    return labels.masked_fill((mask == 0) | (before == 0), IGNORED)
 
 
 def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: Forward, ranks: Ranks = SINGLE) -> None:
@@ -176,9 +190,9 @@ def perplexity(
     """
     adapter = adapter or StrategyAdapter()
     device = next(model.parameters()).device
-    metric = new_metric().to(device)
+    metric = new_metric(over_ranks=adapter.ranks.size > 1).to(device)
     rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
-    with adapter.calibrating(model):
+    with adapter.ranks.failing_together(), adapter.calibrating(model):
         for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)

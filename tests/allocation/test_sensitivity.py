@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning.allocation import allocate, sensitivity
+from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.allocation.rules import Curve, minimise_damage
 from sparsellm_lightning.architecture import DecoderLayout, Projection, describe
 from sparsellm_lightning.calibration import capture
@@ -426,3 +427,23 @@ def test_zeros_of_one_projection_do_not_raise_the_others() -> None:
     assert report.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
     others = [layer["sparsity"] for layer in report.layers if layer["name"] != first.name]
     assert max(others) < 0.7
+
+
+def test_ranks_draw_the_same_sample_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as one process does, although each rank sees its own windows, the third none."""
+    monkeypatch.setattr(vocabulary, "LIKELY", 2)
+    monkeypatch.setattr(vocabulary, "OTHERS", 8)
+    config = PruningConfig(preset="paper", method="magnitude", allocation="kl", sparsity=0.5)
+    model = build_model("llama")
+
+    def sample_of(ranks: Ranks) -> list[int]:
+        context = make_context(copy.deepcopy(model), config, ranks)
+        mine, _ = take_windows([batch.inputs for batch in random_windows(2)], 2, ranks, torch.device("cpu"))
+        with torch.no_grad():
+            sample = OutputProbe(context, mine)._sample
+        assert sample is not None
+        return sample.tokens.tolist()
+
+    alone = sample_of(SINGLE)
+    assert len(alone) < VOCABULARY
+    assert on_ranks(3, sample_of) == [alone] * 3

@@ -69,6 +69,8 @@ def assert_same(one: Exported, many: Exported) -> None:
     for state in ("dense", "pruned"):
         assert many[1]["perplexity"][state] == pytest.approx(one[1]["perplexity"][state], rel=5e-3)
     assert many[1]["calibration"] == one[1]["calibration"]
+    errors, expected = ({layer["name"]: layer["error"] for layer in report["layers"]} for _, report in (many, one))
+    assert errors == pytest.approx(expected, rel=2e-2)
 
 
 def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
@@ -361,6 +363,33 @@ def test_tensor_parallelism_is_refused(
         ranks(2).run("prune", tmp_path, model=folder_of("llama"), strategy="tensor_parallel", pruner=FAILING)
     assert failure.value.tracebacks.keys() == {0, 1}
     assert all("UserError" in text and "tensor_parallel_size=1" in text for text in failure.value.tracebacks.values())
+
+
+def test_rows_that_are_read_are_copies(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    """Those of an expert too, which one rank holds."""
+    assert all(ranks(2).run("reading", tmp_path, model=folder_of("mixtral"), strategy="fsdp2"))
+
+
+def test_one_rank_measures_a_perplexity_alone(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    first, second = ranks(2).run("measure_alone", tmp_path, model=folder_of("llama"), strategy="ddp")
+    assert first > 1
+    assert second is None
+
+
+def test_an_export_folder_in_use_is_refused_on_every_rank(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    """Only the first one looks into it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(JobFailed) as failure:
+        ranks(2).run("prune", tmp_path, model=folder_of("llama"), strategy="ddp", pruner=SPARSELLM)
+    assert failure.value.tracebacks.keys() == {0, 1}
+    assert all("export_dir must be empty" in text for text in failure.value.tracebacks.values())
 
 
 @pytest.mark.parametrize(("strategy", "failing_rank"), [("ddp", 1), ("fsdp2", 0)])

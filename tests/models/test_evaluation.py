@@ -57,7 +57,8 @@ def plain(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> float:
     for batch in batches:
         log_probabilities = model(**batch, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
         chosen = log_probabilities.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-        losses.append(-chosen[batch["attention_mask"][:, 1:] != 0])
+        mask = batch["attention_mask"] != 0
+        losses.append(-chosen[mask[:, 1:] & mask[:, :-1]])
     return math.exp(float(torch.cat(losses).mean()))
 
 
@@ -102,3 +103,20 @@ def test_arguments_that_a_batch_shares_are_not_split() -> None:
     found = [perplexity(model, [batch], adapter) for adapter in adapters]
     expected = [perplexity(model, [{"input_ids": ids[r::2], "position_ids": positions}]) for r in range(2)]
     assert found == pytest.approx(expected)
+
+
+def test_a_token_of_tiny_probability() -> None:
+    """Whose probability is 0 in float32."""
+    logits = torch.zeros(1, 100, 8)
+    logits[0, 0, 0] = 200.0
+    metric = evaluation.new_metric()
+    metric.update(logits, torch.ones(1, 100, dtype=torch.long))
+    assert float(metric.compute()) == pytest.approx(math.exp((200 + 99 * math.log(8)) / 100), rel=1e-4)
+
+
+def test_padding_on_the_left_changes_nothing() -> None:
+    model, ids = build_model("llama"), torch.randint(0, VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (9, 0))
+    padded = {"input_ids": torch.nn.functional.pad(ids, (9, 0)), "attention_mask": mask}
+    padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    assert perplexity(model, [padded]) == pytest.approx(perplexity(model, [{"input_ids": ids}]), rel=1e-4)

@@ -34,9 +34,10 @@ from sparsellm_lightning import (
     SparseFinetuning,
     SparseLLMCallback,
     TextDataModule,
+    perplexity,
 )
 from sparsellm_lightning.architecture import describe
-from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, local_tensor
+from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor
 
 
 def run(name: str, folder: Path, options: dict[str, Any]) -> Any:
@@ -346,3 +347,41 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     where, description = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     run(description["job"], where, description)
+
+
+class ReadingRows(pl.Callback):
+    """Reads an expert's rows, writes zeros, and looks at what was read."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        adapter = adapter_for(trainer)
+        p = next(p for p in adapter.describe(pl_module.model).projections() if p.expert is not None)
+        read = [adapter.read_rows(p), adapter.whole(p)]
+        before = [tensor.clone() for tensor in read]
+        adapter.write_rows(p, torch.zeros_like(read[0]))
+        self.copies = all(torch.equal(one, other) for one, other in zip(read, before, strict=True))
+        trainer.should_stop = True
+
+
+def reading(job: Job) -> bool:
+    """Whether rows that are read stay as they are when the parameter changes."""
+    rows = ReadingRows()
+    job.trainer(rows).fit(job.module(), job.data())
+    return rows.copies
+
+
+class FirstMeasures(pl.Callback):
+    """The first rank measures a perplexity alone."""
+
+    found: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.found = perplexity(pl_module.model, [{"input_ids": torch.arange(64).view(2, 32)}])
+        trainer.should_stop = True
+
+
+def measure_alone(job: Job) -> float | None:
+    """Returns what this rank has measured."""
+    first = FirstMeasures()
+    job.trainer(first).fit(job.module(), job.data())
+    return first.found
