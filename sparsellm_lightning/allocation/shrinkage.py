@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -87,11 +86,15 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
         costs = _seconds(context, cache.beginning(STATISTICS_TOKENS, context.ranks))
     limit = share * sum(cost.of(1, 1) for cost in costs)
     total = len(layout.blocks)
+    by_cost = sorted(cost.of(1, 1) for cost in costs)
+    enough = next(
+        n for n in range(total + 1) if sum(by_cost[n:]) <= limit * (1 + 1e-9)
+    )  # also if the cheapest ones leave
     # The last windows, because the first ones give the statistics: on these a refit looks better than it is.
     probing = batches[::-1]
     damage_of_units, damage_of_heads = _damages(context, cache, probing, 1 - share)
     try:
-        leaving = choose_blocks(context, cache, probing, min(math.ceil((1 - share) * total), total - 1))
+        leaving = choose_blocks(context, cache, probing, min(enough, total - 1))
     except UserError:  # blocks that are more than a sum: units and heads have to do
         leaving = {}
     found: list[tuple[float, Shrinkage]] = []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsellm_lightning.architecture.experts import Routing
 from sparsellm_lightning.architecture.feed_forward import (
     Call,
     Proof,
@@ -20,13 +22,15 @@ from sparsellm_lightning.architecture.feed_forward import (
 from sparsellm_lightning.architecture.heads import find_attention
 from sparsellm_lightning.architecture.layout import (
     Block,
+    Experts,
     Linears,
     Network,
     Replay,
     Unit,
     linear_projection,
 )
-from sparsellm_lightning.architecture.observation import WINDOWS, Observation
+from sparsellm_lightning.architecture.listed import routing_in
+from sparsellm_lightning.architecture.observation import TOKENS, WINDOWS, Observation
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import find_activation
@@ -66,7 +70,8 @@ class Examination:
             rest = tuple(None if isinstance(value, Tensor) else value for value in seen.call.returned[1:])
         order = None if seen.order == tuple(range(len(seen.order))) else seen.order
         attention = find_attention(seen.run, units, self._heads, seen.outermost)
-        return Block(self.index, seen.name, seen.module, units, self._replay(units), rest, seen.dense, order, attention)
+        replay, added = self._replay(units), seen.positions - TOKENS
+        return Block(self.index, seen.name, seen.module, units, replay, rest, seen.dense, order, attention, added)
 
     def _proofs(self) -> list[Proof]:
         found: list[Proof] = []
@@ -106,8 +111,10 @@ class Examination:
     def _units(self, proofs: list[Proof]) -> list[Unit]:
         """What is solved at a time, by the first call of each."""
         units: list[tuple[int, Unit]] = []
+        deciding = self._deciding()
+        proofs = [proof for proof in proofs if not proof.calls & deciding]
         in_network = {name for proof in proofs for name in proof.calls}
-        routers = self._routers() - in_network
+        routers = deciding | (self._routers() - in_network)
         groups: list[list[Call]] = []
         for call in self.seen.calls:
             reason = self._reason_dense(call, routers)
@@ -162,11 +169,41 @@ class Examination:
             if any("expert" in name or (p.dim() == 3 and p.shape[0] in numbers) for name, p in parameters):
                 found = {call.name for call in self.seen.calls if call.y.shape[1] in numbers}
         for name, (_, experts) in self.seen.experts.items():
-            parent = name.rpartition(".")[0]
-            for call in self.seen.calls:
-                if call.name.startswith(f"{parent}.") and call.y.shape[1] <= len(experts.networks):
-                    found.add(call.name)
+            if name.rpartition(".")[0] != self.seen.name:  # in the block, narrow layers are of many kinds
+                found |= {call.name for call in self._beside(name) if call.y.shape[1] <= len(experts.networks)}
         return found
+
+    def _beside(self, experts: str) -> list[Call]:
+        """Calls of the layers in the module that holds experts."""
+        return [call for call in self.seen.calls if call.name.startswith(f"{experts.rpartition('.')[0]}.")]
+
+    def _deciding(self) -> set[str]:
+        """Layers whose output chooses the experts of tokens, and does not reach the experts: a router may have several."""
+        found = set()
+        for name, (order, experts) in self.seen.experts.items():
+            before = self._routing(experts)
+            if before is None or before.chosen is None:  # sorted by expert: their input has the weights
+                continue
+            for call in self._beside(name):
+                if call.order > order:
+                    continue
+                with self.seen.outermost(call.module).register_forward_hook(_for_other_tokens):
+                    after = self._routing(experts)
+                if after is not None and _same(after.hidden, before.hidden):
+                    chooses = not _same(after.chosen, before.chosen) or not _same(after.weights, before.weights)
+                    found |= {call.name} if chooses else set()
+        return found
+
+    def _routing(self, experts: Experts) -> Routing | None:
+        """The routing in a forward of the block."""
+        seen: list[Routing | None] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(routing_in(experts, args, kwargs))
+
+        with experts.observed.register_forward_pre_hook(see, with_kwargs=True):
+            self.seen.run()
+        return seen[0] if seen else None
 
     def _numbers_of_experts(self) -> set[int]:
         """What the configuration says, in the text decoder or in a part of it."""
@@ -235,3 +272,12 @@ class Examination:
                 return torch.equal(self.seen.run(), before)
             except (TypeError, AttributeError):
                 return False
+
+
+def _for_other_tokens(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook that gives each token the output of the one before."""
+    return output.flatten(0, -2).roll(1, 0).view(output.shape) if isinstance(output, Tensor) else output
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)

@@ -70,15 +70,16 @@ def prove_experts(
         output: what it returned.
         activations: to try, in this order.
     """
-    alpha, limit = getattr(module, "alpha", getattr(module, "swiglu_alpha", None)), getattr(module, "limit", None)
-    tried = [(activation, 0.0) for activation in activations]
-    if isinstance(alpha, (int, float)) and isinstance(limit, (int, float)):
-        tried.insert(0, (_clamped_swish(float(alpha), float(limit)), 1.0))  # GPT-OSS, MiniMax-M3
+    alpha, limit = (_number(module, name, f"swiglu_{name}") for name in ("alpha", "limit"))
+    tried: list[tuple[Activation, float, float | None]] = [(activation, 0.0, None) for activation in activations]
+    if limit is not None:  # the probe's tokens may be too small to show it
+        tried = [(_clamped(activation, limit), 0.0, limit) for activation in activations] + tried
+    if limit is not None and alpha is not None:  # GPT-OSS, MiniMax-M3
+        tried.insert(0, (_clamped(_swish(alpha), limit), 1.0, limit))
     for first in _layouts(name, module, routing.hidden.shape[-1]):
-        for activation, offset in tried:
-            networks = [
-                Network(roles, activation, module, module, None, offset if "gate" in roles else 0.0) for roles in first
-            ]
+        for activation, offset, bound in tried:
+            more = (offset, bound) if "gate" in first[0] else ()
+            networks = [Network(roles, activation, module, module, None, *more) for roles in first]
             if close(_output(networks, routing).flatten(), output.detach().flatten()):
                 count = len(networks)
                 share = 1.0 / count if routing.chosen is None else routing.chosen.shape[-1] / count
@@ -94,7 +95,8 @@ def _evaluate(network: Network, x: Tensor) -> Tensor:
         bias = None if p.bias is None else p.bias_of(p.bias.detach())
         return torch.nn.functional.linear(x, p.matrix, bias)
 
-    up = linear("up", x) + network.up_offset
+    up = linear("up", x)
+    up = (up if network.up_limit is None else up.clamp(-network.up_limit, network.up_limit)) + network.up_offset
     hidden = network.activation(linear("gate", x)) * up if "gate" in network.roles else network.activation(up)
     return linear("down", hidden)
 
@@ -153,9 +155,15 @@ def _shape(stored: Tensor, transposed: bool) -> tuple[int, int]:
     return (stored.shape[2], stored.shape[1]) if transposed else (stored.shape[1], stored.shape[2])
 
 
-def _clamped_swish(alpha: float, limit: float) -> Activation:
-    def function(t: Tensor) -> Tensor:
-        clamped = t.clamp(max=limit)
-        return clamped * torch.sigmoid(alpha * clamped)
+def _number(module: nn.Module, *names: str) -> float | None:
+    """The first of a module's attributes that is a number."""
+    found = (getattr(module, name, None) for name in names)
+    return next((float(value) for value in found if isinstance(value, (int, float))), None)
 
-    return Activation(f"swish of {alpha:g} t, clamped at {limit:g}", function)
+
+def _swish(alpha: float) -> Activation:
+    return Activation(f"swish of {alpha:g} t", lambda t: t * torch.sigmoid(alpha * t))
+
+
+def _clamped(activation: Activation, limit: float) -> Activation:
+    return Activation(f"{activation.name}, clamped at {limit:g}", lambda t: activation(t.clamp(max=limit)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from sparsellm_lightning.architecture.layout import Projection, linear_projection
 from sparsellm_lightning.solvers import Activation, find_activation
@@ -93,9 +94,10 @@ def _projection(call: Call, role: str, rows: Rows) -> Projection:
 
 
 def activations_of(config: PretrainedConfig) -> list[Activation]:
-    """Activations to try: those that the configuration names, then the common ones."""
+    """Activations to try: those that the configuration names, then the common ones. None with parameters of its own."""
     named = [value for value in config.to_dict().values() if isinstance(value, str) and value in ACT2FN]
-    return [find_activation(name) for name in dict.fromkeys([*named, *_ACTIVATIONS])]
+    found = [find_activation(name) for name in dict.fromkeys([*named, *_ACTIVATIONS])]
+    return [a for a in found if not (isinstance(a.function, nn.Module) and any(True for _ in a.function.parameters()))]
 
 
 def prove(down: Call, calls: Sequence[Call], activations: Sequence[Activation]) -> Proof | None:
@@ -151,6 +153,18 @@ def same(a: Call, b: Call) -> bool:
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether a equals b but for rounding in the dtype of b. False if b is 0."""
     return _equal(a, b) and bool(b.any())
+
+
+def is_product(layer: Any, x: Tensor, y: Tensor) -> bool:
+    """Whether a linear layer has given ``y = x Wᵀ + b``, of its own weight and bias. True if y is not finite.
+
+    Classes made from ``nn.Linear`` may scale, normalise or round what they see.
+    """
+    weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
+    if (*x.shape[:-1], *weight.shape) != (*y.shape[:-1], x.shape[-1], y.shape[-1]):
+        return False
+    product = x @ weight
+    return not bool(y.isfinite().all()) or _equal(y, product if layer.bias is None else product + layer.bias)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -122,6 +122,7 @@ class Network:
         scale: a change of the network's output changes the block's output ``scale`` times as much. None if the block's output
             depends on it in another way, for instance through a norm.
         up_offset: constant that the model adds to ``up`` (GPT-OSS: 1).
+        up_limit: the model clamps ``up`` to ± this, before it adds the constant. None: it does not.
     """
 
     roles: dict[str, Projection]
@@ -130,6 +131,7 @@ class Network:
     output: nn.Module
     scale: float | None
     up_offset: float = 0.0
+    up_limit: float | None = None
 
     @property
     def projections(self) -> list[Projection]:
@@ -249,6 +251,7 @@ class Block:
         returns: values that the module returns behind the hidden states. None: it returns no tuple.
         dense: linear layers that cannot be pruned, with the reason.
         order: permutation of the axes of the hidden states that makes them (batch, sequence, ...). None: they are.
+        added_positions: positions of the hidden states that are of no token (learned prompts, further streams).
     """
 
     index: int
@@ -260,6 +263,7 @@ class Block:
     dense: dict[str, str] = field(default_factory=dict)
     order: tuple[int, ...] | None = None
     attention: Attention | None = None
+    added_positions: int = 0
 
     def batch_first(self, hidden: Tensor) -> Tensor:
         """Hidden states of the block as (batch, sequence, ...)."""
@@ -315,6 +319,11 @@ class DecoderLayout:
 
     model: PreTrainedModel
     blocks: list[Block]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether hidden states behind the last block give the next-token distribution of each token."""
+        return self.model.get_output_embeddings() is not None and not any(b.added_positions for b in self.blocks)
 
     def projections(self) -> Iterator[Projection]:
         """The projections of all blocks, in order."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsellm_lightning.architecture.blocks import hidden_states
 from sparsellm_lightning.architecture.experts import holds_experts, prove_experts, routing_of
-from sparsellm_lightning.architecture.feed_forward import Call
+from sparsellm_lightning.architecture.feed_forward import Call, is_product
 from sparsellm_lightning.architecture.layout import Experts
 from sparsellm_lightning.architecture.listed import listed_experts, prove_listed
 from sparsellm_lightning.errors import UserError
@@ -26,11 +27,33 @@ WINDOWS, TOKENS = 2, 11  # of the probe. Two windows, so that (batch, sequence) 
 
 @dataclass
 class BlockCall:
-    """One call of a block."""
+    """One call of a block. Hidden states are copies, because a block may work in place."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     returned: Any = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+        """A call that begins."""
+        if args:
+            return cls((copied(args[0]), *args[1:]), dict(kwargs))
+        return cls(args, {k: copied(value) if k == "hidden_states" else value for k, value in kwargs.items()})
+
+    def end(self, returned: Any) -> None:
+        """Note what the block returned."""
+        pair = isinstance(returned, (tuple, list)) and type(returned) in (tuple, list) and returned
+        self.returned = type(returned)([copied(returned[0]), *returned[1:]]) if pair else copied(returned)
+
+    def again(self, module: nn.Module) -> Any:
+        """Call a block with the same arguments."""
+        call = BlockCall.of(self.args, self.kwargs)
+        return module(*call.args, **call.kwargs)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor. Anything else is returned as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def order_of(shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -110,7 +133,7 @@ class Observation:
 
     def run(self) -> Tensor:
         """The block's hidden states."""
-        return hidden_states(self.module(*self.call.args, **self.call.kwargs))
+        return hidden_states(self.call.again(self.module))
 
     def observe(self) -> None:
         """Run the block with hooks.
@@ -146,6 +169,7 @@ class Observation:
             for child in self.module.modules():
                 if isinstance(child, (nn.Linear, Conv1D)) and self.names[child].count("lora_") == 0:
                     self.count.setdefault(self.names[child], 0)
+                    hooks.callback(child.register_forward_hook(self._check_linear).remove)
                     outer = self.outermost(child)
                     hooks.callback(outer.register_forward_hook(self._see_linear(child)).remove)
                 elif holds_experts(child):
@@ -161,6 +185,12 @@ class Observation:
         """The module around a linear layer that has its name: a LoRA adapter, or itself."""
         return next(module for module, name in self.names.items() if name == self.names[child])
 
+    def _check_linear(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        x = args[0] if args else None
+        plain = isinstance(x, Tensor) and isinstance(y, Tensor) and is_product(module, x, y)
+        if not plain or parametrize.is_parametrized(module):
+            self.dense[self.names[module]] = "it computes more than a product with its weight"
+
     def _see_linear(self, child: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         name = self.names[child]
 
@@ -169,7 +199,7 @@ class Observation:
                 return
             self.count[name] += 1
             x = args[0] if args else None
-            if self.count[name] > 1 or not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            if self.count[name] > 1 or name in self.dense or not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 return
             leading = tuple(size for size in x.shape[:-1] if size > 1)
             by_token = leading in (self.inside, (WINDOWS * self.positions,))

@@ -77,11 +77,11 @@ def _block_calls(
     order: list[nn.Module] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[module].append(BlockCall(args, dict(kwargs)))
+        calls[module].append(BlockCall.of(args, kwargs))
         order.append(module)
 
     def after(module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
-        calls[module][-1].returned = returned
+        calls[module][-1].end(returned)
 
     with ExitStack() as hooks:
         for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -88,10 +89,20 @@ class ActivationCache:
         )
 
     def beginning(self, tokens: int, ranks: Ranks) -> ActivationCache:
-        """A cache of the first batches, equally many on every rank, with about so many valid tokens over all ranks."""
-        windows = len(self.hidden[0]) if self.hidden else 0
-        (first,) = ranks.total(sum(self.windows[:windows]))
-        batches = max(1, round(tokens / max(first, 1)))
+        """A cache of the first batches, equally many on every rank, with about so many valid tokens over all ranks.
+
+        At least one batch, and at most four times as many positions, padded ones too.
+        """
+        starts = accumulate((len(hidden) for hidden in self.hidden), initial=0)
+        valid = [sum(self.windows[start : start + len(h)]) for start, h in zip(starts, self.hidden, strict=False)]
+        positions = [hidden.shape[:2].numel() for hidden in self.hidden]
+        more = [0] * (ranks.largest(len(valid)) - len(valid))  # on ranks with fewer batches
+        totals = [accumulate(ranks.total(*counts, *more)) for counts in (valid, positions)]
+        off = [
+            math.inf if number and taken > 4 * tokens else abs(tokens - found)
+            for number, (found, taken) in enumerate(zip(*totals, strict=True))
+        ]
+        batches = off.index(min(off)) + 1 if off else 0
         return self.part(range(min(batches, len(self.hidden))))
 
     def forget_arguments(self, block: int) -> None:

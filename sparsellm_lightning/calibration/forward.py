@@ -101,7 +101,8 @@ def run_block(
 def block_output(block: Block, hidden: Tensor, arguments: Arguments) -> Tensor:
     """A block's output (windows, length, d), with its gradient, for hidden states of that shape and its other arguments."""
     args, kwargs = arguments
-    return block.batch_first(hidden_states(block.module(block.as_block_takes(hidden), *args, **kwargs)))
+    given = block.as_block_takes(hidden.clone())  # a block may work in place
+    return block.batch_first(hidden_states(block.module(given, *args, **kwargs)))
 
 
 def observe_input(
@@ -215,7 +216,8 @@ class _Batches:
             replays = index < len(self.replayed)
             with phase("forward"), adapter.forward_context(), self._replay(index) if replays else nullcontext():
                 count(self.shape.numel() * (self.work - self.replayed_work * replays))
-                given = self.block.as_block_takes(hidden.to(device, non_blocking=True))
+                # A copy, because a block may work in place.
+                given = self.block.as_block_takes(hidden.to(device, non_blocking=True, copy=True))
                 returned = self.block.module(given, *args, **kwargs)
             self.left -= len(hidden)
             yield returned
@@ -307,7 +309,7 @@ class _Recorder:
         if self.answer is None:
             recorded = self.arguments[block.index]
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
-            recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
+            recorded.append(_share((rest, dict(kwargs)), recorded[-1] if recorded else None))
             if block.index == 0:
                 self.hidden.append(block.batch_first(hidden.detach()))
         passed = hidden if self.answer is None else block.as_block_takes(self.answer)
@@ -356,15 +358,25 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"].module, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """The block's, because a model may ask for it to choose a block's arguments."""
+        return type(self.__dict__["block"].module)
+
 
 def _share(new: Any, old: Any) -> Any:
-    """``new``, in which tensors that equal their counterpart in ``old`` are replaced by it."""
+    """``new``, in which tensors that equal their counterpart in ``old`` are replaced by it.
+
+    A mapping stays the same object, because blocks may leave something in it for later ones.
+    """
     if isinstance(new, Tensor):
         same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
         return old if same else new
     if isinstance(new, (tuple, list)):
         olds = old if isinstance(old, (tuple, list)) and len(old) == len(new) else [None] * len(new)
-        return type(new)(_share(n, o) for n, o in zip(new, olds, strict=True))
+        shared = [_share(n, o) for n, o in zip(new, olds, strict=True)]
+        return new._make(shared) if hasattr(new, "_make") else type(new)(shared)
     if isinstance(new, dict):
-        return {key: _share(value, old.get(key) if isinstance(old, dict) else None) for key, value in new.items()}
+        for key, value in new.items():
+            new[key] = _share(value, old.get(key) if isinstance(old, dict) else None)
     return new

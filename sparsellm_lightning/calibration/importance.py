@@ -35,9 +35,9 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
         cache: hidden states in front of the first block, of which the first batches are taken. Not changed.
 
     Returns:
-        by block, (d,) float32. Empty if the model has no language-model head.
+        by block, (d,) float32. Empty if hidden states give no next-token distributions.
     """
-    if context.layout.model.get_output_embeddings() is None:
+    if not context.layout.predicts:
         return {}
     blocks, found = context.layout.blocks, {}
     with phase("importance"):
@@ -107,8 +107,7 @@ def _through(context: Context, block: Block, cache: ActivationCache, gradients: 
     for index, gradient in enumerate(gradients):
         with torch.enable_grad(), context.adapter.forward_context(), context.autocast():
             leaf = cache.hidden[index].detach().to(context.device).requires_grad_()
-            # A product, because a block may change its input in place, which a leaf forbids.
-            forward = partial(block_output, block, leaf * 1, cache.arguments[block.index][index])
+            forward = partial(block_output, block, leaf, cache.arguments[block.index][index])
             output = context.adapter.with_gradient(forward)
         found += torch.autograd.grad(output, leaf, gradient.to(output.dtype))
     return found

@@ -28,7 +28,9 @@ def feed_forward_of(context: Context, network: Network) -> FeedForward:
     if network.up_offset:
         bias = biases["up_bias"]
         biases["up_bias"] = network.up_offset + (weights["up"].new_zeros(len(weights["up"])) if bias is None else bias)
-    return FeedForward(network.activation, **weights, **biases)  # type: ignore[arg-type]
+    limit, offset = network.up_limit, network.up_offset
+    bounds = None if limit is None else (offset - limit, offset + limit)
+    return FeedForward(network.activation, **weights, **biases, up_bounds=bounds)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
-from sparsellm_lightning.callbacks.finetuning import SPARSE
-from sparsellm_lightning.distributed import adapter_for, load_sharded
+from sparsellm_lightning.callbacks.finetuning import SPARSE, resumed
+from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model, pretrained_of
 from sparsellm_lightning.solvers import kl_divergence
-from sparsellm_lightning.sparsity import linear_layers, zero_shares
+from sparsellm_lightning.sparsity import MANY_ZEROS, linear_layers, zero_shares
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
@@ -136,8 +137,16 @@ class Distillation(pl.Callback):
         if isinstance(source, str):
             path, mesh = source, pl_module.device_mesh
             if mesh is not None:
-                return load_sharded(lambda: load_model(path, self.teacher_dtype), mesh["data_parallel"])
-            return load_model(path, self.teacher_dtype)
+                teacher = load_sharded(lambda: load_model(path, self.teacher_dtype), mesh["data_parallel"])
+            else:
+                teacher = load_model(path, self.teacher_dtype)
+            shares = zero_shares(linear_layers(teacher), StrategyAdapter() if mesh is None else adapter_for(trainer))
+            if self.teacher is None and any(MANY_ZEROS <= share < 1 for share in shares.values()):
+                raise UserError(
+                    f"Distillation needs a dense teacher, but {path}, the model that is trained, is already sparse. Give "
+                    "teacher: the path or hub id of the dense model."
+                )
+            return teacher
         if source is None:
             if adapter_for(trainer).weights_are_split:
                 raise UserError(
@@ -145,7 +154,7 @@ class Distillation(pl.Callback):
                     "dense model."
                 )
             shares = zero_shares(linear_layers(pl_module), adapter_for(trainer))
-            if trainer.ckpt_path is not None or any(SPARSE <= share < 1 for share in shares.values()):
+            if resumed(trainer) is not None or any(SPARSE <= share < 1 for share in shares.values()):
                 raise UserError(
                     "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
@@ -189,7 +198,7 @@ class Distillation(pl.Callback):
         for call in calls:
             with torch.no_grad(), _recording(teacher, features=self.feature_weight > 0) as seen:
                 inputs = {key: value for key, value in call.inputs.items() if key not in ("labels", "use_cache")}
-                teacher(*call.args, **inputs, use_cache=False)
+                teacher(**inputs, use_cache=False)
             mask = call.inputs.get("attention_mask")
             valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             if self.logit_weight:
@@ -218,9 +227,8 @@ class Distillation(pl.Callback):
 
 @dataclass
 class _Call:
-    """One forward of a model: its arguments, its logits, and the outputs of its blocks."""
+    """One forward of a model: its arguments by name, its logits, and the outputs of its blocks."""
 
-    args: tuple[Any, ...]
     inputs: dict[str, Any]
     logits: Tensor | None = None
     features: list[Tensor] = field(default_factory=list)
@@ -231,7 +239,7 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(args, kwargs))
+        calls.append(_Call(_by_name(model.forward, args, kwargs)))
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls[-1].logits = getattr(output, "logits", None)
@@ -247,6 +255,16 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
         ):
             handles.callback(handle.remove)
         yield calls
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those among ``**kwargs`` too."""
+    signature = inspect.signature(function)
+    named = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from sparsellm_lightning.architecture import Projection
@@ -45,24 +48,32 @@ class SparseFinetuning(pl.Callback):
         self._stored: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._random_state: torch.Tensor | None = None
+        self._resumes = True  # whether a state that is loaded is of the run that goes on
         self.checks = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self.checks = 0
+        self._stored, self._random_state = {}, None
         adapter_for(trainer)
         if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(
                 f"{type(self).__name__} keeps the masks itself, but the Trainer also has Lightning's ModelPruning, which would "
                 "prune and reparametrise the same weights. Remove one of them."
             )
-        swa = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if swa and not any(True for _ in pl_module.parameters()):
-            raise UserError(
-                f"StochasticWeightAveraging copies the module before configure_model() builds it, so that it would average no "
-                f"weight of {type(pl_module).__name__}. Use Lightning's WeightAveraging or EMAWeightAveraging."
-            )
+        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]
+        if not any(True for _ in pl_module.parameters()):
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in averaging):
+                raise UserError(
+                    "StochasticWeightAveraging copies the module before configure_model() builds it, so that it would average "
+                    f"no weight of {type(pl_module).__name__}. Use Lightning's WeightAveraging or EMAWeightAveraging."
+                )
+            if averaging and not is_overridden("configure_model", pl_module):
+                raise UserError(
+                    f"{type(averaging[0]).__name__} copies the module before setup() builds it, so that it would average no "
+                    f"weight of {type(pl_module).__name__}. Build the model in configure_model() or in __init__()."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = linear_layers(pl_module)
@@ -125,7 +136,15 @@ class SparseFinetuning(pl.Callback):
             return {}
         return {"zeros": self._masks.zeros, "random_state": torch.get_rng_state()}
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Evaluation loads checkpoints too, and Lightning's tuners load their own.
+        self._resumes = trainer.state.fn == TrainerFn.FITTING and resumed(trainer) is not None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._resumes:
+            return
         self._stored = dict(state_dict.get("zeros", {}))
         self._random_state = state_dict.get("random_state")
 
@@ -149,6 +168,12 @@ class SparseFinetuning(pl.Callback):
                     "Resume from the checkpoint that belongs to these weights; to fine-tune other sparse weights, start a new "
                     "run from them (CausalLM(weights=...)) instead of resuming."
                 )
+
+
+def resumed(trainer: pl.Trainer) -> Any:
+    """The checkpoint from which the run goes on, or None. Lightning's tuners leave there what they put by for themselves."""
+    path = trainer.ckpt_path
+    return None if path is None or Path(path).name.startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
 def _warn_of_lost_zeros(module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float]) -> None:

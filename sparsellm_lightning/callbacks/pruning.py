@@ -28,12 +28,11 @@ from sparsellm_lightning.data import TextDataModule, calibration_batches, datamo
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
-    Buffers,
+    convert_all,
     is_sparse_already,
+    keep_in_conversions,
     pretrained_of,
-    put_back,
     tokenizer_of,
-    unsaved_float32_buffers,
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import (
@@ -131,16 +130,15 @@ class SparseLLMCallback(SparseFinetuning):
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         self._exporter: Exporter | None = None  # from setup, if there is an export_dir
-        self._unsaved: Buffers = []  # of the module before Lightning converts it
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        keep_in_conversions(trainer.precision_plugin)
         if stage != "fit":
             return
         self._restored = self._unfinished = self._trained = False
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
-        self._unsaved = unsaved_float32_buffers(pl_module)
         if is_sparse_already(pl_module) and (self.schedule is not None or self.baseline):
             name = "baseline" if self.schedule is None else "schedule"
             raise UserError(
@@ -156,7 +154,6 @@ class SparseLLMCallback(SparseFinetuning):
             self._exporter.claim(trainer, self.resume_dir)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        put_back(self._unsaved)
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
         # The report of a checkpoint is restored later. Pruning checks again.
         if trainer.ckpt_path is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
@@ -214,12 +211,22 @@ class SparseLLMCallback(SparseFinetuning):
         self.report.phases |= self._profile.seconds
         if self._exporter is not None:
             self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
-        trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End a run whose checkpoint is of its last step: Lightning does not train, and calls no other hook."""
-        if not self._restored or self._trained:
+        """End a run whose checkpoint is of its last step: Lightning does not train, and calls no other hook.
+
+        Raises:
+            UserError: another run that has not trained, nor pruned.
+        """
+        if self._trained or (self._has_pruned(pl_module) and not self._restored):
             return
+        if not self._restored:
+            self.report = None
+            raise UserError(
+                "SparseLLMCallback prunes when training starts, but nothing has run: the Trainer or ckpt_path has reached its "
+                "max_steps or max_epochs before, or the dataloader has no batches. Use a new Trainer, raise the limits, or "
+                "give more text."
+            )
         moved = not adapter_for(trainer).weights_are_split  # to the CPU
         if moved:
             pl_module.to(trainer.strategy.root_device)
@@ -232,6 +239,7 @@ class SparseLLMCallback(SparseFinetuning):
             pl_module.cpu()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        convert_all(trainer.precision_plugin)
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -244,6 +252,8 @@ class SparseLLMCallback(SparseFinetuning):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        if not self._resumes:
+            return
         if state_dict.get("unfinished"):
             raise UserError(
                 "ckpt_path must be a checkpoint from before or after pruning, but this one was saved during it, when the model "

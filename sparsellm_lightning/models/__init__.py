@@ -1,8 +1,9 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
 from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of, weights_of
-from sparsellm_lightning.models.buffers import Buffers, put_back, unsaved_float32_buffers
+from sparsellm_lightning.models.buffers import convert_all, keep_in_conversions
 from sparsellm_lightning.models.causal_lm import CausalLM
+from sparsellm_lightning.models.checkpoint import check_checkpoint
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
 from sparsellm_lightning.models.examples import continued, first_prompts
 from sparsellm_lightning.models.export import (
@@ -24,7 +25,6 @@ from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, 
 
 __all__ = [
     "REPORT_NAME",
-    "Buffers",
     "CausalLM",
     "Forward",
     "Shrinkage",
@@ -33,12 +33,14 @@ __all__ = [
     "VocabularySample",
     "add_to_report",
     "can_sample",
+    "check_checkpoint",
     "check_export_dir",
     "check_generation_config",
     "check_hub",
     "check_inputs",
     "check_shrinkable",
     "continued",
+    "convert_all",
     "decoder_output",
     "export_model",
     "export_or_rescue",
@@ -47,6 +49,7 @@ __all__ = [
     "head_in",
     "inspect_model",
     "is_sparse_already",
+    "keep_in_conversions",
     "likely_tokens",
     "load_model",
     "load_tokenizer",
@@ -56,11 +59,9 @@ __all__ = [
     "perplexity",
     "positions_together",
     "pretrained_of",
-    "put_back",
     "shrink",
     "size_of_sample",
     "tokenizer_of",
-    "unsaved_float32_buffers",
     "upload",
     "verify_export",
     "weights_of",

@@ -6,6 +6,8 @@ them in float32, so the rounded model is not the one that an export holds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,25 @@ def unsaved_float32_buffers(module: nn.Module) -> Buffers:
         for name in sorted(child._non_persistent_buffers_set)
         if (buffer := child._buffers[name]) is not None and buffer.dtype == torch.float32
     ]
+
+
+def keep_in_conversions(precision: Any) -> None:
+    """Have a precision plugin of Lightning leave them in float32 when it converts a module. Undo with :func:`convert_all`."""
+    convert_all(precision)
+    convert = precision.convert_module
+
+    def convert_module(module: nn.Module) -> nn.Module:
+        unsaved = unsaved_float32_buffers(module)
+        converted: nn.Module = convert(module)
+        put_back(unsaved)
+        return converted
+
+    precision.convert_module = convert_module
+
+
+def convert_all(precision: Any) -> None:
+    """Have a precision plugin convert modules as it does by itself."""
+    vars(precision).pop("convert_module", None)
 
 
 def put_back(buffers: Buffers) -> None:

@@ -126,6 +126,10 @@ class CausalLM(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Renew the metric: that of an evaluation before, in inference mode, takes no update in a fit."""
+        self.perplexity.reset()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluation_step(batch, "val_perplexity")
 

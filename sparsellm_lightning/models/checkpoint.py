@@ -38,6 +38,31 @@ def is_checkpoint(path: str) -> bool:
     return path.endswith(".ckpt") or (Path(path) / ".metadata").is_file()
 
 
+def check_checkpoint(path: str) -> None:
+    """Refuse what Lightning could not resume from, or what would execute code when it is read.
+
+    Args:
+        path: of a local file, or of the folder of a sharded checkpoint.
+
+    Raises:
+        UserError: it is damaged, or no checkpoint.
+    """
+    at = Path(path).expanduser()
+    if at.is_dir() and not (at / ".metadata").is_file():
+        raise UserError(
+            f"ckpt_path must be a checkpoint, but the folder {path} has no .metadata. An exported folder is model.weights."
+        )
+    try:
+        if at.is_dir():
+            _SafeReader(at).read_metadata()
+        elif "pytorch-lightning_version" not in torch.load(at, "cpu", weights_only=True, mmap=True):
+            raise ValueError("it was not written by Lightning")
+    except _UNREADABLE as error:
+        raise UserError(
+            f"ckpt_path must be a checkpoint of Lightning, got {path}: {_cause(error)}. Correct the path, or leave it out."
+        ) from error
+
+
 def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
     """Load the weights of a Lightning checkpoint into a model. Optimizer and progress are not read.
 
@@ -57,14 +82,17 @@ def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
             {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
         )
     except _UNREADABLE as error:
-        text = str(error)
-        if isinstance(error, CheckpointException):  # its text is a traceback
-            text = text.strip().splitlines()[-1]
-        cause = " ".join(text.split())[:300]
         raise UserError(
-            f"weights must be a checkpoint of the model that pretrained names, got {path}: {cause}. Check both; a checkpoint "
-            "with LoRA adapters has to be exported first."
+            f"weights must be a checkpoint of the model that pretrained names, got {path}: {_cause(error)}. Check both; a "
+            "checkpoint with LoRA adapters has to be exported first."
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, CheckpointException):  # its text is a traceback
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split())[:300]
 
 
 def _read_sharded(folder: Path) -> dict[str, Any]:

@@ -118,12 +118,14 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
     left = [b.index for b in layout.blocks if not ("blocks" in settings.removes and empty[b.index])]
     units = [matrix(network.roles["down"]).any(0) for network in layout.networks]
     heads = [matrix(a.output).any(0).view(a.removable, -1).any(1) for a in _attentions(layout)]
-    number = _most(units) if "neurons" in settings.removes else None
-    if number is not None:  # a unit that is zero besides may stay, so that the width stays divisible
-        number = min(-(-number // settings.round_to) * settings.round_to, len(units[0]))
-    shrinkage = Shrinkage(
-        number,
-        _most(heads) if "heads" in settings.removes else None,
+    number = _most(units) if "neurons" in settings.removes else layout.units
+    number = (
+        -(-number // settings.round_to) * settings.round_to
+    )  # a unit that is zero besides may stay, to be divisible
+    most = _most(heads) if "heads" in settings.removes else layout.heads
+    shrinkage = Shrinkage(  # where sizes differ, none leaves
+        number if number < layout.units else None,
+        most if most < layout.heads else None,
         frozenset(b.index for b in layout.blocks) - {*left},
     )
     of_units = _cut_units(layout, [_chosen(kept, shrinkage.units) for kept in units])
@@ -151,10 +153,9 @@ def _attentions(layout: DecoderLayout) -> list[Attention]:
     return [block.attention for block in layout.blocks if block.attention is not None]
 
 
-def _most(kept: Sequence[Tensor]) -> int | None:
-    """The largest number of entries that any of these keeps. None if each keeps all."""
-    number = max((int(mask.sum()) for mask in kept), default=0)
-    return None if all(bool(mask.all()) for mask in kept) else number
+def _most(kept: Sequence[Tensor]) -> int:
+    """The largest number of entries that any of these keeps."""
+    return max((int(mask.sum()) for mask in kept), default=0)
 
 
 def _chosen(kept: Tensor, number: int | None) -> Tensor:
@@ -291,21 +292,28 @@ def _config_with_heads(
 def _shallower_config(
     layout: DecoderLayout, config: PretrainedConfig, expected: Shapes, kept: Sequence[int]
 ) -> PretrainedConfig:
-    """The configuration with fewer blocks. Lists with an entry a block lose those of the blocks that left."""
+    """The configuration with fewer blocks.
+
+    Lists with an entry a block lose those of the blocks that left. Lists of indices of blocks get new ones, if they have to.
+    """
     blocks = len(layout.blocks)
     settings = config.get_text_config(decoder=True).to_dict()
-    changes: dict[str, Any] = {
-        name: [value[index] for index in kept]
-        for name, value in settings.items()
-        if isinstance(value, list) and len(value) == blocks and not name.endswith(("_id", "_ids"))
-    }
-    found = _fitting(layout.model, config, expected, [{**changes, "num_hidden_layers": len(kept)}])
-    if found is None or not _alike(layout, kept, config, found):
-        raise UserError(
-            f"Pattern blocks needs a configuration that says which blocks there are, but that of {type(layout.model).__name__} "
-            f"cannot say that {len(kept)} of {blocks} are left. Use another pattern."
-        )
-    return found
+    lists = {n: v for n, v in settings.items() if isinstance(v, list) and v and not n.endswith(("_id", "_ids"))}
+    number: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    by_block = {name: [value[index] for index in kept] for name, value in lists.items() if len(value) == blocks}
+    indices = {name: [kept.index(i) for i in v if i in kept] for name, v in lists.items() if _are_indices(v, blocks)}
+    for changes in ({**by_block, **number}, {**by_block, **indices, **number}):
+        found = _fitting(layout.model, config, expected, [changes])
+        if found is not None and _alike(layout, kept, config, found):
+            return found
+    raise UserError(
+        f"Pattern blocks needs a configuration that says which blocks there are, but that of {type(layout.model).__name__} "
+        f"cannot say that {len(kept)} of {blocks} are left. Use another pattern."
+    )
+
+
+def _are_indices(values: list[Any], number: int) -> bool:
+    return all(type(v) is int and 0 <= v < number for v in values) and values == sorted(set(values))
 
 
 def _fitting(

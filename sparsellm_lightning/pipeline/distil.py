@@ -25,7 +25,7 @@ from sparsellm_lightning.models import (
     logits_at,
     positions_together,
 )
-from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, memory_of_tuning
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
@@ -92,7 +92,7 @@ class Distiller:
         own, held_out, by_model = made
         fitted_batches = own + by_model
         steps = context.config.distillation_steps
-        before = round((1 - OWN_SHARE) * steps) if self.ranks.total(len(by_model)) != [0] else 0
+        before = round((1 - OWN_SHARE) * steps * self._share_written(written, fitted))
         self.schedule = [
             *islice(self._choices(fitted_batches, range(len(own), len(fitted_batches))), before),
             *islice(self._choices(fitted_batches, range(len(own))), steps - before),
@@ -171,6 +171,11 @@ class Distiller:
         made = regrouped(batches, STEP_TOKENS // self.ranks.size)
         return equally_many(made, self.ranks, self.context.device) if self.adapter.forward_is_collective else made
 
+    def _share_written(self, written: Sequence[CalibrationBatch], fitted: int) -> float:
+        """How many of the written windows that were asked for there are."""
+        found, wanted = self.ranks.total(len(written), self.context.config.continuations * fitted)
+        return min(found / max(wanted, 1), 1.0)
+
     def _with_goal(self, batch: CalibrationBatch) -> tuple[CalibrationBatch, Tensor]:
         """A batch and the dense model's decoder output for it, on the host."""
         return batch, self._decode(batch).last_hidden_state.cpu()
@@ -248,10 +253,7 @@ class Distiller:
 
     def _choices(self, batches: Sequence[CalibrationBatch], mine: Sequence[int]) -> Iterator[list[int]]:
         """Those of the indices ``mine``, of this rank's batches, for each step: each once, in random order, then again."""
-        largest = max((batches[index].tokens for index in mine), default=0)
-        shapes = self.ranks.gather_counts(largest, len(mine))
-        tokens, numbers = zip(*shapes, strict=True)
-        together = min(max(1, round(STEP_TOKENS / max(sum(tokens), 1))), max(numbers))
+        together = batches_of_a_step(self.ranks, [batches[index].tokens for index in mine], STEP_TOKENS)
         generator = torch.Generator().manual_seed(self.context.config.seed)
         queue: list[int] = []
         while True:

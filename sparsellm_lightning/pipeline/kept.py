@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import local_tensor
+from sparsellm_lightning.solvers import Ranks
 
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
@@ -55,11 +57,13 @@ class KeptParameters:
         self.storage = storage or context.device
         projections = [p for block in blocks for p in block.projections()]
         weights = {id(p.parameter) for p in projections}
+        # A parameter that several modules share stays as it is: tuning it for one block would change others.
+        uses = Counter(id(p) for _, p in context.layout.model.named_parameters(remove_duplicate=False))
         self.parameters = [
             parameter
             for block in blocks
             for name, parameter in block.module.named_parameters()
-            if id(parameter) in weights or "lora_" not in name
+            if (id(parameter) in weights or "lora_" not in name) and uses[id(parameter)] == 1
         ]
         pruned = {id(p.parameter) for p in projections if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
@@ -182,6 +186,21 @@ class KeptParameters:
         squares, entries, size = totals.clamp(min=1e-30).T
         scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
         return scales
+
+
+def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
+    """How many batches each rank takes in a step, so that the steps of all ranks together have about ``wanted`` tokens.
+
+    All ranks make equally many forwards. The rank with most batches sees none twice in a step.
+
+    Args:
+        ranks: call this together.
+        tokens: of each of this rank's batches.
+        wanted: tokens of a step.
+    """
+    shares = ranks.gather_counts(sum(tokens), len(tokens))
+    together = sum(total / max(number, 1) for total, number in shares)
+    return min(max(1, round(wanted / max(together, 1))), max(number for _, number in shares))
 
 
 def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool = False) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import ROUTES, device_of
+from sparsellm_lightning.architecture import ROUTES, DecoderLayout, device_of
 from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
 from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
@@ -48,8 +48,7 @@ from sparsellm_lightning.runtime import (
     phase,
     showing,
 )
-
-MANY_ZEROS = 0.2  # share of zeros from which a projection counts as pruned already. Some 4-bit files have 0.1
+from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
 
 
 def prune_model(
@@ -93,8 +92,14 @@ def prune_model(
     start = time.perf_counter()
     adapter = adapter or StrategyAdapter()
     check_device(device_of(model))
-    config = _without_head(model, config, adapter)
-    context = Context(adapter.describe(model, config), config, adapter, keep_zeros)
+    if torch.is_autocast_enabled(device_of(model).type):
+        raise UserError(
+            "prune_model must not be called inside torch.autocast, which keeps copies of weights from before they are pruned. "
+            "Call it outside: a Trainer's precision, or the model's dtype, says how it computes."
+        )
+    layout = adapter.describe(model, config)
+    config = _without_predictions(layout, config, adapter)
+    context = Context(layout, config, adapter, keep_zeros)
     adapter.check(context.layout)
     memory = MemoryMeter(context.device)
     progress = progress and adapter.ranks.rank == 0
@@ -116,6 +121,7 @@ def prune_model(
         shown.bar,
         showing(progress),
     ):
+        _check_adapters(context)
         context = replace(context, autocasts=works_under_autocast(context))
         tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
@@ -185,18 +191,20 @@ def prune_model(
     )
 
 
-def _without_head(model: PreTrainedModel, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
-    """The settings without what a preset asks for and a model without a language-model head cannot do, with a warning."""
-    preset = PRESETS[config.preset]
-    needs_head: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
-    if config.allocation not in ("kl", "kl_blocks"):
-        del needs_head["allocation"]
-    dropped = {name: value for name, value in needs_head.items() if getattr(config, name) == preset[name] != value}
-    if not dropped or model.get_output_embeddings() is not None:
+def _without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
+    """The settings without what a preset asks for and hidden states that predict no tokens cannot do, with a warning."""
+    if layout.predicts:
         return config
-    if adapter.ranks.rank == 0:
+    preset = PRESETS[config.preset]
+    needed: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
+    if config.allocation not in ("kl", "kl_blocks"):
+        del needed["allocation"]
+    dropped = {name: value for name, value in needed.items() if getattr(config, name) == preset[name] != value}
+    if dropped and adapter.ranks.rank == 0:
+        headless = layout.model.get_output_embeddings() is None
+        why = "has no language-model head" if headless else "has hidden states that are of no token"
         warnings.warn(
-            f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(model).__name__} has no language-model head.",
+            f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(layout.model).__name__} {why}.",
             stacklevel=3,
         )
     return replace(config, **dropped)
@@ -208,6 +216,17 @@ def _checked(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[st
         inputs = model_inputs(batch)
         check_inputs(model, inputs)
         yield inputs
+
+
+def _check_adapters(context: Context) -> None:
+    """Refuse LoRA adapters that have been trained: the solvers see a layer's own weight."""
+    name = adapter_at_work(context.layout.model)
+    if not context.ranks.all(name is None):
+        where = f"that of {name} changes" if name else "one changes"
+        raise UserError(
+            f"Pruning solves for the layers' own weights, so LoRA adapters must do nothing yet, but {where} its layer's "
+            "output. Merge adapters first (peft's merge_and_unload), or train them after pruning."
+        )
 
 
 def _written_windows(
@@ -226,10 +245,17 @@ def _written_windows(
         )
         return rewrite() if journal is None else journal.remember(f"written-windows-{copy}", rewrite).to(context.device)
 
+    ahead = split_windows(batches, fitted)[0]
     with phase("generation"):
-        return written_windows(
-            split_windows(batches, fitted)[0], config.continuations, write, context.ranks, context.device
+        written, number = written_windows(ahead, config.continuations, write, context.ranks, context.device)
+    (wanted,) = context.ranks.total(config.continuations * fitted)
+    if number < wanted and context.ranks.rank == 0:
+        warnings.warn(
+            f"continuations asks for {wanted} written windows, but there are {number}: only windows without padding, as long "
+            "as the longest, are continued. Give windows of one length.",
+            stacklevel=3,
         )
+    return written, number
 
 
 def _for_blocks(
@@ -241,9 +267,8 @@ def _for_blocks(
     worse (see recipes/RESULTS.md).
     """
     ahead, behind = split_windows(batches, fitted)
-    last = written[
-        len(written) - len(written) // max(context.config.continuations, 1) :
-    ]  # one for each calibration window
+    copies = max(context.config.continuations, 1)
+    last = written[len(written) - len(written) // copies :]  # one for each calibration window
     (number,) = context.ranks.total(len(last))
     # The first half over all ranks, which take turns, so that the choice does not depend on their number.
     some = [w for index, w in enumerate(last) if 2 * (context.ranks.rank + index * context.ranks.size) < number]

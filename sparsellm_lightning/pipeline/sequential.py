@@ -80,7 +80,7 @@ def prune_blocks(
             if context.config.removes:
                 shrinkage = _shrinkage(context, cache, batches, journal)
             else:
-                solver = LayerSolver(context, allocate(context, cache, batches))
+                solver = LayerSolver(context, _sparsities(context, cache, batches, journal))
     importance: Mapping[int, Tensor] = {}
     if context.config.reconstruction_steps and context.config.requested_sparsity > 0:
         with explaining_memory(lambda: _explain_memory(context, cache, sizes, "importance of features")):
@@ -134,6 +134,20 @@ def prune_blocks(
             dense.forget_arguments(block.index)
         return_free_memory()
         yield result
+
+
+def _sparsities(
+    context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], journal: Journal | None
+) -> dict[str, float]:
+    """Of every pruned projection. They are noted: measuring them takes long, and other kernels measure others."""
+    pruned = [p.name for p in context.layout.projections() if p.pruned]
+
+    def choose() -> Tensor:
+        found = allocate(context, cache, batches)
+        return torch.tensor([found[name] for name in pruned], dtype=torch.float64)
+
+    chosen = (choose() if journal is None else journal.remember("allocation", choose)).tolist()
+    return dict(zip(pruned, chosen, strict=True))
 
 
 def _shrinkage(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
-from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, memory_of_tuning
 from sparsellm_lightning.runtime import room
 from sparsellm_lightning.solvers import count
 
@@ -189,7 +189,4 @@ def _batches_of_a_step(context: Context, cache: ActivationCache, batch_tokens: i
     tokens = cache.fitted_tokens_by_batch()
     mine = [index for index, count in enumerate(tokens) if count]
     mine = mine or list(range(len(tokens)))[:1]  # a rank without fitted tokens makes forwards too
-    shapes = context.ranks.gather_counts(max((tokens[index] for index in mine), default=0), len(mine))
-    largest, batches = zip(*shapes, strict=True)
-    # All ranks make equally many forwards. The rank with most batches sees none twice in a step.
-    return mine, min(max(1, round(batch_tokens / max(sum(largest), 1))), max(batches))
+    return mine, batches_of_a_step(context.ranks, [tokens[index] for index in mine], batch_tokens)

@@ -25,6 +25,7 @@ class FeedForward:
         up, gate: (f, d) float32. ``gate`` is None in a plain block.
         down: (d, f) float32.
         up_bias, gate_bias, down_bias: (f,), (f,) and (d,), or None.
+        up_bounds: of a gated block, between which ``W_u x + b_u`` is clamped. None: it is not.
     """
 
     activation: Activation
@@ -34,6 +35,7 @@ class FeedForward:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    up_bounds: tuple[float, float] | None = None
 
     @property
     def matrices(self) -> int:
@@ -53,7 +55,9 @@ class FeedForward:
 
     def combine(self, z: Tensor, s: Tensor | None) -> Tensor:
         """The hidden activation ``φ(s) ⊙ z``, or ``φ(z)``."""
-        return self.activation(z) if s is None else self.activation(s) * z
+        if s is None:
+            return self.activation(z)
+        return self.activation(s) * (z if self.up_bounds is None else z.clamp(*self.up_bounds))
 
     def hidden(self, x: Tensor) -> Tensor:
         """(n, f) hidden activation for tokens x, (n, d)."""

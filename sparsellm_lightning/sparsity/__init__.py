@@ -3,17 +3,28 @@
 from sparsellm_lightning.sparsity.hold import holding_zeros
 from sparsellm_lightning.sparsity.lora import (
     LoraOptions,
+    adapter_at_work,
     add_adapters,
     check_adapters,
     has_adapters,
     keep_zeros,
     merged_state,
 )
-from sparsellm_lightning.sparsity.masks import Masks, left_out_biases, linear_layers, pack, unpack, zero_shares
+from sparsellm_lightning.sparsity.masks import (
+    MANY_ZEROS,
+    Masks,
+    left_out_biases,
+    linear_layers,
+    pack,
+    unpack,
+    zero_shares,
+)
 
 __all__ = [
+    "MANY_ZEROS",
     "LoraOptions",
     "Masks",
+    "adapter_at_work",
     "add_adapters",
     "check_adapters",
     "has_adapters",

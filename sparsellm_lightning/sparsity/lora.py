@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 
 # Name parts of modules that are left out of states.
@@ -122,6 +123,18 @@ def _other_kind(module: nn.Module) -> str | None:
 def has_adapters(module: nn.Module) -> bool:
     """Whether any layer carries a ``peft`` adapter."""
     return any(hasattr(child, "base_layer") and hasattr(child, "active_adapters") for child in module.modules())
+
+
+def adapter_at_work(model: nn.Module) -> str | None:
+    """Name of a layer whose LoRA adapter is not merged and changes what the layer gives (on this rank's shard). None: none."""
+    for name, module in model.named_modules():
+        layer: Any = module
+        if not hasattr(layer, "lora_B") or layer.disable_adapters:
+            continue
+        at_work = [a for a in layer.active_adapters if a in layer.lora_B and a not in layer.merged_adapters]
+        if any(bool(local_tensor(layer.lora_B[adapter].weight).any()) for adapter in at_work):
+            return str(name)
+    return None
 
 
 def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:

@@ -179,6 +179,9 @@ def linear_layers(module: nn.Module) -> list[Projection]:
     return layers
 
 
+MANY_ZEROS = 0.2  # share of zeros from which a layer counts as pruned. Some 4-bit files of dense models have 0.1
+
+
 def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[str, float]:
     """The fraction of zeros in each layer's weight, by name, over all ranks."""
     zeros = Masks(layers, adapter).zeros

@@ -12,12 +12,23 @@ import torch
 from support.batches import random_batches
 from support.classes import tiny_config, tiny_model
 from support.models import VOCABULARY, build_model
-from support.runs import block_outputs
+from support.runs import block_outputs, make_context
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from sparsellm_lightning import Architecture, PruningConfig, UserError, export_model, load_model, prune_model
-from sparsellm_lightning.architecture import Network, blocks, describe, discovery, examination, find_model, table
+from sparsellm_lightning.architecture import (
+    Experts,
+    Network,
+    blocks,
+    describe,
+    discovery,
+    examination,
+    find_model,
+    table,
+)
+from sparsellm_lightning.architecture.feed_forward import activations_of
+from sparsellm_lightning.calibration import feed_forward_of
 
 _SEPARATE = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 _LLAMA = (_SEPARATE, {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}, "silu")
@@ -311,3 +322,59 @@ def test_a_shared_expert_that_is_narrow_is_no_router() -> None:
     torch.manual_seed(0)
     (block,) = describe(Qwen2MoeForCausalLM(config)).blocks
     assert {name.rpartition("mlp.")[2] for name in block.dense} == {"shared_expert_gate"}
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.25 * super().forward(x)
+
+
+def test_layers_that_compute_more_than_a_product_stay_dense() -> None:
+    model = build_model("llama")
+    model.model.layers[0].mlp.down_proj.__class__ = Scaled
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].self_attn.q_proj)
+    first, second, third = describe(model).blocks
+    reason = "it computes more than a product with its weight"
+    assert first.dense == {"model.layers.0.mlp.down_proj": reason}
+    assert second.dense == {"model.layers.1.self_attn.q_proj": reason}
+    assert not third.dense
+    assert not first.networks
+    assert len(second.networks) == len(third.networks) == 1
+
+
+def test_no_part_of_a_router_is_pruned() -> None:
+    """ZAYA's have several layers, one of which looks like a feed-forward network."""
+    layout = describe(tiny_model("zaya"))
+    assert not [p.name for p in layout.projections() if ".mlp.gate." in p.name]
+    assert any(".mlp.gate." in name for block in layout.blocks for name in block.dense)
+
+
+def test_narrow_layers_of_a_block_that_holds_experts_are_no_routers() -> None:
+    more = {"enable_moe_block": True, "num_experts": 32, "top_k_experts": 2, "moe_intermediate_size": 32}
+    block = describe(tiny_model("gemma4_text", **more, num_key_value_heads=1)).blocks[0]
+    assert any(p.name.endswith("k_proj") for p in block.projections())
+    assert any("router" in name for name in block.dense)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v4"])
+def test_experts_are_known_where_they_clamp(model_type: str) -> None:
+    """The tokens of the probe are too small to show it."""
+    units = (unit for block in describe(tiny_model(model_type)).blocks for unit in block.units)
+    found = next(unit for unit in units if isinstance(unit, Experts))
+    generator = torch.Generator().manual_seed(0)
+    d, experts = found.networks[0].roles["up"].shape[1], len(found.networks)
+    x = 1000 * torch.randn(32, d, generator=generator)
+    chosen, weights = torch.arange(64).view(32, 2) % experts, torch.full((32, 2), 0.5)
+    context = make_context(tiny_model(model_type), PruningConfig(preset="paper"))
+    with torch.no_grad():
+        expected = found.observed(x, chosen, weights)
+        total = torch.zeros_like(expected)
+        for index, network in enumerate(found.networks):
+            total += feed_forward_of(context, network)(x) * (weights * (chosen == index)).sum(1, keepdim=True)
+    torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_activations_with_parameters_are_not_tried() -> None:
+    """A new one has other parameters than the model's, and lies on another device."""
+    functions = [a.function for a in activations_of(tiny_config("apertus"))]
+    assert not any(isinstance(f, nn.Module) and any(True for _ in f.parameters()) for f in functions)

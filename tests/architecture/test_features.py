@@ -92,3 +92,27 @@ class _Module(pl.LightningModule):
 def _share_of_pruned(model: PreTrainedModel) -> float:
     projections = list(describe(model).projections())
     return sum(p.size for p in projections if p.pruned) / sum(p.size for p in projections)
+
+
+def test_trained_adapters_are_refused() -> None:
+    """The solvers would not see what they do."""
+    model = tiny_model("llama")
+    add_adapters(model, LoraOptions(rank=2))
+    prune_model(model, batches(), PruningConfig(preset="paper", method="wanda", num_calibration_samples=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    with pytest.raises(UserError, match=r"adapters must do nothing yet, but that of .*q_proj changes"):
+        prune_model(model, batches(), PruningConfig(preset="paper", num_calibration_samples=4))
+
+
+@pytest.mark.parametrize("model_type", ["cpmant", "prophetnet"])
+def test_presets_where_hidden_states_are_of_more_than_the_tokens(model_type: str) -> None:
+    """Learned prompts, or several streams: their hidden states do not give next-token distributions."""
+    model = tiny_model(model_type)
+    config = PruningConfig(
+        preset="best", sparsity=0.5, num_calibration_samples=8, reconstruction_steps=2, distillation_steps=128
+    )
+    report = prune_model(model, batches(), config)
+    assert report.sparsity["achieved"] == pytest.approx(0.5, abs=0.01)
+    assert report.distillation is None

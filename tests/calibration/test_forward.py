@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support.batches import random_batches
 from support.models import build_model
 from support.runs import LAYOUTS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm_lightning import PruningConfig, prune_model
 from sparsellm_lightning.architecture import describe, examination
+from sparsellm_lightning.calibration import forward
 
 
 def pruned(name: str, replays: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[dict[str, Any], int]:
@@ -40,3 +42,44 @@ def test_attention_is_not_replayed_from_another_block(ignore: list[str], monkeyp
     with_replay, _ = pruned("llama", True, monkeypatch, **settings)
     without, _ = pruned("llama", False, monkeypatch, **settings)
     assert all(torch.equal(weight, without[key]) for key, weight in with_replay.items())
+
+
+class InPlace(LlamaDecoderLayer):
+    """Adds to its input in place."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        hidden_states += self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+def test_blocks_that_work_in_place() -> None:
+    plain, in_place = build_model("llama"), build_model("llama")
+    for layer in in_place.model.layers:
+        layer.__class__ = InPlace
+    for model in (plain, in_place):
+        prune_model(model, random_batches(), PruningConfig(preset="paper", sparsity=0.6, num_calibration_samples=8))
+    for one, other in zip(plain.parameters(), in_place.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Rope(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def test_containers_among_the_arguments_of_blocks() -> None:
+    """A dict may be where a block leaves something for later ones."""
+    store: dict[str, Any] = {}
+    recorder = forward._Recorder(describe(build_model("llama")))
+    for block in recorder.layout.blocks:
+        recorder.call(block, torch.zeros(1, 2, 64), shared=store, rope=Rope(torch.ones(1), torch.ones(1)))
+    given = [arguments[0][1] for arguments in recorder.arguments]
+    assert all(kwargs["shared"] is store for kwargs in given)
+    assert all(isinstance(kwargs["rope"], Rope) for kwargs in given)
+
+
+def test_stand_ins_are_of_the_class_of_blocks() -> None:
+    model = build_model("llama")
+    with forward._Recorder(describe(model)).in_place_of_blocks():
+        assert all(isinstance(layer, LlamaDecoderLayer) for layer in model.model.layers)

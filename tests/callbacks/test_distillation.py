@@ -512,3 +512,36 @@ def test_manual_optimisation_is_refused(trained, ids: Tensor) -> None:
     module.automatic_optimization = False
     with pytest.raises(UserError, match="OwnModule has automatic_optimization false"):
         trainer(Distillation(trained("llama")), max_steps=1).fit(module, DataLoader(ids, batch_size=4))
+
+
+def test_a_sparse_pretrained_is_no_teacher(tmp_path: Path, sparse: PreTrainedModel, ids: Tensor) -> None:
+    sparse.save_pretrained(tmp_path / "sparse")
+    module = CausalLM(str(tmp_path / "sparse"))
+    with pytest.raises(UserError, match="the model that is trained, is already sparse"):
+        trainer(SparseFinetuning(), Distillation(), max_steps=1).fit(module, DataLoader(ids, batch_size=4))
+
+
+@pytest.mark.parametrize("weights", [{"logit_weight": 1.0}, {"logit_weight": 0.0, "feature_weight": 1.0}])
+def test_a_mask_that_is_given_by_position_counts(
+    trained, sparse: PreTrainedModel, ids: Tensor, weights: dict[str, float]
+) -> None:
+    mask = torch.ones_like(ids[:4])
+    mask[:, 20:] = 0
+    windows = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids[:4], mask, strict=True)]
+
+    class ByName(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.mean()
+
+    class ByPosition(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.backbone(batch["input_ids"], batch["attention_mask"]).logits.mean()
+
+    found = []
+    for kind in (ByName, ByPosition):
+        losses = Losses()
+        distillation = Distillation(trained("llama"), task_weight=0.0, **weights)  # type: ignore[arg-type]
+        run = trainer(SparseFinetuning(), distillation, losses, max_steps=1)
+        run.fit(kind(copy.deepcopy(sparse), adamw), DataLoader(windows, batch_size=4))  # type: ignore[arg-type]
+        found.append(losses.losses[0])
+    assert found[0] == pytest.approx(found[1])

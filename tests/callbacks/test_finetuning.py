@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
@@ -31,9 +32,11 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, P
 
 from sparsellm_lightning import (
     CausalLM,
+    Distillation,
     LoraOptions,
     SparseFinetuning,
     SparseLLMCallback,
+    TextDataModule,
     UserError,
     perplexity,
     verify_export,
@@ -855,3 +858,106 @@ def test_a_model_without_a_head_is_not_packed(tmp_path: Path, ids: Tensor, pack:
         assert verify_export(tmp_path / "out", [ids]) == []
         written = LlamaForSequenceClassification.from_pretrained(tmp_path / "out")
         assert torch.equal(written.score.weight, model.score.weight)
+
+
+class Late(OwnModule):
+    """Builds its model after the callbacks are set up."""
+
+    def __init__(self, make: Any) -> None:
+        pl.LightningModule.__init__(self)
+        self.batches_seen = 0
+        self.make = make
+
+
+class LateInConfigureModel(Late):
+    def configure_model(self) -> None:
+        if not hasattr(self, "backbone"):
+            self.backbone = self.make()
+
+
+class LateInSetup(Late):
+    def setup(self, stage: str) -> None:
+        self.backbone = self.make()
+
+
+@pytest.mark.parametrize("kind", [LateInConfigureModel, LateInSetup])
+def test_rotary_frequencies_of_a_model_that_is_built_late(tmp_path: Path, trained, text, kind: type[Late]) -> None:
+    held = SparseLLMCallback(
+        preset="paper", method="wanda", sparsity=0.5, num_calibration_samples=8, export_dir=str(tmp_path / "out")
+    )
+    run = trainer(held, precision="bf16-true")
+    run.fit(kind(lambda: trained("llama")), text.train_dataloader(), text.val_dataloader())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert held.report is not None
+    assert held.report.perplexity["pruned"] == perplexity(exported, text.val_dataloader())
+    assert "convert_module" not in vars(run.precision_plugin)
+
+
+def test_an_average_of_nothing_is_refused_before_pruning(trained, ids: Tensor) -> None:
+    with pytest.raises(UserError, match="average no weight of LateInSetup"):
+        trainer(pruner(measure=False), EMAWeightAveraging(), max_steps=1).fit(
+            LateInSetup(lambda: trained("llama")), DataLoader(ids, batch_size=4)
+        )
+
+
+def test_a_checkpoint_that_is_only_evaluated_leaves_the_report(
+    tmp_path: Path, trained, loader: DataLoader[Any]
+) -> None:
+    held, saver = pruner(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1)
+    run = trainer(held, saver, max_steps=2, enable_checkpointing=True)
+    module = Module(trained("llama"), OPTIMIZERS["adamw"])
+    run.fit(module, loader, loader)
+    assert held.report is not None
+    before = held.report.to_dict()
+    assert before["perplexity"]["finetuned"]
+    run.validate(module, loader, ckpt_path=saver.best_model_path, verbose=False)
+    assert held.report.to_dict() == before
+
+
+def test_zeros_of_an_evaluated_checkpoint_are_not_asked_of_the_next_model(
+    tmp_path: Path, loader: DataLoader[Any]
+) -> None:
+    held, modules = SparseFinetuning(), []
+    for pattern in ("random", "2:4"):
+        model = build_model("llama")
+        prune_by_hand(model, pattern)
+        modules.append(Module(model, OPTIMIZERS["adamw"]))
+    run = trainer(held, max_steps=1)
+    run.fit(modules[0], loader)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run.validate(modules[0], loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    trainer(held, max_steps=1).fit(modules[1], loader)
+
+
+class Tunable(OwnModule):
+    lr = 1e-4
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def test_a_learning_rate_finder_is_no_resumed_run(tmp_path: Path, trained, loader: DataLoader[Any]) -> None:
+    """It saves and loads the state of the callbacks, here with the report of the model before."""
+    held = pruner(measure=False)
+    trainer(held, max_steps=1).fit(Module(trained("llama"), OPTIMIZERS["adamw"]), loader)
+    finder = LearningRateFinder(num_training_steps=4)
+    module = Tunable(trained("llama"))
+    trainer(finder, held, Distillation(), max_steps=1, default_root_dir=tmp_path).fit(module, loader)
+    zeros = sum(int((w == 0).sum()) for w in linear_weights(module).values())
+    assert zeros / sum(w.numel() for w in linear_weights(module).values()) == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_second_fit_that_trains_nothing_is_an_error(trained, loader: DataLoader[Any]) -> None:
+    held = pruner(measure=False)
+    run = trainer(held, max_steps=1)
+    run.fit(Module(trained("llama"), OPTIMIZERS["adamw"]), loader)
+    with pytest.raises(UserError, match="nothing has run"):
+        run.fit(Module(trained("opt"), OPTIMIZERS["adamw"]), loader)
+    assert held.report is None
+
+
+def test_a_model_is_validated_before_it_is_trained(model_dir: Path) -> None:
+    module, data = CausalLM(str(model_dir)), TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=8)
+    (before,) = trainer().validate(module, data, verbose=False)
+    trainer(max_steps=1).fit(module, data)
+    assert before["val_perplexity"] > 1

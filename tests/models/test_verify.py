@@ -176,3 +176,12 @@ def test_the_command(
     run = sparsellm("verify", "out", *data, cwd=tmp_path)
     assert run.returncode == 1
     assert "sparsellm: error: out is not what its report says:\nmodel.layers.1.mlp.up_proj: the report" in run.stderr
+
+
+def test_an_ignored_projection_may_hold_a_zero(tmp_path: Path) -> None:
+    model = build_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 0
+    config = replace(CONFIG, pattern="2:4", sparsity=None, ignore=["*.down_proj"])
+    report = prune_model(model, random_batches(), config)
+    assert verify_export(export_model(model, tmp_path / "out", report=report.to_dict)) == []

@@ -16,15 +16,26 @@ from support.models import VOCABULARY, build_model
 from support.runs import calibration_batches, make_context
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GraniteMoeSharedConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
 from sparsellm_lightning.allocation import choose_shrinkage, shrinkage
 from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.calibration import capture
+from sparsellm_lightning.callbacks import exporting
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.models import shrink, verify_export
+from sparsellm_lightning.models import Shrinkage, check_shrinkable, shrink, verify_export
 from sparsellm_lightning.pipeline.kept import memory_of_tuning
 
 ENDS = ("o_proj", "down_proj")
@@ -218,3 +229,72 @@ def test_ignored_projections_cannot_stay_where_blocks_leave() -> None:
     for pattern in ("blocks", {"parameters": 0.7}, {"neurons": 0.2, "blocks": 1}):
         with pytest.raises(UserError, match="Leave ignore out"):
             PruningConfig(pattern=pattern, ignore=["layers.0.mlp.down_proj"])
+
+
+LFM2 = Lfm2Config(
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 96, "block_multiple_of": 16},
+    **{"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2},
+    layer_types=["conv", "conv", "full_attention", "conv", "full_attention"],
+)
+"""The width of its feed-forward networks is in no setting."""
+SHARED = GraniteMoeSharedConfig(
+    **{"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 32, "shared_intermediate_size": 64},
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_local_experts": 4, "num_experts_per_tok": 2},
+)
+BLOOM = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=4)
+
+
+@pytest.mark.parametrize(("settings", "share"), [(LFM2, 0.75), (SHARED, 0.7), (BLOOM, 0.7)])
+def test_a_budget_that_only_blocks_meet(settings: PretrainedConfig, share: float, tmp_path: Path) -> None:
+    """What stays whole asks nothing of the configuration."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(2))
+    more: dict[str, Any] = {"pattern": {"parameters": share}, "round_to": 16, "num_calibration_samples": 8}
+    pruner = SparseLLMCallback(preset="paper", **more, measure=False, export_dir=str(tmp_path / "out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert smaller.config.num_hidden_layers < settings.num_hidden_layers
+    assert smaller.config.pad_token_id == settings.pad_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_small_blocks_may_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = [2, 4, 1, 3]  # those with attention are smaller
+    monkeypatch.setattr(shrinkage, "choose_blocks", lambda c, cache, b, number: dict.fromkeys(order[:number], 0.0))
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(LFM2).eval()
+    context = make_context(model, PruningConfig(preset="paper", pattern={"parameters": 0.6}, round_to=16))
+    windows = calibration_batches(random_batches())
+    with torch.no_grad():
+        found = choose_shrinkage(context, capture(context, windows, 8), windows)
+    assert found.blocks == {2, 4, 1}
+
+
+def test_lists_of_indices_follow_the_blocks() -> None:
+    config = Llama4TextConfig(
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 64},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        **{"num_local_experts": 4, "no_rope_layers": [1, 1, 1, 1]},
+    )
+    check_shrinkable(describe(Llama4ForCausalLM(config).eval()), Shrinkage(blocks=frozenset({1})))
+
+
+def test_a_model_that_cannot_be_made_smaller_at_the_end_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("No configuration.")
+
+    monkeypatch.setattr(exporting, "shrink", refuse)
+    ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(2))
+    pruner = SparseLLMCallback(**SETTINGS, pattern={"neurons": 0.25}, export_dir=str(tmp_path / "out"), measure=False)
+    model = build_model("llama")
+    trainer(pruner).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(written(ids).logits, model.eval()(ids).logits)

@@ -335,3 +335,17 @@ def test_windows_of_embeddings() -> None:
         prune_model(model, [batch], config)
         results.append(model.state_dict())
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_few_written_windows_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only windows of the greatest length are continued: here one of eight, which would take two fifths of the steps."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    made: list[Distiller] = []
+    monkeypatch.setattr(Distiller, "tune", lambda self: made.append(self))
+    generator = torch.Generator().manual_seed(0)
+    windows = [torch.randint(0, VOCABULARY, (1, length), generator=generator) for length in range(32, 24, -1)]
+    settings: dict[str, Any] = {**ONE, "continuations": 2, "distillation_steps": 60}
+    with pytest.warns(UserWarning, match="continuations asks for 16 written windows, but there are 2"):
+        prune_model(build_model("llama"), windows, PruningConfig(**settings, sparsity=0.5))
+    (distiller,) = made
+    assert sum(min(chosen) >= 8 for chosen in distiller.schedule) == round(0.4 * 60 * 2 / 16)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, TextDataModule, UserError, prune_model
 from sparsellm_lightning.allocation import shrinkage
 from sparsellm_lightning.distributed import ProcessGroupRanks
+from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import prune_blocks
 from sparsellm_lightning.reporting import BlockResult, PruningReport
@@ -370,3 +371,14 @@ def test_process_groups_send_counts_on_their_device(monkeypatch: pytest.MonkeyPa
     assert ranks.gather_counts(1, 2) == [[1, 2], [30, 40]]
     assert ranks.total(1, 2) == [31, 42]
     assert ranks.elements == 8
+
+
+def test_an_allocation_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, method="sparsegpt", allocation="kl_blocks")
+    measured, restored = build_model("llama"), build_model("llama")
+    prune_model(measured, random_batches(), config, resume_dir=tmp_path)
+    for path in tmp_path.glob("block-*"):
+        path.unlink()
+    monkeypatch.setattr(sequential, "allocate", lambda *_: pytest.fail("it is measured again"))
+    prune_model(restored, random_batches(), config, resume_dir=tmp_path)
+    assert_same_weights(measured, restored)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -563,3 +564,39 @@ def test_gradients_in_float16() -> None:
     for exact, coarse in zip(*found, strict=True):
         assert float(torch.cosine_similarity(exact, coarse, dim=0)) > 0.98
         assert 0.9 < float(coarse.norm() / exact.norm()) < 1.1
+
+
+def test_a_weight_that_two_blocks_share_stays_as_it_is() -> None:
+    """Tuning it for the second block would change the first, which is finished."""
+    model = build_model("llama")
+    layers = model.model.layers
+    layers[2].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+    before = layers[1].mlp.up_proj.weight.detach().clone()
+    settings: dict[str, Any] = {"ignore": ["up_proj"], "calibration_val_fraction": 0.0, "distillation_steps": 2}
+    prune_model(
+        model, random_batches(), PruningConfig(preset="fast", sparsity=0.6, num_calibration_samples=8, **settings)
+    )
+    assert torch.equal(before, layers[1].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("counts", [[2] + [64] * 31, [64] + [2] * 63, [64] * 8])
+def test_the_beginning_of_windows_of_unequal_length(counts: list[int]) -> None:
+    valid: list[Tensor | None] = [(torch.arange(64) < count)[None] for count in counts]
+    cache = ActivationCache([torch.zeros(1, 64, 4) for _ in counts], [], valid, torch.device("cpu"), len(counts))
+    found = cache.beginning(128, SINGLE)
+    assert len(found.hidden) <= 8
+    assert found.tokens in ((128, 130) if counts[1] == 64 else (78,)), "few positions, if their tokens are padding"
+
+
+def test_steps_of_unequal_windows_have_the_tokens_that_are_asked_for() -> None:
+    """Also if the largest batch has many times the tokens of the others."""
+    lengths = [32] + [4, 5, 6] * 10
+    windows = calibration_batches([{"input_ids": torch.ones(1, length, dtype=torch.long)} for length in lengths])
+    context = make_context(build_model("llama"), PruningConfig(preset="fast"))
+    cache = capture(context, windows, len(lengths))
+    reconstructor = Reconstructor(
+        context, context.layout.blocks[0], cache, cache.hidden, batch_tokens=32, learning_rate=1e-3
+    )
+    steps = islice(reconstructor._batches(), 30)
+    tokens = [sum(reconstructor.tokens[index] for index in chosen) for chosen in steps]
+    assert 24 < sum(tokens) / len(tokens) < 40
