@@ -31,6 +31,7 @@ from sparsellm_lightning.models import (
     REPORT_NAME,
     CausalLM,
     add_to_report,
+    check_checkpoint,
     inspect_model,
     load_model,
     load_tokenizer,
@@ -73,6 +74,11 @@ class PruningTrainer(pl.Trainer):
         pruner = _pruner(self)
         if pruner.finetune:
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
+        if weights_of(model) is not None:
+            raise UserError(
+                "'prune' prunes model.pretrained, but model.weights names a model that is sparse already, whose zeros stay as "
+                "they are. Train it with 'fit', or prune it further as model.pretrained."
+            )
         if pruner.export_dir is None:
             name = pretrained_of(model) or type(model).__name__
             pruner.export_dir = str(default_export_dir(name, pruner.config, pruner.overwrite))
@@ -289,6 +295,13 @@ class SparseLLMCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # such as an unknown strategy
             raise UserError(f"The Trainer must accept its settings, but it does not: {error}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse what is no checkpoint before any work, and what would execute code."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and Path(path).expanduser().exists():
+            check_checkpoint(path)
+        super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there."""

@@ -27,10 +27,13 @@ def catalogue() -> str:
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a model behind the command has its option, and ``recipe:NAME`` is the path of the recipe."""
+    """Arguments in which a model behind the command has its option, and ``recipe:NAME`` is the path of the recipe.
+
+    The model's option comes last, because later options win over earlier ones, and a recipe may name a model too.
+    """
     given, found = [*arguments], recipes()
     if len(given) > 1 and given[0] in TAKES_A_MODEL and not given[1].startswith("-"):
-        given[1:2] = ["--model.pretrained", given[1]]
+        given += ["--model.pretrained", given.pop(1)]
 
     def path_of(name: str) -> str:
         if name not in found:

@@ -80,6 +80,8 @@ def sweep(
         for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
     }
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out must be a folder, but {out} is a file. Choose another name.")
     if not isinstance(data.tokenizer, PreTrainedTokenizerBase):
         data.tokenizer = load_tokenizer(data.tokenizer or model)
     with claimed(out, "out"):
@@ -115,13 +117,22 @@ def _config(variant: str, sparsity: float, settings: dict[str, Any]) -> PruningC
         raise UserError(
             f"variants must be presets or methods, got {variant}. Choose among {', '.join((*PRESETS, *get_args(Method)))}."
         )
-    chosen = {"preset": variant} if variant in PRESETS else {"preset": "paper", "method": variant}
+    chosen: dict[str, Any] = {"preset": variant} if variant in PRESETS else {"preset": "paper", "method": variant}
+    chosen["sparsity"] = sparsity
     unknown = set(settings) - {field.name for field in fields(PruningConfig)}
     if unknown:
         raise UserError(f"settings must be those of the pruner, got {', '.join(sorted(unknown))}. Correct the names.")
-    if isinstance(settings.get("penalties"), dict):
-        settings = {**settings, "penalties": Penalties(**settings["penalties"])}
-    return PruningConfig(**{**settings, **chosen, "sparsity": sparsity})
+    twice = sorted(set(settings) & set(chosen))
+    if twice:
+        raise UserError(f"settings must leave {', '.join(twice)} to variants and sparsities. Leave it out.")
+    try:
+        if isinstance(settings.get("penalties"), dict):
+            settings = {**settings, "penalties": Penalties(**settings["penalties"])}
+        return PruningConfig(**settings, **chosen)
+    except (TypeError, AttributeError) as error:  # no parser has seen their types
+        raise UserError(
+            f"settings must have the types of the pruner's, got {settings}: {error}. Correct it."
+        ) from error
 
 
 def _run(
@@ -148,7 +159,7 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
     """The rows that an earlier run of this sweep has written. The folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    if not path.exists():
+    if not path.exists() or not (folder / TABLE).exists():  # a run that measured nothing claims nothing
         path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
         raise UserError(f"out must be the folder of this sweep, but {path} is of another model, text or settings.")

@@ -16,6 +16,7 @@ from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparse
 from sparsellm_lightning import UserError
 from sparsellm_lightning.cli import main
 from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.shorthand import expanded
 from sparsellm_lightning.solvers import Penalties
 
 TEXT = ("--data.sequence_length", 64, "--data.max_eval_windows", 2)
@@ -93,6 +94,32 @@ def test_a_checkpoint_that_is_not_there(command: str, capsys: pytest.CaptureFixt
         main([command, "--model.pretrained", "no-such-model", "--ckpt_path", "typo.ckpt"])
     assert end.value.code == 1
     assert "ckpt_path must be a checkpoint, but there is no typo.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(50), None])
+def test_what_is_no_checkpoint(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "last.ckpt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.pretrained", "no-such-model", "--ckpt_path", str(path)])
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "ckpt_path must be a checkpoint" in line
+
+
+def test_the_model_behind_the_command_wins(config: Path) -> None:
+    made = instantiate(*expanded(["prune", "my/model", "--config", str(config)]))
+    assert made.model.pretrained == "my/model"
+
+
+def test_prune_refuses_weights(
+    config: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["prune", "--config", str(config), "--model.weights", str(model_dir)])
+    assert end.value.code == 1
+    assert "'prune' prunes model.pretrained, but model.weights names" in capsys.readouterr().err
 
 
 def test_evaluate_needs_no_prunable_model(

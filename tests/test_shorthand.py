@@ -37,7 +37,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_arguments_are_expanded() -> None:
     quickstart = str(recipes()["quickstart"])
     assert expanded(["prune", "m/x", "--config", "recipe:quickstart", "--config=recipe:2-4"]) == [
-        *("prune", "--model.pretrained", "m/x", "--config", quickstart, f"--config={recipes()['2-4']}")
+        *("prune", "--config", quickstart, f"--config={recipes()['2-4']}", "--model.pretrained", "m/x")
     ]
     assert expanded(["prune", "--config", "a.yaml"]) == ["prune", "--config", "a.yaml"]
     assert expanded(["verify", "folder"]) == ["verify", "folder"]

@@ -106,3 +106,44 @@ def test_another_text_needs_another_folder(tmp_path: Path, model_dir: Path) -> N
     for data in (of("b"), of("a", text_field="other"), of("a", seed=1)):
         with pytest.raises(UserError, match="another model, text or settings"):
             sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "best"}, "settings must leave preset"),
+        ({"sparsity": 0.7}, "settings must leave sparsity"),
+        ({"method": "wanda"}, "settings must leave method"),
+        ({"damping": "10%"}, "settings must have the types"),
+        ({"allocation_spread": None}, "settings must have the types"),
+        ({"ignore": None}, "settings must have the types"),
+        ({"penalties": {"betta": 2}}, "settings must have the types"),
+        ({"penalties": 3}, "settings must have the types"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep("no-such-model", [0.5], ["sparsegpt"], str(tmp_path / "out"), settings=settings)
+
+
+def test_a_corrected_command_after_a_refusal(tmp_path: Path, model_dir: Path) -> None:
+    (tmp_path / "text.txt").write_text("a b c " * 3000)
+    files: dict[str, Any] = {
+        "sequence_length": 64,
+        "tokenizer": str(model_dir),
+        "train_files": [str(tmp_path / "text.txt")],
+    }
+    out = str(tmp_path / "sweep")
+    with pytest.raises(UserError, match=r"Set data\.test_files"):
+        sweep(str(model_dir), [0.5], ["magnitude"], out, TextDataModule("files", **files), SETTINGS)
+    corrected = TextDataModule("files", **files, test_files=files["train_files"])
+    sweep(str(model_dir), [0.5], ["magnitude"], out, corrected, SETTINGS)
+
+
+def test_out_is_the_working_folder_or_a_file(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep(str(model_dir), [0.5], ["magnitude"], ".", text(model_dir), SETTINGS)
+    assert (tmp_path / "sweep.csv").is_file()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="out must be a folder, but file is a file"):
+        sweep(str(model_dir), [0.5], ["magnitude"], "file", text(model_dir), SETTINGS)

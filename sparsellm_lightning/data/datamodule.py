@@ -64,7 +64,8 @@ class TextDataModule(LightningDataModule):
             ``self``.
         max_eval_windows: upper limit of the windows for evaluation, from the start of the text. None: no limit.
         num_workers: worker processes per loader.
-        seed: seeds the calibration windows and the order of training windows.
+        seed: of the order of training windows, and of the choice of calibration windows where a caller gives none. The pruner
+            gives its own.
         tokenizer: a tokenizer, or the model it belongs to, as ``load_tokenizer`` takes it. None: the ``tokenizer`` of the
             trainer's module.
         model_attribute: attribute of the trainer's module that holds the model of source ``self``, if it holds several.

@@ -23,13 +23,12 @@ def claimed(folder: str | Path, setting: str) -> Iterator[None]:
     Raises:
         UserError: another run has claimed the folder, or nothing can be written beside it.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()  # "." has no name
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(
-            dir=target.parent
-        ):  # filelock takes a folder without write permission for one that is locked
+        # filelock takes a folder without write permission for one that is locked.
+        with TemporaryFile(dir=target.parent):
             lock.acquire()
     except Timeout as error:
         raise UserError(

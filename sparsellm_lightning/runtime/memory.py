@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -210,4 +210,38 @@ def _available(device: torch.device) -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux: the system can swap
         return float("inf")
-    return _AUTO_FRACTION * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return _AUTO_FRACTION * min(free, *_left_in_control_groups())
+
+
+def _left_in_control_groups(
+    process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[float]:
+    """Bytes that each control group of this process still allows: a container, or a job of SLURM. Infinite without a limit.
+
+    Args:
+        process: names the groups of the process, in lines ``number:controllers:path``.
+        root: where version 2 of the groups is mounted, and version 1 in folders of its controllers. In a container the path may
+            be the host's, and the root the container's own group.
+    """
+    left = [float("inf")]
+    for line in process.read_text().splitlines() if process.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = PurePosixPath(path.lstrip("/"))
+        left += [_left_in(top / part, *names) for part in (inside, *inside.parents)]
+    return left
+
+
+def _left_in(group: Path, limit: str, used: str, reclaimable: str) -> float:
+    try:
+        allowed, taken = (group / limit).read_text().strip(), int((group / used).read_text())
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return float("inf")
+    return float("inf") if allowed == "max" else int(allowed) - taken + int(pages.get(reclaimable, 0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +65,35 @@ def test_auto_takes_the_free_memory_and_refuses_nothing(
     assert place("auto", SIZES, CPU) == Placement(CPU, CPU)
     monkeypatch.setattr(memory, "_available", lambda device: free)
     assert place("auto", SIZES, GPU) == expected
+
+
+def test_a_container_or_job_has_less_than_the_machine(tmp_path: Path) -> None:
+    process, root = tmp_path / "cgroup", tmp_path / "fs"
+
+    def group(folder: Path, limit: str, used: int, reclaimable: int, version: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        pages = {"anon": 7, "inactive_file": reclaimable} if version == 2 else {"total_inactive_file": reclaimable}
+        (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in pages.items()))
+
+    def left() -> float:
+        return min(memory._left_in_control_groups(process, root))
+
+    assert left() == math.inf
+    process.write_text("0::/slurm/job_1/step\n")
+    assert left() == math.inf
+    group(root / "slurm/job_1/step", "max", 500, 0, 2)
+    assert left() == math.inf
+    group(root / "slurm/job_1", "1000", 600, 50, 2)  # the limit is the job's, not the step's
+    assert left() == 450
+    group(root, "900", 700, 0, 2)  # a container's own group is at the root
+    assert left() == 200
+    process.write_text("5:cpu:/\n4:memory,hugetlb:/docker/x:1\n0::/\n")
+    (root / "memory.max").unlink()
+    group(root / "memory", "300", 250, 10, 1)
+    assert left() == 60
 
 
 def test_sizes_of_a_block() -> None:
