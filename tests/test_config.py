@@ -60,11 +60,19 @@ def test_the_default_preset_is_balanced() -> None:
     assert SparseLLMCallback().config == PruningConfig()
 
 
-def test_preset_paper_is_sparsellm_as_published() -> None:
-    config = PruningConfig(preset="paper")
-    assert (config.method, config.local_solver, config.num_iterations) == ("sparsellm", "sparsegpt", 4)
-    assert (config.target, config.allocation) == ("block", "uniform")
-    assert (config.reconstruction_steps, config.continuations, config.damping) == (0, 0, 0.01)
+DECIDED = {
+    "paper": ("sparsellm", "sparsegpt", 4, "block", "uniform", 0, 0, 0, 0.01),
+    "fast": ("sparsegpt", "sparsegpt", 4, "block", "uniform", 6, 0, 0, 0.1),
+    "balanced": ("admm", "sparsegpt", 4, "model", "kl_blocks", 24, 40, 0, 0.3),
+    "best": ("admm", "sparsegpt", 4, "model", "kl", 24, 128, 2, 0.3),
+}
+"""Of which recipes/RESULTS.md says how they were measured."""
+
+
+@pytest.mark.parametrize("preset", DECIDED)
+def test_presets_are_those_that_were_measured(preset: Any) -> None:
+    names = "method local_solver num_iterations target allocation reconstruction_steps distillation_steps continuations damping"
+    assert decided(PruningConfig(preset=preset)) == dict(zip(names.split(), DECIDED[preset], strict=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -39,7 +39,7 @@ class SparseFinetuning(pl.Callback):
 
     Raises:
         UserError: at setup, if the Trainer has Lightning's ``ModelPruning`` or an unsupported strategy; at the start of
-            training, if the model has no zeros, or other zeros than the checkpoint stored.
+            training, if no linear layer has 1 % of zeros, or other zeros than the checkpoint stored.
         MaskError: at the end of an epoch or of training, if something else changed the zeros.
     """
 

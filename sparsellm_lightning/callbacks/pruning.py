@@ -62,15 +62,15 @@ class SparseLLMCallback(SparseFinetuning):
             anew and keeps the zeros of the stage before. Needs ``finetune``. Replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends. None: no export.
         resume_dir: folder where every finished block is noted. A run that was killed while pruning and is started again goes
-            on at the first unfinished block. With ``schedule``, one folder inside for each stage. None: no notes.
-        overwrite: replace the contents of ``export_dir``.
+            on at the first unfinished block. Inside is a folder for each stage of ``schedule``, otherwise one. None: no notes.
+        overwrite: replace an earlier export in ``export_dir``.
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
             :mod:`sparsellm_lightning.models.packed`).
         push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
             Needs ``export_dir``, and not with ``pack``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
-        baseline: also prune the model by SparseGPT alone, before, and report R, the loss as a share of SparseGPT's. Of patterns
-            of zeros. The dense weights are kept in host memory meanwhile.
+        baseline: also prune the model by SparseGPT alone, before, and report R, the loss as a share of SparseGPT's. Needs
+            ``measure``, and a pattern that is unstructured or N:M. The dense weights are kept in host memory meanwhile.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
 

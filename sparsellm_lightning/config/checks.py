@@ -54,7 +54,9 @@ def check_pattern(config: PruningConfig) -> None:
     if not config.pattern or ({*config.pattern} - {*STRUCTURES} and len(config.pattern) > 1):
         raise UserError(f"pattern must give {named}, got {config.pattern}. Write {{neurons: 0.25, blocks: 3}}.")
     if config.sparsity is not None:
-        raise UserError(f"pattern {config.pattern} gives the shares, got sparsity {config.sparsity} too. Leave it out.")
+        raise UserError(
+            f"pattern {config.pattern} gives the shares, got sparsity {config.sparsity} too. Leave it out, or set it to null."
+        )
     for name, share in config.pattern.items():
         one_of("pattern's names", name, (*STRUCTURES, *BUDGETS))
         count = name == "blocks" and isinstance(share, (int, float)) and share >= 1 and float(share).is_integer()

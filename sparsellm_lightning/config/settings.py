@@ -35,9 +35,9 @@ class PruningConfig:
     """Settings of the pruner. Settings that a preset decides are None until construction replaces None by the preset's value.
 
     Args:
-        sparsity: fraction of zeros in every pruned matrix (with ``allocation``: over all of them), in [0, 1); of pattern
-            ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5, or the sparsity of an N:M
-            pattern.
+        sparsity: fraction of zeros in every pruned matrix (over all of them, unless ``allocation`` is uniform), in [0, 1); of
+            pattern ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5, or the sparsity of
+            an N:M pattern.
         pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or what leaves as a whole, so
             that a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in
             every block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
@@ -62,20 +62,22 @@ class PruningConfig:
             Unstructured patterns only.
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
             fixed. Features of the block's output count by the gradient of the model's output. 0: none.
-        distillation_steps: Adam steps of 512 tokens that tune all kept weights together at the end, on the dense model's
-            next-token distributions over the fitted windows. They need the memory of the gradients and Adam's moments of all
-            kept weights, and where weights are sharded of all gradients. A preset that asks for them goes without, with a
-            warning, where the model has no language-model head or the memory does not suffice. 0: none.
-        continuations: windows that the dense model writes for each fitted calibration window. One continues each 32 tokens of
-            it, and others continue random tokens of the vocabulary, for text of other kinds. The first 40 % of the
-            distillation's steps are on them. For half of the calibration windows, blocks are fitted to the
+        distillation_steps: Adam steps that tune all kept weights together at the end, on the dense model's next-token
+            distributions over the fitted windows. A step has about 512 tokens, and at least one window on each rank. They need
+            24 bytes for each kept weight (its value, place, gradient, moments and best state), and where weights are sharded
+            all gradients. A preset that asks for them goes without, with a warning, where the model has no language-model head
+            or the memory does not suffice. 0: none.
+        continuations: windows that the dense model writes for each fitted calibration window without padding. The first
+            continues each 32 tokens of it, and others continue random tokens of the vocabulary, for text of other kinds. The
+            first 40 % of the distillation's steps are on them. For half of the calibration windows, blocks are fitted to the
             last of these too.
-        damping: added to the diagonal of each Gram matrix, as a fraction of its mean.
+        damping: added to the diagonal of each Gram matrix, as a fraction of the diagonal's mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
         penalties: weights α, β, γ of the alternation's objective, and whether they are scale-free.
-        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean. ``owl``: half the
-            width of the range of sparsities, which is then shifted so that their mean is the one asked for.
+        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean, and at most half
+            of 1 − sparsity. ``owl``: half the width of the range of sparsities, which is then shifted so that their mean is the
+            one asked for; for it and ``atp`` also at most half of the sparsity.
         ignore: name patterns of projections that stay dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``). Not with patterns that may remove blocks.
         num_calibration_samples: calibration windows, over all ranks.
@@ -83,11 +85,12 @@ class PruningConfig:
             and reconstruction steps are chosen on them. Rounded down to whole windows. Methods that choose nothing fit all
             windows.
         seed: of the choice of calibration windows, of continuations and of the order of reconstruction batches.
-        solver_precision: ``auto``: bfloat16 products for the alternation's auxiliaries, for reconstruction, and for
-            continuations, where the hardware is faster at them and the model is float32. Gram matrices and solvers never use
-            bfloat16. ``float32``: no bfloat16.
+        solver_precision: ``auto``: bfloat16 products where the hardware is faster at them: for the alternation's auxiliaries,
+            and, if the model is float32, for tuning, continuations and measurements of the output. Gram matrices and solvers
+            never use bfloat16. ``float32``: no bfloat16.
         memory: bytes that pruning may hold on each rank's device besides the model, or ``auto``: most of what is free. With
-            less, auxiliaries, activations and Adam's moments are kept in host memory: slower, the same result.
+            less, an accelerator keeps auxiliaries, activations and Adam's moments in host memory, which is slower, and a preset
+            goes without distillation if its gradients do not fit. Less than one block needs is refused.
 
     Raises:
         UserError: a value out of its range. The message says what to write instead.

@@ -35,7 +35,7 @@ class CausalLM(pl.LightningModule):
             ``pretrained`` names. To resume a run, use ``ckpt_path`` instead.
         dtype: of the weights: ``auto`` (the checkpoint's, float32 for GGUF), ``float32``, ``bfloat16``, ...
         optimizer: takes the parameters, returns an optimizer.
-        lr_scheduler: takes the optimizer, returns a scheduler, which is stepped every batch.
+        lr_scheduler: takes the optimizer, returns a scheduler, which is stepped after every optimizer step.
         lora: low-rank adapters that train instead of the weights. ``--model.lora.rank 16`` is enough to ask for them.
 
     Raises:

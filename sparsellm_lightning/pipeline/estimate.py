@@ -46,7 +46,8 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     if alternating and config.target == "model":
         followed = tokens
     elif config.reconstruction_steps:
-        followed = min(config.reconstruction_steps * BATCH_TOKENS + config.held_out_fraction * tokens, tokens)
+        step = max(BATCH_TOKENS, window)
+        followed = min(config.reconstruction_steps * step + config.held_out_fraction * tokens, tokens)
     for block in layout.blocks:
         work_of_block = _of_block(block, config, tokens, window, block.index in alternating)
         work_of_block["forward"] += block.forward_work(window) * followed
@@ -55,7 +56,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     memory = 0.0
     if config.distillation_steps:
         head = layout.model.get_output_embeddings()
-        seen = config.distillation_steps * min(STEP_TOKENS, tokens)
+        seen = config.distillation_steps * min(max(STEP_TOKENS, window), tokens)
         forward = sum(block.forward_work(window) for block in layout.blocks)
         head_work = 0.0
         if head is not None:
@@ -94,7 +95,7 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
             # An update: predictions, the residual, p, and the cross matrices.
             work["alternation"] += (iterations - 1) * carrying * (6 * weights + width**2)
     work["forward"] = passes * tokens
-    work["reconstruction"] = 3.0 * whole * config.reconstruction_steps * min(BATCH_TOKENS, tokens)
+    work["reconstruction"] = 3.0 * whole * config.reconstruction_steps * min(max(BATCH_TOKENS, window), tokens)
     return work
 
 

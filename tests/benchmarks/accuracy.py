@@ -6,7 +6,8 @@
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
-a hash of its configuration, the model's weights and its windows. The hash does not cover the code. So a run that was killed,
+a hash of its configuration, the model's weights and its windows. The hash does not cover the code. R compares cells of one
+machine only, and seconds and memory are shown of this one. So a run that was killed,
 or is asked for more cells, goes on. ``--again`` measures the chosen cells again. The tables show all known cells. With
 ``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
@@ -38,6 +39,7 @@ from common import (
     TEST_TEXT,
     Job,
     hash_of,
+    machine,
     measure,
     other_python,
     parser,
@@ -140,14 +142,23 @@ class Results:
         return math.log(pruned["perplexity"][text] / dense["perplexity"][text])
 
     def share(self, cell: Cell, text: str) -> float | None:
-        """R: the gap divided by SparseGPT's."""
-        own, reference = self.gap(cell, text), self.gap(("sparsegpt", cell[1]), text)
-        return own / reference if own and reference else None
+        """R: the gap divided by SparseGPT's on the same machine, because rounding alone moves both."""
+        of_sparsegpt = ("sparsegpt", cell[1])
+        own, reference = self.gap(cell, text), self.gap(of_sparsegpt, text)
+        if not own or not reference or self._machine(cell) != self._machine(of_sparsegpt):
+            return None
+        return own / reference
+
+    def _machine(self, cell: Cell) -> str | None:
+        found = self.find(cell)
+        return None if found is None else found.get("machine")
 
     def figures(self, cell: Cell, figure: str) -> list[float] | None:
         """One of the :data:`FIGURES`: perplexity and R on every text, or a single number. None if it is not known."""
         found = self.find(cell)
         if found is None:
+            return None
+        if figure in (SECONDS, MEMORY) and found.get("machine") != machine():
             return None
         if figure == SECONDS:
             return [found["seconds"]] if found["together"] == 1 else None
@@ -288,7 +299,7 @@ def measure_cells(results: Results, job: Job, wanted: Iterable[Cell], options: a
                 failed.append(cell)
                 continue
             kept = {name: value for name, value in figures.items() if name != "table"}
-            results.add(cell, {**kept, "together": options.together})
+            results.add(cell, {**kept, "together": options.together, "machine": machine()})
             print({name: figures.get(name) for name in (SECONDS, "perplexity")}, file=sys.stderr, flush=True)
     return failed
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -132,6 +133,17 @@ def _hash_of_content(model: Path, windows: Sequence[str]) -> str:
     for name in windows:
         content.update(hashlib.sha256(torch.load(name).numpy().tobytes()).digest())
     return content.hexdigest()[:16]
+
+
+def machine() -> str:
+    """The processor, its cores and torch's version (Linux)."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {name.strip(): value.strip() for name, value in found.items()}
+    kind = ", ".join(f"{name} {named[name]}" for name in ("model name", "cpu family", "model") if name in named)
+    return f"{kind}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def peak_bytes() -> int:

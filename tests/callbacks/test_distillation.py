@@ -545,3 +545,19 @@ def test_a_mask_that_is_given_by_position_counts(
         run.fit(kind(copy.deepcopy(sparse), adamw), DataLoader(windows, batch_size=4))  # type: ignore[arg-type]
         found.append(losses.losses[0])
     assert found[0] == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_dtype_of_the_teacher(trained, model_dir: Path, ids: Tensor, given: bool) -> None:
+    """Of a model that is given, and of one that is loaded."""
+    distillation = Distillation(trained("llama") if given else None, teacher_dtype="bfloat16")
+    seen: set[torch.dtype] = set()
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            assert distillation._model is not None
+            seen.update(p.dtype for p in distillation._model.parameters())
+
+    data = DataLoader([{"input_ids": row} for row in ids], batch_size=4)  # type: ignore[arg-type]
+    trainer(pruner(), distillation, Look(), max_steps=1).fit(CausalLM(str(model_dir), optimizer=adamw), data)
+    assert seen == {torch.bfloat16}

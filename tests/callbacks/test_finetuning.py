@@ -961,3 +961,26 @@ def test_a_model_is_validated_before_it_is_trained(model_dir: Path) -> None:
     (before,) = trainer().validate(module, data, verbose=False)
     trainer(max_steps=1).fit(module, data)
     assert before["val_perplexity"] > 1
+
+
+class Rates(pl.Callback):
+    """The learning rate at the start of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [8.0, 4.0, 2.0, 1.0]), (2, [8.0, 8.0, 4.0, 4.0])])
+def test_the_scheduler_goes_with_optimizer_steps(model_dir: Path, accumulate: int, expected: list[float]) -> None:
+    rates, data = Rates(), TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16)
+    module = CausalLM(
+        str(model_dir),
+        optimizer=lambda p: torch.optim.SGD(p, lr=8e-4),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+    )
+    steps = {"max_steps": 4 // accumulate, "accumulate_grad_batches": accumulate, "limit_val_batches": 0}
+    trainer(rates, **steps).fit(module, data)  # type: ignore[arg-type]
+    assert rates.seen == pytest.approx([1e-4 * rate for rate in expected])

@@ -22,7 +22,15 @@ from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule, UserError, perplexity
+from sparsellm_lightning import (
+    CausalLM,
+    PruningConfig,
+    SparseLLMCallback,
+    TextDataModule,
+    UserError,
+    perplexity,
+    prune_model,
+)
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.callbacks.checks import check_trainer
 from sparsellm_lightning.data.loaders import validation_batches
@@ -633,3 +641,24 @@ def test_what_the_run_writes_lies_outside_the_export(
         trainer(pruner, default_root_dir=tmp_path / "out", **settings).fit(
             OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
         )
+
+
+@pytest.mark.parametrize("settings", [{"pattern": "2:4"}, {"sparsity": 0.6, "ignore": ["down_proj"], "seed": 3}])
+def test_the_baseline_has_the_settings_of_the_run(
+    settings: dict[str, Any], ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PruningConfig] = []
+    monkeypatch.setattr(
+        "sparsellm_lightning.callbacks.measuring.prune_model",
+        lambda model, batches, config, **more: asked.append(config) or prune_model(model, batches, config, **more),
+    )
+    held = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8, baseline=True, **settings)
+    trainer(held).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), DataLoader(ids[:4]))
+    assert asked == [PruningConfig(preset="paper", method="sparsegpt", num_calibration_samples=8, **settings)]
+
+
+def test_every_stage_has_a_journal_of_its_own(tmp_path: Path, ids: torch.Tensor) -> None:
+    stages: dict[str, Any] = {"schedule": {0: 0.5, 2: 0.6}, "finetune": True, "resume_dir": str(tmp_path / "journal")}
+    held = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8, measure=False, **stages)
+    trainer(held, max_steps=3).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=4))
+    assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == ["stage-0", "stage-1"]

@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -605,3 +606,16 @@ def test_ranks_take_turns_among_windows_that_count(rank: int) -> None:
     with mock.patch.object(ranks, "total", return_value=[4]):
         taken, _ = take_windows([{"input_ids": ids, "attention_mask": mask}], 4, ranks, torch.device("cpu"))
     assert taken[0].inputs["input_ids"].tolist() == ids[[[0, 3], [2, 4]][rank]].tolist()
+
+
+def test_ranks_share_the_training_windows(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
+    def windows(world: int, rank: int) -> list[list[int]]:
+        data = _module(tokenizer, source="files", train_files=text_file)
+        trainer = SimpleNamespace(world_size=world, global_rank=rank, limit_train_batches=1.0, training=False)
+        data.trainer = trainer  # type: ignore[assignment]
+        found: list[list[int]] = _rows(data.train_dataloader()).tolist()
+        return found
+
+    first, second = windows(2, 0), windows(2, 1)
+    assert len(first) == len(second)
+    assert sorted(first + second) == sorted(windows(1, 0))

@@ -11,7 +11,7 @@ from support.models import build_model
 
 from sparsellm_lightning import UserError
 from sparsellm_lightning.cli import main
-from sparsellm_lightning.models import Speed, measure_speed
+from sparsellm_lightning.models import Speed, measure_speed, speed
 from sparsellm_lightning.models.speed import use_semi_structured
 from sparsellm_lightning.reporting import speed_table
 
@@ -27,9 +27,9 @@ def test_sizes_and_repetitions(tmp_path: Path) -> None:
     assert one.zeros == sum(int((p == 0).sum()) for p in model.parameters())
     assert one.file_bytes == sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
     assert one.memory_bytes >= 4 * one.parameters
-    for speed in (one, other):
-        assert [len(getattr(speed, figure)) for figure in ("load", "prefill", "decode")] == [3, 3, 3]
-        assert min(speed.load + speed.prefill + speed.decode) > 0
+    for measured in (one, other):
+        assert [len(getattr(measured, figure)) for figure in ("load", "prefill", "decode")] == [3, 3, 3]
+        assert min(measured.load + measured.prefill + measured.decode) > 0
 
 
 def test_table_compares_pair_by_pair() -> None:
@@ -90,3 +90,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "holds 128 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="repeats must be at least 1"):
         measure_speed([str(tmp_path)], repeats=0)
+
+
+def test_what_is_timed() -> None:
+    model, seen = build_model("llama"), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    speed._prefill(model, 16)
+    assert seen == [16]
+    seen.clear()
+    speed._decode(model, 4)
+    assert seen[1:] == [1, 1, 1], "four new tokens, the first one by the prompt"

@@ -29,7 +29,14 @@ from sparsellm_lightning import NumericalError, PruningConfig, UserError, perple
 from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.pipeline import sequential
-from sparsellm_lightning.solvers import Ranks
+from sparsellm_lightning.solvers import (
+    LOCAL_SOLVERS,
+    InputStatistics,
+    Penalties,
+    Ranks,
+    Unstructured,
+    solve_stacked,
+)
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "admm", "sparsellm"]
 
@@ -389,3 +396,43 @@ def test_alternation_tokens_reach_the_solver(trained, calibration, monkeypatch: 
         errors[per_feature] = [block["errors"] for block in report.blocks]
     assert errors[5] != errors[28] == errors[10**6]
     assert errors[5][0][0] == pytest.approx(errors[28][0][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.4])
+@pytest.mark.parametrize(
+    ("settings", "solver"),
+    [
+        ({"method": "admm"}, "admm"),
+        ({"method": "sparsellm", "local_solver": "wanda"}, "wanda"),
+        ({"method": "sparsegpt"}, "sparsegpt"),
+    ],
+)
+def test_settings_reach_the_solvers(
+    settings: dict[str, Any], solver: str, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first matrices are those that the solver alone gives, and the alternation gets its settings."""
+    given: list[dict[str, Any]] = []
+    solve = sequential.solve_feed_forward
+    monkeypatch.setattr(
+        sequential, "solve_feed_forward", lambda *args, **options: given.append(options) or solve(*args, **options)
+    )
+    ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+    model, dense, inputs = build_model("llama"), build_model("llama"), []
+    attention = dense.model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense(ids)
+    weights = {name: getattr(attention, name).weight.detach() for name in ("q_proj", "k_proj", "v_proj")}
+    statistics = InputStatistics(inputs[0].T @ inputs[0] / len(inputs[0]), damping)
+    patterns = dict.fromkeys(weights, Unstructured(0.6))
+    expected = solve_stacked(weights, statistics, patterns, LOCAL_SOLVERS[solver])
+    more: dict[str, Any] = {"num_iterations": 2, "num_calibration_samples": 8, "calibration_val_fraction": 0.0}
+    config = PruningConfig(
+        preset="paper", sparsity=0.6, damping=damping, penalties=Penalties(beta=3.0), **settings, **more
+    )
+    prune_model(model, [ids], config)
+    for name, weight in expected.items():
+        found = getattr(model.model.layers[0].self_attn, name).weight.detach()
+        torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-3)
+    assert bool(given) == (settings["method"] == "sparsellm")
+    assert all((one["damping"], one["penalties"]) == (damping, config.penalties) for one in given)

@@ -279,8 +279,9 @@ class ZerosHeld(pl.Callback):
         self.before = {name: tensor.clone() for name, tensor in self.local(pl_module).items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        for name, tensor in self.local(pl_module).items():
-            before = self.before[name]
+        now = {name: local_tensor(p) for name, p in pl_module.named_parameters()}
+        for name, before in self.before.items():
+            tensor = now[name]
             assert torch.equal(tensor == 0, before == 0), f"{name} at step {trainer.global_step}"
             if "base_layer" not in name:
                 assert before.numel() == 0 or bool((tensor != before).any()), f"{name} stands still"
