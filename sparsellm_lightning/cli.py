@@ -268,6 +268,12 @@ def benchmark(
     add_to_report(model, speed=[asdict(speed) for speed in speeds])
 
 
+def _by_name(ckpt_path: Any) -> bool:
+    """Whether Lightning finds a checkpoint by a name, or there is none to find."""
+    text = str(ckpt_path)
+    return ckpt_path in (None, "last", "best", "hpc") or "://" in text or text.startswith("registry")
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors take one line."""
 
@@ -299,15 +305,14 @@ class SparseLLMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Refuse what is no checkpoint before any work, and what would execute code."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and Path(path).expanduser().exists():
+        if not _by_name(path) and Path(path).expanduser().exists():
             check_checkpoint(path)
         super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there."""
         path = self.config[self.subcommand].get("ckpt_path")
-        by_name = path in ("last", "best", "hpc") or "://" in str(path) or str(path).startswith("registry")
-        if path is not None and not by_name and not Path(path).expanduser().exists():
+        if not _by_name(path) and not Path(path).expanduser().exists():
             raise UserError(
                 f"ckpt_path must be a checkpoint, but there is no {path}. Correct the path, or leave it out."
             )

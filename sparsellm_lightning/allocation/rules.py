@@ -24,7 +24,7 @@ _TIE = 1e-6  # relative difference up to which damages per weight count as equal
 _FLOOR = 0.01  # smallest damage of a part, in units of its smallest positive one
 
 
-def outlier_ratio(weight: Tensor, gram: Tensor, mean: float, multiple: float = 5.0) -> tuple[int, int]:
+def outlier_ratio(weight: Tensor, squares: Tensor, mean: float, multiple: float = 5.0) -> tuple[int, int]:
     """Number of a matrix's scores ``A_ij = |W_ij| · ‖X_j‖₂`` above M times the mean, and number of scores.
 
     Section 3 of OWL (arXiv 2310.05175), with the mean over all projections of a block. Two numbers, so that projections and
@@ -32,22 +32,22 @@ def outlier_ratio(weight: Tensor, gram: Tensor, mean: float, multiple: float = 5
 
     Args:
         weight: W, (rows, columns) float32, this rank's rows.
-        gram: ``XᵀX / n``, (columns, columns) float32. The scale of the inputs cancels.
+        squares: ``‖X_j‖² / n``, the diagonal of the Gram matrix, (columns,) float32. The scale of the inputs cancels.
         mean: of the scores of the block, see :func:`score_sum`.
         multiple: M.
     """
-    scores = _scores(weight, gram)
+    scores = _scores(weight, squares)
     return int((scores > multiple * mean).sum()), scores.numel()
 
 
-def score_sum(weight: Tensor, gram: Tensor) -> tuple[float, int]:
+def score_sum(weight: Tensor, squares: Tensor) -> tuple[float, int]:
     """Sum and number of the scores that :func:`outlier_ratio` counts."""
-    scores = _scores(weight, gram)
+    scores = _scores(weight, squares)
     return float(scores.sum(dtype=torch.float64)), scores.numel()
 
 
-def _scores(weight: Tensor, gram: Tensor) -> Tensor:
-    return weight.abs() * gram.diagonal().clamp(min=0).sqrt()
+def _scores(weight: Tensor, squares: Tensor) -> Tensor:
+    return weight.abs() * squares.clamp(min=0).sqrt()
 
 
 def owl(outlier_ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:

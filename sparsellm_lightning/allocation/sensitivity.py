@@ -160,7 +160,8 @@ def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]
     for block in context.layout.blocks:
         statistics = BlockStatistics(context, block, sample)
         for part in _parts(block, apart=False):
-            weights = [(context.adapter.read_rows(p), statistics[p.name].gram) for p in part]
+            # Copies of the diagonals, so that one Gram matrix is in memory at a time.
+            weights = [(context.adapter.read_rows(p), statistics[p.name].gram.diagonal().clone()) for p in part]
             sums = torch.tensor(
                 [score_sum(*weight) for weight in weights], dtype=torch.float64, device=context.device
             ).sum(0)

@@ -188,7 +188,7 @@ class _Clock:
 
     def now(self) -> float:
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def start(self, module: nn.Module, args: Any) -> None:

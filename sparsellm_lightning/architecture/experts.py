@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ def prove_experts(
     """
     alpha, limit = (_number(module, name, f"swiglu_{name}") for name in ("alpha", "limit"))
     tried: list[tuple[Activation, float, float | None]] = [(activation, 0.0, None) for activation in activations]
-    if limit is not None:  # the probe's tokens may be too small to show it
+    if limit is not None and math.isfinite(limit):  # the probe's tokens may be too small to show it
         tried = [(_clamped(activation, limit), 0.0, limit) for activation in activations] + tried
     if limit is not None and alpha is not None:  # GPT-OSS, MiniMax-M3
         tried.insert(0, (_clamped(_swish(alpha), limit), 1.0, limit))
@@ -161,9 +163,16 @@ def _number(module: nn.Module, *names: str) -> float | None:
     return next((float(value) for value in found if isinstance(value, (int, float))), None)
 
 
+@cache  # equal activations are one object, for which steps are compiled once
 def _swish(alpha: float) -> Activation:
     return Activation(f"swish of {alpha:g} t", lambda t: t * torch.sigmoid(alpha * t))
 
 
+@cache
 def _clamped(activation: Activation, limit: float) -> Activation:
-    return Activation(f"{activation.name}, clamped at {limit:g}", lambda t: activation(t.clamp(max=limit)))
+    def derivatives(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, first, second = activation.expand(t.clamp(max=limit))
+        return value, first * (t < limit), second * (t < limit)
+
+    name = f"{activation.name}, clamped at {limit:g}"
+    return Activation(name, lambda t: activation(t.clamp(max=limit)), derivatives if activation.derivatives else None)

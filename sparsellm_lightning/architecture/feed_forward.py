@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
@@ -156,15 +157,18 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def is_product(layer: Any, x: Tensor, y: Tensor) -> bool:
-    """Whether a linear layer has given ``y = x Wᵀ + b``, of its own weight and bias. True if y is not finite.
+    """Whether a linear layer has given ``y = x Wᵀ + b``, of its own weight and bias.
 
-    Classes made from ``nn.Linear`` may scale, normalise or round what they see.
+    Classes made from ``nn.Linear`` may scale, normalise or round what they see. True if that is not known: y is not finite, or
+    the weight is sharded again.
     """
+    if isinstance(layer.weight, DTensor) or not math.isfinite(float(y.float().norm())):
+        return True
     weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
     if (*x.shape[:-1], *weight.shape) != (*y.shape[:-1], x.shape[-1], y.shape[-1]):
         return False
-    product = x @ weight
-    return not bool(y.isfinite().all()) or _equal(y, product if layer.bias is None else product + layer.bias)
+    product = (x.to(y.dtype) @ weight.to(y.dtype)).float()
+    return _equal(product if layer.bias is None else product + layer.bias, y)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

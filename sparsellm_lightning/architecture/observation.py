@@ -234,6 +234,8 @@ class Observation:
         if self._proving or listed is None:
             return
         name, modules = listed
+        if any(self.names.get(inside) in self.dense for expert in modules for inside in expert.modules()):
+            return  # they are more than their weights
         self._proving = True
         try:
             found = prove_listed(self.names, module, modules, (args, kwargs, hidden_states(output)), self.activations)

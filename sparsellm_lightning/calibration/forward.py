@@ -24,7 +24,7 @@ from sparsellm_lightning.architecture import (
 from sparsellm_lightning.calibration.activations import ActivationCache, Arguments
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.data import CalibrationBatch
-from sparsellm_lightning.runtime import phase
+from sparsellm_lightning.runtime import phase, room
 from sparsellm_lightning.solvers import count, moved
 
 Observer = Callable[[Tensor], None]
@@ -49,6 +49,8 @@ def capture(context: Context, batches: Sequence[CalibrationBatch], fitted: int) 
                 stack.enter_context(recorder.in_place_of_blocks())
             with phase("forward"), context.adapter.forward_context():
                 context.adapter.run_model(context.layout.model, batch.inputs)
+            if index == 0:
+                recorder.keep(len(batches), context.config.memory)
     return ActivationCache(
         recorder.hidden,
         recorder.arguments,
@@ -300,6 +302,7 @@ class _Recorder:
 
     def __init__(self, layout: DecoderLayout, answer: Tensor | None = None) -> None:
         self.layout, self.answer = layout, answer
+        self.storage: torch.device | None = None  # of hidden states. None: where they are
         self.hidden: list[Tensor] = []
         self.arguments: list[list[Arguments]] = [[] for _ in layout.blocks]
 
@@ -311,9 +314,17 @@ class _Recorder:
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
             recorded.append(_share((rest, dict(kwargs)), recorded[-1] if recorded else None))
             if block.index == 0:
-                self.hidden.append(block.batch_first(hidden.detach()))
+                seen = block.batch_first(hidden.detach())
+                self.hidden.append(seen if self.storage is None else moved(seen, self.storage))
         passed = hidden if self.answer is None else block.as_block_takes(self.answer)
         return passed if block.returns is None else (passed, *block.returns)
+
+    def keep(self, batches: int, memory: int | str) -> None:
+        """Keep hidden states on the host from now on, if so many batches of the size of the first do not fit on the device."""
+        first = self.hidden[0]
+        if first.device.type != "cpu" and batches * first.nbytes > room(memory, first.device):
+            self.storage = torch.device("cpu")
+            self.hidden = [moved(hidden, self.storage) for hidden in self.hidden]
 
     @contextmanager
     def in_place_of_forwards(self) -> Iterator[None]:

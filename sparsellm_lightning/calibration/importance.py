@@ -95,7 +95,10 @@ def _of_output(context: Context, cache: ActivationCache, index: int) -> Tensor:
             log_q = torch.log_softmax(tail_logits(context, leaf).float(), -1)
             level = uniform[chosen].expand(len(leaf), -1).unsqueeze(-1).contiguous()
             with torch.no_grad():
-                sampled = torch.searchsorted(log_q.exp().cumsum(-1), level).clamp(max=log_q.shape[-1] - 1)
+                # Integers, whose sums are the same in any order: GPUs have no reproducible sums of floats.
+                sums = (log_q.exp() * 2**30).int().cumsum(-1, dtype=torch.int32)
+                level = (level * sums[..., -1:]).int()
+                sampled = torch.searchsorted(sums, level, right=True).clamp(max=log_q.shape[-1] - 1)
             likelihood = (log_q.gather(-1, sampled).squeeze(-1) * counts[:, chosen]).sum()
             gradients += torch.autograd.grad(likelihood, leaf)
     return torch.cat(gradients[: len(starts)], 1)

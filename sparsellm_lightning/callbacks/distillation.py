@@ -13,15 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
-from sparsellm_lightning.callbacks.finetuning import SPARSE, resumed
+from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_model, pretrained_of
+from sparsellm_lightning.models import load_model, pretrained_of, to_dtype
 from sparsellm_lightning.solvers import kl_divergence
-from sparsellm_lightning.sparsity import MANY_ZEROS, linear_layers, zero_shares
+from sparsellm_lightning.sparsity import MANY_ZEROS, SPARSE, linear_layers, zero_shares
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
@@ -60,8 +61,8 @@ class Distillation(pl.Callback):
 
     Args:
         teacher: a model, or a name that :func:`~sparsellm_lightning.load_model` takes. None: the module's ``pretrained``
-            attribute (:class:`~sparsellm_lightning.CausalLM` has one), otherwise a frozen copy of the dense model at the
-            start of the run. A resumed run and a sharded model need a name.
+            attribute (:class:`~sparsellm_lightning.CausalLM` has one), which must be dense, otherwise a frozen copy of the
+            dense model at the start of the run. Without one of these, a resumed run and a sharded model need a name.
         temperature: of the logit loss.
         task_weight: of the module's own loss.
         logit_weight: of :func:`logit_loss`.
@@ -110,6 +111,11 @@ class Distillation(pl.Callback):
                 f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} has "
                 "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
             )
+        if self.offload and pl_module.device_mesh is not None:
+            raise UserError(
+                "Distillation cannot offload a teacher whose weights are sharded over ranks, which hold a part of it each. Set "
+                "offload to false."
+            )
         # The model exists and is dense here, unless the run resumes one that has pruned.
         self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
 
@@ -118,7 +124,7 @@ class Distillation(pl.Callback):
         student = find_model(pl_module, self.model_attribute)
         if self.offload:
             self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
-        elif pl_module.device_mesh is None:
+        elif not isinstance(self._model, FSDPModule):
             self._model.to(pl_module.device)  # type: ignore[arg-type]
         self._patched.enter_context(self._patching(pl_module, student, self._model))
 
@@ -140,8 +146,9 @@ class Distillation(pl.Callback):
                 teacher = load_sharded(lambda: load_model(path, self.teacher_dtype), mesh["data_parallel"])
             else:
                 teacher = load_model(path, self.teacher_dtype)
-            shares = zero_shares(linear_layers(teacher), StrategyAdapter() if mesh is None else adapter_for(trainer))
-            if self.teacher is None and any(MANY_ZEROS <= share < 1 for share in shares.values()):
+            adapter = StrategyAdapter() if mesh is None else adapter_for(trainer)
+            shares = zero_shares(linear_layers(teacher), adapter) if self.teacher is None else {}
+            if any(MANY_ZEROS <= share < 1 for share in shares.values()):
                 raise UserError(
                     f"Distillation needs a dense teacher, but {path}, the model that is trained, is already sparse. Give "
                     "teacher: the path or hub id of the dense model."
@@ -160,8 +167,10 @@ class Distillation(pl.Callback):
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
                 )
             source = copy.deepcopy(find_model(pl_module, self.model_attribute))
-        dtype = None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
-        return source if dtype is None else source.to(dtype)  # type: ignore[arg-type]
+        if self.teacher_dtype != "auto":
+            source = copy.deepcopy(source) if source is self.teacher else source
+            to_dtype(source, getattr(torch, self.teacher_dtype))
+        return source
 
     @contextmanager
     def _patching(
@@ -208,7 +217,7 @@ class Distillation(pl.Callback):
                         f"Distillation by logits needs the same of student and teacher, got shapes {shapes[0]} and "
                         f"{shapes[1]}. Choose a teacher with the same head and vocabulary, or set logit_weight to 0."
                     )
-                tokens = valid if call.logits.dim() == 3 else None
+                tokens = _of_kept_logits(valid, call.inputs) if call.logits.dim() == 3 else None
                 loss = logit_loss(call.logits, seen[0].logits, self.temperature, tokens)
                 pl_module.log("distillation_logit_loss", loss.detach())
                 total = total + self.logit_weight * loss
@@ -257,6 +266,14 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
         yield calls
 
 
+def _of_kept_logits(valid: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
+    """Of the positions whose logits a model was asked for (``logits_to_keep``): the last ones, or those of some indices."""
+    kept = inputs.get("logits_to_keep", 0)
+    if valid is None or (isinstance(kept, int) and not kept):
+        return valid
+    return valid[:, -kept:] if isinstance(kept, int) else valid[:, kept]
+
+
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, those among ``**kwargs`` too."""
     signature = inspect.signature(function)
@@ -272,8 +289,13 @@ def _brought_in_turn(model: PreTrainedModel, device: torch.device) -> Iterator[N
     """Each block, and each layer outside the blocks, is on the device only during its own forward."""
     blocks = decoder_blocks(model)
     inside = {module for block in blocks for module in block.modules()}
-    others = [m for m in model.modules() if m not in inside and any(True for _ in m.parameters(recurse=False))]
+    outside = [module for module in model.modules() if module not in inside]
+    others = [module for module in outside if any(True for _ in module.parameters(recurse=False))]
     with ExitStack() as handles:
+        for module in outside:  # buffers alone, such as tables of positions, are small
+            for name, buffer in module.named_buffers(recurse=False):
+                handles.callback(module._buffers.__setitem__, name, buffer)
+                module._buffers[name] = buffer.to(device)
         for module in (*blocks, *others):
             module.to("cpu")
             handles.callback(module.register_forward_pre_hook(lambda m, args: m.to(device) and None).remove)

@@ -106,7 +106,7 @@ class Exporter:
     ) -> None:
         """Write the folder, and upload it. What leaves the model is cut out first; the written report is of what remains.
 
-        All ranks wait for the first one.
+        If it cannot be cut out, the model is written as it is, with a warning. All ranks wait for the first one.
         """
         adapter, start = adapter_for(trainer), time.perf_counter()
         state = adapter.state_dict(model)
@@ -157,12 +157,14 @@ class Exporter:
 
 @contextmanager
 def _failing_together(trainer: pl.Trainer) -> Iterator[None]:
-    """What the first rank raises inside is raised on all ranks, which wait for it at the end."""
+    """Where the first rank fails inside, all ranks fail, with its message. They wait for it at the end."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    failure = trainer.strategy.broadcast(failure) or failure
+    kind, message = trainer.strategy.broadcast((isinstance(failure, UserError), failure and str(failure)))
+    if failure is None and message is not None:  # on the first rank
+        failure = UserError(message) if kind else RuntimeError(message)
     if failure is not None:
         raise failure

@@ -17,10 +17,9 @@ from torch import nn
 from sparsellm_lightning.architecture import Projection
 from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity import Masks, keep_zeros, linear_layers, zero_shares
+from sparsellm_lightning.sparsity import SPARSE, Masks, are_rows, keep_zeros, linear_layers, zero_shares
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
-SPARSE = 0.01  # smallest share of zeros of a layer that counts as sparse
 
 
 class SparseFinetuning(pl.Callback):
@@ -76,6 +75,10 @@ class SparseFinetuning(pl.Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.hold(trainer, pl_module, self._sparse_layers(trainer, pl_module))
+
+    def _sparse_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Projection]:
+        """The layers whose zeros are kept. Warns of other zeros."""
         layers = linear_layers(pl_module)
         shares = zero_shares(layers, adapter_for(trainer))
         if not any(SPARSE <= share < 1 for share in shares.values()):
@@ -83,9 +86,11 @@ class SparseFinetuning(pl.Callback):
                 f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
                 "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
             )
-        _warn_of_lost_zeros(pl_module, layers, shares)
-        # A layer of zeros only is a fresh one that must train.
-        self.hold(trainer, pl_module, [p for p in layers if 0 < shares[p.name] < 1])
+        # A layer of zeros only is a fresh one that must train, and so are rows of a head.
+        held = [p for p in layers if 0 < shares[p.name] < 1]
+        held = [p for p in held if shares[p.name] >= SPARSE or not are_rows(p, adapter_for(trainer))]
+        _warn_of_lost_zeros(pl_module, layers, shares, held)
+        return held
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -125,6 +130,8 @@ class SparseFinetuning(pl.Callback):
             # The averages are checked, measured and exported. The callback puts them in place here, and again in its turn.
             if isinstance(callback, AVERAGING):
                 callback.on_train_end(trainer, pl_module)
+        if self._masks is not None and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self._masks.keep_nonzero()
         self._check()
         self.release()
 
@@ -176,9 +183,13 @@ def resumed(trainer: pl.Trainer) -> Any:
     return None if path is None or Path(path).name.startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
-def _warn_of_lost_zeros(module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float]) -> None:
+def _warn_of_lost_zeros(
+    module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float], held: Sequence[Projection]
+) -> None:
     """Name the layers, embeddings and other matrices that train and whose zeros are not kept."""
     lost = [f"{name} (zeros only)" for name, share in shares.items() if share == 1]
+    kept = {p.name for p in held}
+    lost += [f"{name} (rows of zeros)" for name, share in shares.items() if 0 < share < 1 and name not in kept]
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     known = {id(p.parameter) for p in layers}
     for name, parameter in module.named_parameters():

@@ -19,7 +19,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
-from sparsellm_lightning.callbacks.finetuning import AVERAGING, SPARSE, SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
@@ -28,10 +28,10 @@ from sparsellm_lightning.data import TextDataModule, calibration_batches, datamo
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
-    convert_all,
     is_sparse_already,
     keep_in_conversions,
     pretrained_of,
+    stop_keeping,
     tokenizer_of,
 )
 from sparsellm_lightning.pipeline import prune_model
@@ -41,7 +41,7 @@ from sparsellm_lightning.reporting import (
     report_of_sparse,
 )
 from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import has_adapters, left_out_biases
+from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
 
@@ -239,11 +239,12 @@ class SparseLLMCallback(SparseFinetuning):
             pl_module.cpu()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        convert_all(trainer.precision_plugin)
+        stop_keeping(trainer.precision_plugin)
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        stop_keeping(trainer.precision_plugin)
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,7 +360,9 @@ class SparseLLMCallback(SparseFinetuning):
         self._exporter = None
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._trains_on(pl_module):
+        if is_sparse_already(pl_module):  # which may have zeros that no pruner of this package makes
+            self.hold(trainer, pl_module, self._sparse_layers(trainer, pl_module))
+        elif self._trains_on(pl_module):
             layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
             held = [p for p in layout.projections() if p.pruned]
             if "blocks" in self.config.removes:

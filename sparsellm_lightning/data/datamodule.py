@@ -123,6 +123,7 @@ class TextDataModule(LightningDataModule):
         self._tokens: dict[Split, Tensor] = {}
         self._tokens_of: PreTrainedTokenizerBase | None = None
         self._generated: dict[tuple[int, int], Tensor] = {}  # by seed and length
+        self._resumed = False  # whether these come from a checkpoint
 
     @property
     def calibration_text(self) -> str:
@@ -152,6 +153,7 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Forget the windows that the model of an earlier run generated."""
         self._generated.clear()
+        self._resumed = False
 
     def state_dict(self) -> dict[str, Any]:
         """The generated windows. A resumed run has only the pruned model, and needs the dense model's windows."""
@@ -159,6 +161,7 @@ class TextDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._generated = dict(state_dict["generated"])
+        self._resumed = True
 
     def calibration_dataloader(self, num_samples: int = 128, seed: int | None = None) -> Windows:
         """Windows at uniformly random offsets of the train text, in the order drawn. With ``self``, generated windows.
@@ -313,6 +316,12 @@ class TextDataModule(LightningDataModule):
             )
         key = seed, self.sequence_length
         if len(self._generated.get(key, ())) < count:
+            if self._resumed:
+                raise UserError(
+                    f"source self wrote its windows with the dense model, and the checkpoint does not hold the {count} of "
+                    f"{self.sequence_length} tokens that this run asks for. Restore data.seed, data.sequence_length and "
+                    "data.max_train_windows, or start a new run."
+                )
             rank_zero_info(f"Generating {count} windows of {self.sequence_length} tokens with the model itself.")
             self._generated[key] = generate_windows(
                 find_model(module, self.model_attribute),

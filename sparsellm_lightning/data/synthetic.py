@@ -63,7 +63,7 @@ def generate_windows(
     # Every rank makes equally many windows, hence forwards. Windows beyond count are dropped.
     mine = range(rank, rank + size * -(-count // size), size)
     windows = []
-    with adapter.ranks.failing_together(), adapter.calibrating(model):
+    with adapter.ranks.failing_together("Generation"), adapter.calibrating(model):
         for first in range(0, len(mine), batch_size):
             generators = [_generator(f"{seed}/{i}", start.device) for i in mine[first : first + batch_size]]
             prompts = start.expand(len(generators), 1)

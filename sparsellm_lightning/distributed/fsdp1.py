@@ -31,6 +31,10 @@ class FSDP1Adapter(ShardedAdapter):
                 f"FSDPStrategy is supported with FULL_SHARD, and SHARD_GRAD_OP for sparse models, got {self.sharding}. "
                 "Set sharding_strategy='FULL_SHARD'."
             )
+        if getattr(strategy.cpu_offload, "offload_params", False):
+            raise UserError(
+                "FSDPStrategy with cpu_offload keeps shards where GPUs cannot exchange them. Leave cpu_offload out."
+            )
         self.ranks = ProcessGroupRanks(device=strategy.root_device)
 
     def check(self, layout: DecoderLayout) -> None:

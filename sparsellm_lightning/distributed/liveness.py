@@ -20,7 +20,7 @@ GRACE = 10.0  # seconds after another rank's failure in which this one may still
 
 
 @contextmanager
-def watching_peers(store: Store, rank: int, size: int) -> Iterator[None]:
+def watching_peers(store: Store, rank: int, size: int, what: str = "Pruning") -> Iterator[None]:
     """End this process if the ranks inside this context stop.
 
     A thread counts up this rank's key in the store and reads the key of the next rank, so that the store's load does not grow
@@ -32,10 +32,11 @@ def watching_peers(store: Store, rank: int, size: int) -> Iterator[None]:
     Args:
         store: shared by all ranks. Its keys must be this context's own.
         rank, size: of this process, and number of processes.
+        what: goes on inside this context, for messages.
     """
     # A clone has a connection of its own, which does not wait for the main thread's operations. Older torch has no clones.
     own = store.clone() if hasattr(store, "clone") else store
-    watch = _Watch(own, rank, (rank + 1) % size)
+    watch = _Watch(own, rank, (rank + 1) % size, what)
     threads = [threading.Thread(target=run, daemon=True) for run in (watch.beat, watch.judge)]
     for thread in threads:
         thread.start()
@@ -49,8 +50,8 @@ def watching_peers(store: Store, rank: int, size: int) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, store: Store, rank: int, neighbour: int) -> None:
-        self.store, self.rank, self.neighbour = store, rank, neighbour
+    def __init__(self, store: Store, rank: int, neighbour: int, what: str) -> None:
+        self.store, self.rank, self.neighbour, self.what = store, rank, neighbour, what
         self.count = 0  # of the neighbour's signs of life
         self.heard = self.answered = (
             time.monotonic()
@@ -82,9 +83,9 @@ class _Watch:
             if self.failure is not None and now - self.failure[1] > GRACE:
                 self._exit(self.failure[0])
             if now - self.answered > SILENCE:
-                self._exit(_stopped("the process that serves the process group's store, mostly rank 0,"))
+                self._exit(_stopped(self.what, "the process that serves the process group's store, mostly rank 0,"))
             if now - self.heard > SILENCE:
-                message = _stopped(f"rank {self.neighbour}")
+                message = _stopped(self.what, f"rank {self.neighbour}")
                 threading.Thread(target=self.store.set, args=(FAILURE, message), daemon=True).start()
                 time.sleep(BEAT / 4)
                 self._exit(message)
@@ -95,8 +96,6 @@ class _Watch:
         os._exit(1)
 
 
-def _stopped(who: str) -> str:
-    return (
-        f"Pruning failed: {who} has given no sign of life for {SILENCE:.0f} seconds. Finished blocks in resume_dir stay "
-        "usable: start the same command again to go on."
-    )
+def _stopped(what: str, who: str) -> str:
+    kept = " Finished blocks in resume_dir stay usable: start the same command again to go on." * (what == "Pruning")
+    return f"{what} failed: {who} has given no sign of life for {SILENCE:.0f} seconds.{kept}"

@@ -25,7 +25,7 @@ _PATIENCE = 10.0  # seconds that a failing rank waits for the others to read its
 
 
 class PeerError(RuntimeError):
-    """Another rank failed while this one was pruning. The message is that rank's."""
+    """Another rank failed in the work that this one shared. The message is that rank's."""
 
 
 class ProcessGroupRanks(Ranks):
@@ -80,11 +80,11 @@ class ProcessGroupRanks(Ranks):
         return torch.cat([part[:size] for part, size in zip(parts, split_sizes(rows, self.size), strict=True)])
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def failing_together(self, what: str = "Pruning") -> Iterator[None]:
         default = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
         store = PrefixStore(f"sparsellm_lightning/{next(_CONTEXTS)}", default)
         try:
-            with watching_peers(store, self.rank, self.size):
+            with watching_peers(store, self.rank, self.size, what):
                 yield
         except BaseException as error:
             if isinstance(error, Exception) and store.check([FAILURE]):
@@ -93,12 +93,13 @@ class ProcessGroupRanks(Ranks):
                 log.error(message)
                 store.add(_HEARD, 1)
                 raise PeerError(message) from error
-            message = f"Pruning failed on rank {self.rank}: {type(error).__name__}: {error}"
+            message = f"{what} failed on rank {self.rank}: {type(error).__name__}: {error}"
             log.error(message)
             store.set(FAILURE, message)
-            # Closing the connections wakes ranks that wait in a collective. They then need time to read the message, because
-            # the store may live in this process.
-            dist.destroy_process_group()
+            # Closing the connections wakes ranks that wait in a collective, but NCCL would wait for them: there their watchers
+            # end them. They then need time to read the message, because the store may live in this process.
+            if dist.get_backend(self.group) != "nccl":
+                dist.destroy_process_group()
             deadline = time.monotonic() + _PATIENCE
             while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)

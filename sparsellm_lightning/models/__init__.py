@@ -1,7 +1,7 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
 from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of, weights_of
-from sparsellm_lightning.models.buffers import convert_all, keep_in_conversions
+from sparsellm_lightning.models.buffers import keep_in_conversions, stop_keeping, to_dtype
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.checkpoint import check_checkpoint
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
@@ -40,7 +40,6 @@ __all__ = [
     "check_inputs",
     "check_shrinkable",
     "continued",
-    "convert_all",
     "decoder_output",
     "export_model",
     "export_or_rescue",
@@ -61,6 +60,8 @@ __all__ = [
     "pretrained_of",
     "shrink",
     "size_of_sample",
+    "stop_keeping",
+    "to_dtype",
     "tokenizer_of",
     "upload",
     "verify_export",

@@ -24,9 +24,16 @@ def unsaved_float32_buffers(module: nn.Module) -> Buffers:
     ]
 
 
+def to_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's parameters, and leave these buffers in float32."""
+    unsaved = unsaved_float32_buffers(module)
+    module.to(dtype)
+    put_back(unsaved)
+
+
 def keep_in_conversions(precision: Any) -> None:
-    """Have a precision plugin of Lightning leave them in float32 when it converts a module. Undo with :func:`convert_all`."""
-    convert_all(precision)
+    """Have a precision plugin of Lightning leave them in float32 when it converts a module, until :func:`stop_keeping`."""
+    stop_keeping(precision)
     convert = precision.convert_module
 
     def convert_module(module: nn.Module) -> nn.Module:
@@ -38,8 +45,8 @@ def keep_in_conversions(precision: Any) -> None:
     precision.convert_module = convert_module
 
 
-def convert_all(precision: Any) -> None:
-    """Have a precision plugin convert modules as it does by itself."""
+def stop_keeping(precision: Any) -> None:
+    """Undo :func:`keep_in_conversions`."""
     vars(precision).pop("convert_module", None)
 
 

@@ -18,7 +18,7 @@ from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
-# Largest number of logits in memory at once, if they are those of several positions. torchmetrics copies them, and distillation
+# Largest number of logits in memory at once, if they are those of several positions. Their softmax is a copy, and distillation
 # holds those of two models. For Gemma's vocabulary twice as many were no faster.
 LOGITS = 2**24
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
@@ -103,6 +103,10 @@ class _Perplexity(Perplexity):
         self.total_log_probs += torch.nn.functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
         self.count += (targets != IGNORED).sum()
 
+    def _apply(self, fn: Any, *args: Any) -> Any:
+        """Move the sums with their module, but keep them in float32: in 16 bits they would soon stop growing."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), *args)
+
 
 def new_metric(over_ranks: bool = True) -> Perplexity:
     """A perplexity metric for :func:`update`. ``over_ranks``: whether all processes, if there are several, share it."""
@@ -125,8 +129,8 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return labels
-    before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)  # what sees padding alone predicts nothing
-    return labels.masked_fill((mask == 0) | (before == 0), IGNORED)
+    seen = torch.nn.functional.pad((mask != 0).cumsum(1)[:, :-1], (1, 0), value=1)
+    return labels.masked_fill((mask == 0) | (seen == 0), IGNORED)  # what sees padding alone predicts nothing
 
 
 def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: Forward, ranks: Ranks = SINGLE) -> None:
@@ -143,7 +147,7 @@ def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: 
     for positions, logits in _logits_in_slices(model, forward, labels.shape, ranks):
         targets = following[:, positions]
         if bool((targets != IGNORED).any()):
-            metric.update(logits.float(), targets)  # torchmetrics takes the softmax in the dtype that it is given
+            metric.update(logits.float(), targets)
 
 
 def _logits_in_slices(
@@ -192,7 +196,7 @@ def perplexity(
     device = next(model.parameters()).device
     metric = new_metric(over_ranks=adapter.ranks.size > 1).to(device)
     rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
-    with adapter.ranks.failing_together(), adapter.calibrating(model):
+    with adapter.ranks.failing_together("Evaluation"), adapter.calibrating(model):
         for batch in tracked(batches, "Measuring perplexity", "batch"):
             whole = model_inputs(batch)
             check_inputs(model, whole)

@@ -39,7 +39,7 @@ def continued(model: PreTrainedModel, prompts: Tensor, count: int, adapter: Stra
     """
     adapter = adapter or StrategyAdapter()
     tokens = prompts.to(next(model.parameters()).device)
-    with adapter.ranks.failing_together(), adapter.calibrating(model):
+    with adapter.ranks.failing_together("Generation"), adapter.calibrating(model):
         for _ in range(count):
             logits = adapter.logits(model, {"input_ids": tokens})
             assert logits is not None

@@ -98,7 +98,8 @@ def measure_speed(
             )
         )
         models.append(model)
-        if device.type == "cuda" and any(True for _ in _semi_structured(model)):
+        has_kernels = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        if has_kernels and any(True for _ in _semi_structured(model)):
             models.append(copy.deepcopy(model))
             use_semi_structured(models[-1])
             found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))

@@ -107,6 +107,8 @@ class Distiller:
     def tune(self) -> dict[str, Any]:
         """Tune the model in place for ``distillation_steps``, and keep the best of the checked states.
 
+        If it fails, the model is in the best state so far.
+
         Returns:
             ``steps`` that were kept, and the mean divergences on held-out windows before and after; on the fitted ones if none
             are held out.
@@ -116,17 +118,19 @@ class Distiller:
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
         best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
         rounded = None if self.adapter.weights_are_split else self.autocast_dtype
-        with head_in(self.model, rounded), parameters.trainable([self.model]):
-            before = least = self.divergence()
-            for step, chosen in enumerate(tracked(self.schedule, "Distilling", "step")):
-                self._add_gradients(parameters, chosen)
-                parameters.step()
-                if (step + 1) * checks // steps > step * checks // steps:
-                    divergence = self.divergence()
-                    if divergence < least:  # False for NaN
-                        least, best_step = divergence, step + 1
-                        parameters.update(best)
-        parameters.restore(best)
+        try:
+            with head_in(self.model, rounded), parameters.trainable([self.model]):
+                before = least = self.divergence()
+                for step, chosen in enumerate(tracked(self.schedule, "Distilling", "step")):
+                    self._add_gradients(parameters, chosen)
+                    parameters.step()
+                    if (step + 1) * checks // steps > step * checks // steps:
+                        divergence = self.divergence()
+                        if divergence < least:  # False for NaN
+                            least, best_step = divergence, step + 1
+                            parameters.update(best)
+        finally:
+            parameters.restore(best)
         return {"steps": best_step, "divergence": [before, least]}
 
     def divergence(self) -> float:
@@ -151,8 +155,13 @@ class Distiller:
                 f"distillation_steps need {format_bytes(needed)} besides the model, for {what}, and there are "
                 f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or use more ranks."
             )
-        fits = self.ranks.all(gradients + vectors <= limit)
-        self.storage = device if fits else torch.device("cpu")
+        fits, host = self.ranks.all(gradients + vectors <= limit), torch.device("cpu")
+        if not fits and not self.ranks.all(vectors <= room("auto", host)):
+            raise UserError(
+                f"distillation_steps need {format_bytes(vectors)} for Adam's moments, for which neither device nor host has "
+                "room. Set distillation_steps to 0, or use more ranks."
+            )
+        self.storage = device if fits else host
 
     def _add_gradients(self, parameters: KeptParameters, chosen: Sequence[int]) -> None:
         """Add the gradient of the mean divergence, over all ranks, of this rank's tokens in these fitted batches."""

@@ -57,14 +57,16 @@ class KeptParameters:
         self.storage = storage or context.device
         projections = [p for block in blocks for p in block.projections()]
         weights = {id(p.parameter) for p in projections}
-        # A parameter that several modules share stays as it is: tuning it for one block would change others.
-        uses = Counter(id(p) for _, p in context.layout.model.named_parameters(remove_duplicate=False))
-        self.parameters = [
-            parameter
+        # What a module outside these blocks uses too stays as it is: tuning it would change that.
+        everywhere = _uses(context.layout.model)
+        inside = sum((_uses(block.module) for block in blocks), Counter[int]())
+        found = {
+            id(parameter): parameter
             for block in blocks
             for name, parameter in block.module.named_parameters()
-            if (id(parameter) in weights or "lora_" not in name) and uses[id(parameter)] == 1
-        ]
+            if id(parameter) in weights or "lora_" not in name
+        }
+        self.parameters = [parameter for key, parameter in found.items() if everywhere[key] == inside[key]]
         pruned = {id(p.parameter) for p in projections if p.pruned}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.kept = [
@@ -186,6 +188,11 @@ class KeptParameters:
         squares, entries, size = totals.clamp(min=1e-30).T
         scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
         return scales
+
+
+def _uses(module: torch.nn.Module) -> Counter[int]:
+    """In how many places each parameter stands, by its ``id``."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ from sparsellm_lightning.runtime import (
     showing,
 )
 from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
+
+_Done = TypeVar("_Done")
 
 
 def prune_model(
@@ -92,6 +94,12 @@ def prune_model(
     start = time.perf_counter()
     adapter = adapter or StrategyAdapter()
     check_device(device_of(model))
+    devices = sorted({str(parameter.device) for parameter in model.parameters() if not parameter.is_meta})
+    if len(devices) > 1:
+        raise UserError(
+            f"Pruning needs a model on one device, or under a strategy that shards it, got {', '.join(devices)}. Load it "
+            "without device_map; several GPUs are used by ranks."
+        )
     if torch.is_autocast_enabled(device_of(model).type):
         raise UserError(
             "prune_model must not be called inside torch.autocast, which keeps copies of weights from before they are pruned. "
@@ -151,8 +159,7 @@ def prune_model(
             on_block(result)
         distillation = None
         if distiller is not None:
-            with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-                distillation = distiller.tune()
+            distillation = _distilling(context, distiller.tune)
         adapter.finish(model)
         seconds = time.perf_counter() - start
         dtypes = {dtype for counts in profile.work.values() for dtype in counts}
@@ -281,19 +288,24 @@ def _for_blocks(
 def _distiller(
     context: Context, batches: list[CalibrationBatch], fitted: int, written: list[CalibrationBatch]
 ) -> Distiller | None:
-    """What tunes all blocks at the end. None, with a warning, if only the preset asks for it and it cannot be done."""
-    config = context.config
-    if not config.distillation_steps or config.requested_sparsity == 0:
+    """What tunes all blocks at the end. None if nothing asks for it, or it cannot be done."""
+    if not context.config.distillation_steps or context.config.requested_sparsity == 0:
         return None
+    return _distilling(context, lambda: Distiller(context, batches, fitted, written))
+
+
+def _distilling(context: Context, do: Callable[[], _Done]) -> _Done | None:
+    """A part of the distillation. None, with a warning, if only the preset asks for it and it cannot be done."""
+    config = context.config
     try:
         with phase("distillation"), explaining_memory(partial(_explain_distillation, context)):
-            return Distiller(context, batches, fitted, written)
+            return do()
     except UserError as error:
         one_rank_alone = isinstance(error, OutOfMemoryError) and context.ranks.size > 1  # the others would wait for it
         if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
             raise
         if context.ranks.rank == 0:
-            warnings.warn(f"Preset {config.preset} goes without distillation: {error}", stacklevel=3)
+            warnings.warn(f"Preset {config.preset} goes without distillation: {error}", stacklevel=4)
         return None
 
 

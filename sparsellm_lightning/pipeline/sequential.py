@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,16 @@ from sparsellm_lightning.pipeline.shrink import shrink_block
 from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
 from sparsellm_lightning.reporting import BlockResult
 from sparsellm_lightning.runtime import Placement, Sizes, explaining_memory, phase, place, return_free_memory
-from sparsellm_lightning.solvers import Entrywise, Fused, TokenBuffer, preactivation_step, solve_feed_forward
+from sparsellm_lightning.solvers import (
+    Activation,
+    Entrywise,
+    FeedForward,
+    Fused,
+    Solution,
+    TokenBuffer,
+    preactivation_step,
+    solve_feed_forward,
+)
 
 ALTERNATION_TOKENS = 5  # tokens that carry auxiliaries, per hidden feature
 WORTH_COMPILING = 2**29  # entries of a run's z and s steps from which compiling them (about ten seconds) pays
@@ -262,9 +272,14 @@ def _alternation(context: Context, cache: ActivationCache, windows: int | None, 
     Args:
         windows: number of this rank's windows that carry auxiliaries. None: all that are fitted.
     """
-    config = context.config
+    config, steps = context.config, _steps(context, cache)
+
+    def solve(feed_forward: FeedForward, *args: Any, **options: Any) -> Solution:
+        step = steps.get((feed_forward.activation, feed_forward.gate is not None))
+        return solve_feed_forward(feed_forward, *args, step=step, **options)
+
     return partial(
-        solve_feed_forward,
+        solve,
         iterations=config.num_iterations,
         penalties=config.penalties,
         damping=config.damping,
@@ -274,7 +289,6 @@ def _alternation(context: Context, cache: ActivationCache, windows: int | None, 
         fitted_chunks=cache.chunks_of(cache.fitted),
         auxiliary_dtype=_auxiliary_dtype(context),
         storage=placement.auxiliaries,
-        step=_step(context, cache),
     )
 
 
@@ -297,15 +311,18 @@ def _alternation_windows(context: Context, cache: ActivationCache) -> int | None
     return len(range(context.ranks.rank, first, context.ranks.size))
 
 
-def _step(context: Context, cache: ActivationCache) -> Entrywise | None:
-    """The z and s steps, compiled if that pays. None: not compiled. The tokens of all ranks decide, so that all agree."""
+def _steps(context: Context, cache: ActivationCache) -> dict[tuple[Activation, bool], Entrywise]:
+    """The z and s steps by activation and whether there is a gate, compiled. Empty if that does not pay.
+
+    The tokens of all ranks decide, so that all agree.
+    """
     networks = context.layout.networks
     forms = {(network.activation, "gate" in network.roles) for network in networks}
     (tokens,) = context.ranks.total(cache.tokens)
     updates = len(context.alternating_blocks) * (context.config.num_iterations - 1)
-    if len(forms) != 1 or updates * tokens * context.layout.widest[1] < WORTH_COMPILING:
-        return None
-    return Fused(preactivation_step(*forms.pop()))
+    if updates * tokens * context.layout.widest[1] < WORTH_COMPILING:
+        return {}
+    return {form: Fused(preactivation_step(*form)) for form in forms}
 
 
 def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Sizes:

@@ -65,8 +65,11 @@ class Ranks:
         return self.total(int(condition)) == [self.size]
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """An exception inside ends the other ranks too, with its message, instead of leaving them in a collective."""
+    def failing_together(self, what: str = "Pruning") -> Iterator[None]:
+        """An exception inside ends the other ranks too, with its message, instead of leaving them in a collective.
+
+        The process group is closed then. ``what`` goes on inside, for messages.
+        """
         yield
 
     def local_rows(self, rows: int) -> slice:

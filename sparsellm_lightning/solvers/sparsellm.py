@@ -29,7 +29,8 @@ class Solution:
     Args:
         feed_forward: its weights, whole on every rank.
         inputs: statistics of the block's input X over the fitted tokens.
-        hidden: statistics of the hidden activation that the pruned weights give, over the fitted tokens.
+        hidden: statistics of the hidden activation that the pruned weights give, over the fitted tokens (of an iterate between
+            the first and the last: the leading tokens).
         errors: ``‖Y − FFN(X)‖² / ‖Y‖²`` after each iteration, over all ranks' fitted tokens (iterations between the first and
             the last: the leading tokens). The first entry is the local solver's. Empty for :func:`solve_locally`.
         held_out_errors: the same over the held-out tokens. Empty if there are none.

@@ -12,7 +12,9 @@ from sparsellm_lightning.sparsity.lora import (
 )
 from sparsellm_lightning.sparsity.masks import (
     MANY_ZEROS,
+    SPARSE,
     Masks,
+    are_rows,
     left_out_biases,
     linear_layers,
     pack,
@@ -22,10 +24,12 @@ from sparsellm_lightning.sparsity.masks import (
 
 __all__ = [
     "MANY_ZEROS",
+    "SPARSE",
     "LoraOptions",
     "Masks",
     "adapter_at_work",
     "add_adapters",
+    "are_rows",
     "check_adapters",
     "has_adapters",
     "holding_zeros",

@@ -60,13 +60,22 @@ class Masks:
         if not trained:
             return
         # Compared entry by entry, because an optimizer may move a zero and leave their number as it was.
-        moved = [(pack(local_tensor(self.projections[i].parameter) == 0) != self._packed[i]).any() for i in trained]
+        moved = [
+            (pack(weight == 0) != self._packed[i].to(weight.device)).any()
+            for i in trained
+            for weight in [local_tensor(self.projections[i].parameter)]
+        ]
         for i in (i for i, differs in zip(trained, torch.stack(moved).tolist(), strict=True) if differs):
-            projection, packed = self.projections[i], self._packed[i]
-            weight = local_tensor(projection.parameter)
-            pruned = unpack(packed, weight.shape)
+            weight, pruned = self._local(i)
             weight.masked_fill_(pruned, 0)
             weight.masked_fill_((weight == 0) ^ pruned, torch.finfo(weight.dtype).tiny)
+
+    @torch.no_grad()
+    def keep_nonzero(self) -> None:
+        """Set kept weights that are zero, as a mean of weights in 16 bits may be, to the smallest normal number."""
+        for i in range(len(self.projections)):
+            weight, pruned = self._local(i)
+            weight.masked_fill_((weight == 0) & ~pruned, torch.finfo(weight.dtype).tiny)
 
     @torch.no_grad()
     def clear_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -90,13 +99,10 @@ class Masks:
         Raises:
             MaskError: a pruned weight is not zero, or a kept one is. Names the layer and both counts.
         """
-        wrong = [
-            ((local_tensor(p.parameter) == 0) ^ unpack(packed, local_tensor(p.parameter).shape)).sum()
-            for p, packed in zip(self.projections, self._packed, strict=True)
-        ]
+        wrong = [((weight == 0) ^ pruned).sum() for weight, pruned in map(self._local, range(len(self.projections)))]
         if not wrong:
             return
-        total = torch.stack(wrong)
+        total = torch.stack(wrong).to(self.adapter.ranks.device)
         self.adapter.ranks.sum_(total)
         if not bool(total.any()):
             return
@@ -110,10 +116,16 @@ class Masks:
             "changes weights outside the optimizer: look for a callback or hook that writes parameters, and let it skip zeros."
         )
 
+    def _local(self, index: int) -> tuple[Tensor, Tensor]:
+        """A weight's local shard, and where it is pruned. The model may have moved since the masks were read."""
+        weight = local_tensor(self.projections[index].parameter)
+        return weight, unpack(self._packed[index].to(weight.device), weight.shape)
+
     def _count(self) -> dict[str, int]:
         if not self.projections:
             return {}
         totals = torch.stack([(local_tensor(p.parameter) == 0).sum() for p in self.projections])
+        totals = totals.to(self.adapter.ranks.device)
         self.adapter.ranks.sum_(totals)
         if not self.adapter.weights_are_split:
             totals //= self.adapter.ranks.size
@@ -179,6 +191,7 @@ def linear_layers(module: nn.Module) -> list[Projection]:
     return layers
 
 
+SPARSE = 0.01  # smallest share of zeros of a layer that counts as sparse
 MANY_ZEROS = 0.2  # share of zeros from which a layer counts as pruned. Some 4-bit files of dense models have 0.1
 
 
@@ -186,6 +199,13 @@ def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[
     """The fraction of zeros in each layer's weight, by name, over all ranks."""
     zeros = Masks(layers, adapter).zeros
     return {p.name: zeros[p.name] / max(p.size, 1) for p in layers}
+
+
+def are_rows(p: Projection, adapter: StrategyAdapter) -> bool:
+    """Whether a layer's few zeros are whole rows: of tokens that were never trained, in a head, which must train."""
+    zeros = local_tensor(p.parameter) == 0
+    rows = zeros.dim() == 2 and bool((zeros == zeros.all(1, keepdim=True)).all())
+    return adapter.ranks.all(rows)
 
 
 def pack(mask: Tensor) -> Tensor:

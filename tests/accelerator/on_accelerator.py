@@ -19,6 +19,7 @@ from support.models import build_model
 from support.training import Module, ZeroWatch, trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import XGLMConfig, XGLMForCausalLM
 
 from sparsellm_lightning import (
     CausalLM,
@@ -28,12 +29,17 @@ from sparsellm_lightning import (
     SparseFinetuning,
     SparseLLMCallback,
     TextDataModule,
+    UserError,
     generate_windows,
+    holding_zeros,
     perplexity,
     prune_model,
     verify_export,
 )
-from sparsellm_lightning.pipeline.kept import KeptParameters
+from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.callbacks.distillation import _brought_in_turn
+from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.pipeline.kept import KeptParameters, memory_of_tuning
 
 
 @pytest.fixture
@@ -201,3 +207,61 @@ def test_finetuning_of_a_sparse_model(device: torch.device, tmp_path: Path) -> N
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(parameter.detach().cpu() == 0, before[name])
+
+
+def test_a_model_on_two_devices_is_refused(device: torch.device) -> None:
+    model = build_model("llama")
+    model.model.layers[1].to(DEVICE)
+    with pytest.raises(UserError, match=r"a model on one device.*cpu.*device_map"):
+        prune_model(model, random_batches(), config(preset="paper", method="wanda", sparsity=0.5))
+
+
+def test_no_room_for_moments_on_the_host(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = moved(build_model("llama")), config(preset="balanced", sparsity=0.5, reconstruction_steps=0)
+    gradients, _ = memory_of_tuning(describe(model, settings).blocks, settings)
+    rooms = {"cpu": 1000.0, DEVICE.type: gradients + 1}
+    monkeypatch.setattr("sparsellm_lightning.pipeline.distil.room", lambda budget, where: rooms[where.type])
+    with pytest.warns(UserWarning, match="goes without distillation: .*neither device nor host"):
+        prune_model(model, random_batches(), settings)
+
+
+def test_hidden_states_in_front_of_the_first_block_keep_to_the_budget(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    capture = sequential.capture
+
+    def captured(*args: Any) -> Any:
+        cache = capture(*args)
+        seen.extend(hidden.device.type for hidden in cache.hidden)
+        return cache
+
+    monkeypatch.setattr(sequential, "capture", captured)
+    monkeypatch.setattr("sparsellm_lightning.calibration.forward.room", lambda budget, where: 100.0)
+    prune_model(moved(build_model("llama")), random_batches(), config(preset="paper", method="wanda", sparsity=0.5))
+    assert set(seen) == {"cpu"}
+
+
+def test_masks_of_a_model_that_moves(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    model[0].weight.data[:, ::2] = 0
+    with holding_zeros(model):
+        model.to(DEVICE)
+        weight = model[0].weight
+        weight.data.add_(1)
+        weight.grad = torch.zeros_like(weight)
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert int((model[0].weight == 0).sum()) == 32
+
+
+def test_buffers_of_an_offloaded_teacher(device: torch.device) -> None:
+    """XGLM's table of positions is a buffer of a module without parameters, outside the blocks."""
+    model = build_xglm()
+    with _brought_in_turn(model, DEVICE):
+        model(torch.ones(1, 4, dtype=torch.long, device=DEVICE))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+
+
+def build_xglm() -> Any:
+    sizes = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
+    return XGLMForCausalLM(XGLMConfig(vocab_size=64, **sizes)).eval()

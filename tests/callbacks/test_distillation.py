@@ -549,15 +549,32 @@ def test_a_mask_that_is_given_by_position_counts(
 
 @pytest.mark.parametrize("given", [True, False])
 def test_the_dtype_of_the_teacher(trained, model_dir: Path, ids: Tensor, given: bool) -> None:
-    """Of a model that is given, and of one that is loaded."""
-    distillation = Distillation(trained("llama") if given else None, teacher_dtype="bfloat16")
+    """Of a model that is given, which stays as it is, and of one that is loaded. Rotary frequencies stay in float32."""
+    teacher = trained("llama")
+    distillation = Distillation(teacher if given else None, teacher_dtype="bfloat16")
     seen: set[torch.dtype] = set()
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
             assert distillation._model is not None
             seen.update(p.dtype for p in distillation._model.parameters())
+            assert distillation._model.model.rotary_emb.inv_freq.dtype == torch.float32
 
     data = DataLoader([{"input_ids": row} for row in ids], batch_size=4)  # type: ignore[arg-type]
     trainer(pruner(), distillation, Look(), max_steps=1).fit(CausalLM(str(model_dir), optimizer=adamw), data)
     assert seen == {torch.bfloat16}
+    assert teacher.dtype == torch.float32
+
+
+def test_logits_of_the_last_positions(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
+    class Last(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            mask = torch.ones_like(batch)
+            return self.backbone(batch, attention_mask=mask, logits_to_keep=8).logits.mean()
+
+    losses, distillation = Losses(), Distillation(trained("llama"), task_weight=0.0)
+    run = trainer(SparseFinetuning(), distillation, losses, max_steps=1)
+    run.fit(Last(copy.deepcopy(sparse), adamw), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    with torch.no_grad():
+        student, teacher = (model(ids[:4], logits_to_keep=8).logits for model in (sparse, trained("llama")))
+    assert losses.losses == [pytest.approx(0.5 * naive_logit_loss(student, teacher, 1.0, None), rel=1e-4)]

@@ -28,7 +28,12 @@ from support.models import build_model
 from support.training import MakeOptimizer, Module, OwnModule, ZeroWatch, linear_weights, prune_by_hand, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from sparsellm_lightning import (
     CausalLM,
@@ -984,3 +989,67 @@ def test_the_scheduler_goes_with_optimizer_steps(model_dir: Path, accumulate: in
     steps = {"max_steps": 4 // accumulate, "accumulate_grad_batches": accumulate, "limit_val_batches": 0}
     trainer(rates, **steps).fit(module, data)  # type: ignore[arg-type]
     assert rates.seen == pytest.approx([1e-4 * rate for rate in expected])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_validation_of_a_rounded_model(model_dir: Path, precision: Any) -> None:
+    """Its sums stay in float32: in 16 bits they would stop growing after some windows, or overflow."""
+    module = CausalLM(str(model_dir))
+    data = TextDataModule(sequence_length=64, batch_size=8, max_eval_windows=100)
+    (measured,) = trainer(precision=precision).validate(module, data, verbose=False)
+    assert module.perplexity.total_log_probs.dtype == torch.float32
+    assert measured["val_perplexity"] == pytest.approx(perplexity(module.model, data.val_dataloader()), rel=2e-3)
+
+
+class Flipping(torch.optim.SGD):
+    """Changes every sign, so that the mean of two steps is 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.neg_()
+        return loss
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_kept_weights_whose_average_is_zero(ids: Tensor, first: bool) -> None:
+    """As it happens in 16 bits: they are not taken for pruned ones that something has filled or emptied."""
+    model = build_model("llama")
+    prune_by_hand(model)
+    expected = {name: weight.detach() == 0 for name, weight in linear_weights(model).items()}
+    seen: dict[str, Tensor] = {}
+
+    class Look(SparseFinetuning):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_train_end(trainer, pl_module)
+            seen.update({name: weight.detach() == 0 for name, weight in linear_weights(model).items()})
+
+    callbacks: list[pl.Callback] = [WeightAveraging(), Look()]
+    module = Module(model, lambda parameters: Flipping(parameters, lr=0.0))
+    trainer(*callbacks[:: 1 if first else -1], max_steps=2).fit(module, DataLoader(ids, batch_size=4))
+    assert all(torch.equal(mask, expected[name]) for name, mask in seen.items())
+
+
+def test_untrained_rows_of_a_head_train(ids: Tensor) -> None:
+    model = build_model("gpt_neox")
+    prune_by_hand(model)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[5:8] = 0
+    with pytest.warns(UserWarning, match=r"lm_head \(rows of zeros\)"):
+        trainer(SparseFinetuning(), max_steps=2).fit(Module(model, OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4))
+    assert bool(head[5:8].any(1).all())
+
+
+def test_zeros_of_a_head_of_sparse_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model("gpt_neox")
+    prune_by_hand(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:, ::3] = 0
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    module = CausalLM(weights=str(tmp_path / "in"), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16, max_eval_windows=4)
+    trainer(SparseLLMCallback(measure=False), max_steps=2).fit(module, data)
+    assert not bool(module.model.get_output_embeddings().weight[:, ::3].any())

@@ -230,6 +230,16 @@ def test_training_on_generated_windows(model_dir: Path, trained: Trained, tmp_pa
         assert torch.equal(resumed, expected)
 
 
+def test_a_resumed_run_writes_no_new_windows(model_dir: Path, tmp_path: Path) -> None:
+    """Its model is pruned."""
+    fit = trainer(_pruner(finetune=True), max_steps=2)
+    fit.fit(CausalLM(str(model_dir)), _data(max_train_windows=8))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = trainer(_pruner(finetune=True), max_steps=4)
+    with pytest.raises(UserError, match="the checkpoint does not hold the 16 of 32 tokens"):
+        resumed.fit(CausalLM(str(model_dir)), _data(max_train_windows=16), ckpt_path=str(tmp_path / "a.ckpt"))
+
+
 def test_training_on_no_windows_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="source self needs max_train_windows to train, got none"):
         trainer(max_steps=1).fit(CausalLM(str(model_dir)), _data())

@@ -572,7 +572,7 @@ def test_a_weight_that_two_blocks_share_stays_as_it_is() -> None:
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
     before = layers[1].mlp.up_proj.weight.detach().clone()
-    settings: dict[str, Any] = {"ignore": ["up_proj"], "calibration_val_fraction": 0.0, "distillation_steps": 2}
+    settings: dict[str, Any] = {"ignore": ["up_proj"], "calibration_val_fraction": 0.0}
     prune_model(
         model, random_batches(), PruningConfig(preset="fast", sparsity=0.6, num_calibration_samples=8, **settings)
     )

@@ -16,6 +16,7 @@ from support.models import build_model
 from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning.errors import OutOfMemoryError
 from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.pipeline.distil import Distiller
 from sparsellm_lightning.runtime import (
     MemoryMeter,
     Placement,
@@ -198,6 +199,27 @@ def test_pruning_explains_an_allocator_error(
     config = PruningConfig(preset="paper", num_calibration_samples=4, **settings)
     with pytest.raises(OutOfMemoryError, match=message):
         prune_model(build_model("llama"), random_batches(4), config)
+
+
+def test_a_preset_without_room_for_a_step_of_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning is not lost: the model is as without the distillation."""
+    settings: dict[str, Any] = {"preset": "balanced", "num_calibration_samples": 4, "reconstruction_steps": 1}
+    expected, model = build_model("llama"), build_model("llama")
+    prune_model(expected, random_batches(4), PruningConfig(**settings, distillation_steps=0))
+    steps = iter(range(3))
+
+    def fail_at_last(*args: Any) -> None:
+        if next(steps) == 2:
+            raise ALLOCATOR_ERRORS[0]
+        step(*args)
+
+    step = Distiller._add_gradients
+    monkeypatch.setattr(Distiller, "_add_gradients", fail_at_last)
+    with pytest.warns(UserWarning, match="Preset balanced goes without distillation"):
+        report = prune_model(model, random_batches(4), PruningConfig(**settings))
+    assert report.distillation is None
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_pruning_does_not_explain_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,12 +344,6 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where, description = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    run(description["job"], where, description)
-
-
 class ReadingRows(pl.Callback):
     """Reads an expert's rows, writes zeros, and looks at what was read."""
 
@@ -386,3 +380,9 @@ def measure_alone(job: Job) -> float | None:
     first = FirstMeasures()
     job.trainer(first).fit(job.module(), job.data())
     return first.found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, description = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    run(description["job"], where, description)
