@@ -25,6 +25,9 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``sparsellm``."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # of encodings without Greek letters
     arguments = [*sys.argv[1:]] if args is None else [*args]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):

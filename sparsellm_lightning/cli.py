@@ -139,8 +139,9 @@ class PruningTrainer(pl.Trainer):
                 dense: torch.nn.Module = load_model(against).eval()
                 found[against] = harness.evaluate_tasks(dense.to(device), load_tokenizer(against), *options)
             print(f"\n{format_table(harness.task_rows(found))}")
-            if (Path(name) / REPORT_NAME).is_file():
-                print(f"written to {harness.save_tasks(Path(name), found)}")
+            folder = Path(name).expanduser()
+            if (folder / REPORT_NAME).is_file():
+                print(f"written to {harness.save_tasks(folder, found)}")
 
 
 def _harness(trainer: pl.Trainer) -> Any:
@@ -270,8 +271,9 @@ def benchmark(
 
 def _by_name(ckpt_path: Any) -> bool:
     """Whether Lightning finds a checkpoint by a name, or there is none to find."""
-    text = str(ckpt_path)
-    return ckpt_path in (None, "last", "best", "hpc") or "://" in text or text.startswith("registry")
+    text = str(ckpt_path).lower()
+    named = ckpt_path in (None, "last", "best", "hpc") or text == "registry" or text.startswith("registry:")
+    return named or "://" in text
 
 
 class Parser(LightningArgumentParser):

@@ -30,7 +30,7 @@ from sparsellm_lightning.architecture.layout import (
     linear_projection,
 )
 from sparsellm_lightning.architecture.listed import routing_in
-from sparsellm_lightning.architecture.observation import TOKENS, WINDOWS, Observation
+from sparsellm_lightning.architecture.observation import NO_TENSOR, TOKENS, WINDOWS, Observation
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import find_activation
@@ -127,6 +127,10 @@ class Examination:
                 else:
                     group.append(call)
         self.seen.dense |= {name: "no forward calls it" for name, times in self.seen.count.items() if not times}
+        numbers = self._numbers_of_experts()
+        for module, name in self.seen.names.items():
+            if self.seen.dense.get(name) == NO_TENSOR and getattr(module, "out_features", None) in numbers:
+                self.seen.dense[name] = ROUTES
         for group in groups:
             projections = [linear_projection(call.name, call.module, parts=self._parts(call)) for call in group]
             units.append((group[0].order, Linears(projections)))

@@ -22,6 +22,7 @@ from sparsellm_lightning.architecture.listed import listed_experts, prove_listed
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import Activation
 
+NO_TENSOR = "it takes or returns no single tensor"
 WINDOWS, TOKENS = 2, 11  # of the probe. Two windows, so that (batch, sequence) is told from (sequence, batch)
 
 
@@ -187,9 +188,9 @@ class Observation:
 
     def _check_linear(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):  # some routers
-            return
-        if parametrize.is_parametrized(module) or not is_product(module, x, y):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            self.dense[self.names[module]] = NO_TENSOR
+        elif parametrize.is_parametrized(module) or not is_product(module, x, y):
             self.dense[self.names[module]] = "it computes more than a product with its weight"
 
     def _see_linear(self, child: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

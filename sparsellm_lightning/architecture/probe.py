@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture.blocks import (
@@ -58,7 +59,9 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
     modules = decoder_blocks(model)
     names = unwrapped_names(model)
     _check_distinct(model, modules)
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_filled(module))
         calls = _block_calls(model, modules, names, run)
         activations = activations_of(model.config.get_text_config(decoder=True))
         blocks = []
@@ -68,6 +71,26 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
             blocks.append(Examination(index, seen).block())
         _warn_of_other_links(model, blocks, calls, run)
         return blocks
+
+
+@contextmanager
+def _filled(block: nn.Module) -> Iterator[None]:
+    """Rows and columns of zeros, of what has left a block, have small random numbers here: zeros would show nothing."""
+    empty: list[tuple[Tensor, Tensor, Tensor]] = []
+    for weight in (p.detach() for p in block.parameters() if p.dim() > 1):
+        if not weight.is_meta and not isinstance(weight, DTensor):  # of sharded weights a rank sees a part
+            rows, columns = ~weight.any(-1, keepdim=True), ~weight.any(-2, keepdim=True)
+            if bool(rows.any() | columns.any()):
+                empty.append((weight, rows, columns))
+    generator = torch.Generator().manual_seed(0)
+    for weight, rows, columns in empty:
+        noise = 0.02 * torch.randn(weight.shape, generator=generator).to(weight)
+        weight.copy_(torch.where(rows | columns, noise, weight))
+    try:
+        yield
+    finally:
+        for weight, rows, columns in empty:
+            weight.masked_fill_(rows | columns, 0)
 
 
 def _block_calls(

@@ -44,9 +44,9 @@ def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
             "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
             "Keep one. With SparseLLMCallback, set finetune to true."
         )
-    check_training = getattr(datamodule_of(trainer), "check_training", None)
-    if trains and check_training is not None:
-        check_training()
+    tell = getattr(datamodule_of(trainer), "check_training" if trains else "without_training", None)
+    if tell is not None:
+        tell()
 
 
 def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | None) -> None:

@@ -67,7 +67,8 @@ class Distillation(pl.Callback):
         task_weight: of the module's own loss.
         logit_weight: of :func:`logit_loss`.
         feature_weight: of :func:`feature_loss`.
-        teacher_dtype: of the teacher's weights: ``auto``, or ``bfloat16`` to halve its memory.
+        teacher_dtype: of the teacher's weights: ``auto``, or ``bfloat16`` to halve its memory. A model that is given in another
+            dtype is copied.
         offload: keep the teacher in host memory and bring one block at a time to the accelerator.
         model_attribute: attribute of the LightningModule that holds the student, if it holds several models.
 
@@ -111,13 +112,13 @@ class Distillation(pl.Callback):
                 f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} has "
                 "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
             )
-        if self.offload and pl_module.device_mesh is not None:
+        # The model exists and is dense here, unless the run resumes one that has pruned.
+        self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
+        if self.offload and isinstance(self._model, FSDPModule):
             raise UserError(
                 "Distillation cannot offload a teacher whose weights are sharded over ranks, which hold a part of it each. Set "
                 "offload to false."
             )
-        # The model exists and is dense here, unless the run resumes one that has pruned.
-        self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._model is not None
@@ -167,9 +168,10 @@ class Distillation(pl.Callback):
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
                 )
             source = copy.deepcopy(find_model(pl_module, self.model_attribute))
-        if self.teacher_dtype != "auto":
+        dtype = source.dtype if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
+        if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()) and self.teacher_dtype != "auto":
             source = copy.deepcopy(source) if source is self.teacher else source
-            to_dtype(source, getattr(torch, self.teacher_dtype))
+            to_dtype(source, dtype)
         return source
 
     @contextmanager

@@ -134,7 +134,21 @@ class Exporter:
                 log.warning("The model is written with zeros in place of what should leave it. %s", error)
             else:
                 layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
-                report = replace(report, layers=layers)
+                names = [block.name for block in layout.blocks]
+                report = replace(
+                    report,
+                    layers=layers,
+                    blocks=[
+                        {
+                            **report.blocks[old],
+                            "index": new,
+                            "dense": _renamed(report.blocks[old], names[old], names[new]),
+                        }
+                        for new, old in enumerate(smaller.blocks)
+                        if old < len(report.blocks)
+                    ],
+                    removed_blocks=sorted(set(range(len(names))) - set(smaller.blocks)),
+                )
                 model, state = smaller.model, None
 
         def content() -> dict[str, Any]:
@@ -153,6 +167,11 @@ class Exporter:
         export_or_rescue(export, Path(self.folder), self.overwrite)
         if self.push_to_hub is not None:
             log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
+
+
+def _renamed(block: dict[str, Any], old: str, new: str) -> dict[str, str]:
+    """Why layers of a block stay dense, by their names in the smaller model."""
+    return {new + name.removeprefix(old): reason for name, reason in block.get("dense", {}).items()}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from sparsellm_lightning.architecture import Projection
 from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity import SPARSE, Masks, are_rows, keep_zeros, linear_layers, zero_shares
+from sparsellm_lightning.sparsity import SPARSE, Masks, keep_zeros, linear_layers, sparse_layers, zero_shares
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
@@ -75,10 +75,6 @@ class SparseFinetuning(pl.Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.hold(trainer, pl_module, self._sparse_layers(trainer, pl_module))
-
-    def _sparse_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Projection]:
-        """The layers whose zeros are kept. Warns of other zeros."""
         layers = linear_layers(pl_module)
         shares = zero_shares(layers, adapter_for(trainer))
         if not any(SPARSE <= share < 1 for share in shares.values()):
@@ -86,11 +82,9 @@ class SparseFinetuning(pl.Callback):
                 f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
                 "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
             )
-        # A layer of zeros only is a fresh one that must train, and so are rows of a head.
-        held = [p for p in layers if 0 < shares[p.name] < 1]
-        held = [p for p in held if shares[p.name] >= SPARSE or not are_rows(p, adapter_for(trainer))]
-        _warn_of_lost_zeros(pl_module, layers, shares, held)
-        return held
+        held = sparse_layers(layers, shares, adapter_for(trainer))
+        warn_of_lost_zeros(pl_module, layers, shares, held)
+        self.hold(trainer, pl_module, held)
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -131,7 +125,11 @@ class SparseFinetuning(pl.Callback):
             if isinstance(callback, AVERAGING):
                 callback.on_train_end(trainer, pl_module)
         if self._masks is not None and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            self._masks.keep_nonzero()
+            changed = self._masks.keep_nonzero()
+            for callback in later if changed else ():  # which copy their average once more
+                average = getattr(callback, "_average_model", None)
+                if isinstance(callback, AVERAGING) and average is not None:
+                    getattr(average, "module", average).load_state_dict(pl_module.state_dict())
         self._check()
         self.release()
 
@@ -183,13 +181,13 @@ def resumed(trainer: pl.Trainer) -> Any:
     return None if path is None or Path(path).name.startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
-def _warn_of_lost_zeros(
+def warn_of_lost_zeros(
     module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float], held: Sequence[Projection]
 ) -> None:
     """Name the layers, embeddings and other matrices that train and whose zeros are not kept."""
-    lost = [f"{name} (zeros only)" for name, share in shares.items() if share == 1]
-    kept = {p.name for p in held}
-    lost += [f"{name} (rows of zeros)" for name, share in shares.items() if 0 < share < 1 and name not in kept]
+    kept = {id(p.parameter) for p in held}
+    free = [(p.name, shares[p.name]) for p in layers if id(p.parameter) not in kept]
+    lost = [f"{name} ({'zeros only' if share == 1 else 'rows of zeros'})" for name, share in free if share]
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     known = {id(p.parameter) for p in layers}
     for name, parameter in module.named_parameters():

@@ -19,7 +19,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
-from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, warn_of_lost_zeros
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
@@ -41,7 +41,14 @@ from sparsellm_lightning.reporting import (
     report_of_sparse,
 )
 from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases
+from sparsellm_lightning.sparsity import (
+    SPARSE,
+    has_adapters,
+    left_out_biases,
+    linear_layers,
+    sparse_layers,
+    zero_shares,
+)
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +318,9 @@ class SparseLLMCallback(SparseFinetuning):
             progress=shows_progress(trainer),
             on_block=partial(log_block, trainer),
         )
+        report.model = pretrained_of(pl_module) or report.model
+        if self.report is not None:
+            report.add_stage(self.report)
         report.calibration["source"] = source
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
@@ -360,14 +370,19 @@ class SparseLLMCallback(SparseFinetuning):
         self._exporter = None
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if is_sparse_already(pl_module):  # which may have zeros that no pruner of this package makes
-            self.hold(trainer, pl_module, self._sparse_layers(trainer, pl_module))
-        elif self._trains_on(pl_module):
-            layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
-            held = [p for p in layout.projections() if p.pruned]
-            if "blocks" in self.config.removes:
-                held += left_out_biases(layout, adapter_for(trainer))
-            self.hold(trainer, pl_module, held)
+        if not self._trains_on(pl_module):
+            return
+        adapter = adapter_for(trainer)
+        layout = adapter.describe(self._model(pl_module), self.config)
+        held = [p for p in layout.projections() if p.pruned]
+        if "blocks" in self.config.removes:
+            held += left_out_biases(layout, adapter)
+        if is_sparse_already(pl_module):  # whose zeros may be in other layers too
+            layers, known = linear_layers(pl_module), {id(p.parameter) for p in held}
+            shares = zero_shares(layers, adapter)
+            held += [p for p in sparse_layers(layers, shares, adapter) if id(p.parameter) not in known]
+            warn_of_lost_zeros(pl_module, layers, shares, held)
+        self.hold(trainer, pl_module, held)
 
     def _has_pruned(self, pl_module: pl.LightningModule) -> bool:
         """Whether an earlier fit has pruned this model."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, SupportsFloat
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, SupportsFloat
 
 from sparsellm_lightning.config.checks import (
     BLOCK_CHOICES,
@@ -152,6 +152,8 @@ class PruningConfig:
             if not (value is None and name in PRESETS[self.preset]):  # which is replaced by the preset's
                 object.__setattr__(self, name, integer(name, value, least))
         object.__setattr__(self, "seed", integer("seed", self.seed))
+        weights: dict[str, Any] = {name: float(getattr(self.penalties, name)) for name in ("alpha", "beta", "gamma")}
+        object.__setattr__(self, "penalties", replace(self.penalties, **weights))
         if self.memory != "auto":
             object.__setattr__(self, "memory", integer("memory", self.memory, 1, "'auto' or a number of bytes"))
         if not isinstance(self.alternation_blocks, str):

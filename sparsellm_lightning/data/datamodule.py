@@ -8,6 +8,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -124,6 +125,7 @@ class TextDataModule(LightningDataModule):
         self._tokens_of: PreTrainedTokenizerBase | None = None
         self._generated: dict[tuple[int, int], Tensor] = {}  # by seed and length
         self._resumed = False  # whether these come from a checkpoint
+        self._trains = True
 
     @property
     def calibration_text(self) -> str:
@@ -153,7 +155,7 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Forget the windows that the model of an earlier run generated."""
         self._generated.clear()
-        self._resumed = False
+        self._resumed, self._trains = False, True
 
     def state_dict(self) -> dict[str, Any]:
         """The generated windows. A resumed run has only the pruned model, and needs the dense model's windows."""
@@ -211,13 +213,15 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: no train text, or one shorter than a window; fine-tuning with ``self`` and no ``max_train_windows``.
         """
-        if self.source != "self":
-            windows = self._consecutive_windows("train", self.max_train_windows)
-        elif self.max_train_windows is not None:
+        if not self._trains or (self.source == "self" and self.max_train_windows is None):
+            # Lightning asks for a loader also in a run that only prunes, which never asks the loader for a batch. The limits
+            # that a Trainer puts on batches leave some of these.
+            return DataLoader(WindowDataset(torch.empty(10_000, 0)), collate_fn=lambda batch: self.check_training())
+        if self.source == "self":
+            assert self.max_train_windows is not None
             windows = self._generated_windows(self.max_train_windows, self.seed)
         else:
-            # Lightning asks for a loader also in a run that only prunes, which never asks the loader for a batch.
-            return DataLoader(WindowDataset(torch.empty(1, 0)), collate_fn=lambda batch: self.check_training())
+            windows = self._consecutive_windows("train", self.max_train_windows)
         world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         dataset = WindowDataset(windows)
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
@@ -232,6 +236,10 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.training:  # it may ask for a loader anew each epoch
             loader.load_state_dict({"epoch": self.trainer.current_epoch, "batches": 0})
         return loader
+
+    def without_training(self) -> None:
+        """This run takes no training batch, so that its training windows are not made. Pruning calls this."""
+        self._trains = False
 
     def check_training(self) -> None:
         """Refuse training on a source without training windows. Pruning calls this before its own work if training follows.
@@ -341,7 +349,9 @@ class TextDataModule(LightningDataModule):
 
 
 def _plain(value: Any) -> Any:
-    """A path, or each of several, as a string. Other values as they are."""
+    """A path, or each of several, as a string, and NumPy's numbers, which JSON does not know, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,14 +25,21 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: true: a folder with one file a rank. False: one file, assembled on rank 0.
         process_group_backend: ``nccl``, ``gloo``, ... None: the accelerator's.
+        timeout: of an exchange between ranks. The others wait so long while rank 0 downloads a model, or uploads one.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(hours=4),
+    ) -> None:
         super().__init__(
             data_parallel_size=1,
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
 
     def setup_environment(self) -> None:

@@ -108,7 +108,7 @@ class _SafeReader(FileSystemReader):
     """Reads ``.metadata``, which is a pickle, with an unpickler that knows only the classes of such files."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+        with self.fs.create_stream(self.fs.concat_path(self.path, ".metadata"), "rb") as file:
             metadata: Metadata = _MetadataUnpickler(file).load()
         for stored in metadata.storage_data.values():
             if Path(stored.relative_path).name != stored.relative_path:

@@ -139,7 +139,7 @@ def export_model(
 
 def add_to_report(folder: str | Path, **entries: Any) -> None:
     """Add entries to an export's report. Nothing happens if the folder is no export; one that is read-only gives a warning."""
-    path = Path(folder) / REPORT_NAME
+    path = Path(folder).expanduser() / REPORT_NAME
     if not path.is_file():
         return
     try:

@@ -45,7 +45,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         UserError: there is no such model, it lacks weights, transformers does not know it as a causal language model, it needs
             code from the hub, or ``dtype`` is not a floating-point dtype.
     """
-    dtype = _check_dtype(dtype)
+    dtype = _check_dtype(kwargs.pop("torch_dtype", dtype))  # its earlier name in transformers
     _refuse_remote_code(kwargs)
     source, gguf_file = locate(pretrained)
 

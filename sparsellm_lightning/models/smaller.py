@@ -46,11 +46,13 @@ class Smaller:
         model: on its own, with whole weights.
         names: by name of each projection that is left, its name in the smaller model.
         shapes: by the same names, its shape there.
+        blocks: indices of the blocks that are left, in order.
     """
 
     model: PreTrainedModel
     names: dict[str, str]
     shapes: dict[str, tuple[int, int]]
+    blocks: list[int]
 
 
 def rebuilt(
@@ -146,6 +148,7 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
         model,
         {name: place.name + name.removeprefix(block.name) for name, (place, block, _) in places.items()},
         {name: _shape(p, cut.get(f"{names[p.module]}.{p.parameter_name}")) for name, (_, _, p) in places.items()},
+        left,
     )
 
 

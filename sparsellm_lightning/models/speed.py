@@ -170,6 +170,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _file_bytes(folder: Path) -> int | None:
+    folder = folder.expanduser()
     if not folder.is_dir():
         return None
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))

@@ -43,7 +43,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     Raises:
         UserError: there is no such folder, or its report cannot be read.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     report = _read_report(path)
     found = [
         f"{name}: the report names this file, but it is missing"

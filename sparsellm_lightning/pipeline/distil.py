@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -61,7 +62,7 @@ class Distiller:
 
     Raises:
         UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
-            gradients.
+            gradients or Adam's moments.
     """
 
     @torch.no_grad()
@@ -129,6 +130,9 @@ class Distiller:
                         if divergence < least:  # False for NaN
                             least, best_step = divergence, step + 1
                             parameters.update(best)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold a step's tensors
+            raise
         finally:
             parameters.restore(best)
         return {"steps": best_step, "divergence": [before, least]}

@@ -29,7 +29,8 @@ def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool =
         _PACKED if packed else "",
         _perplexities(report),
         _sparsity(report),
-        "## What is smaller or faster\n\n" + (_SMALLER if smaller else _ZEROS),
+        "## What is smaller or faster\n\n"
+        + (_SMALLER + "." * packed + _ANY_ENGINE * (not packed) if smaller else _ZEROS),
         _texts(report),
         _examples(report),
         _repeat(report),
@@ -42,10 +43,8 @@ def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool =
 _PACKED = (
     "The files leave the zeros out. `sparsellm_lightning.load_model(DIR)` reads them, plain `transformers` does not."
 )
-_SMALLER = (
-    "Hidden units, heads or blocks have left the matrices and the configuration. This is a smaller dense model: any engine "
-    "runs it, and `sparsellm benchmark` measures how much faster."
-)
+_SMALLER = "Hidden units, heads or blocks have left the matrices and the configuration. This is a smaller dense model"
+_ANY_ENGINE = ": any engine runs it, and `sparsellm benchmark` measures how much faster."
 _ZEROS = (
     "The weights hold zeros. Engines without sparse kernels run them at dense speed, and plain files are as large as the dense "
     "model's. Zeros pay where 2:4 kernels or compressed files use them."
@@ -125,6 +124,14 @@ def settings(report: PruningReport) -> str:
     )
 
 
+def _what_settings(report: PruningReport) -> str:
+    if report.mask_check is None:
+        return "settings, as a file for `sparsellm prune --config FILE`"
+    steps = ", ".join(str(stage["step"]) for stage in report.stages)
+    stages = f" in stages at the steps {steps}" if steps else ""
+    return f"settings of the pruning. The model was pruned{stages} and fine-tuned, the settings of which are not here"
+
+
 def _repeat(report: PruningReport) -> str:
     if not report.config:
         return ""
@@ -133,7 +140,7 @@ def _repeat(report: PruningReport) -> str:
         [
             "## How",
             "",
-            "[sparsellm_lightning](https://arxiv.org/abs/2402.17946), settings, as a file for `sparsellm prune --config FILE`"
+            f"[sparsellm_lightning](https://arxiv.org/abs/2402.17946), {_what_settings(report)}"
             f"{' (the text was a dataloader of the caller)' if report.data is None else ''}:",
             "",
             f"```yaml\n{settings(report)}\n```",

@@ -87,7 +87,7 @@ class PruningReport:
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
-        wall_seconds: of pruning.
+        wall_seconds: of pruning; of gradual pruning, as phases and work, of all stages.
         peak_memory_bytes: peak of this process (resident memory), or of its accelerator, during pruning, the model included.
             None where the system does not say.
         added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
@@ -98,6 +98,7 @@ class PruningReport:
             next-token distributions before and after, on held-out windows if there are any. None if there were no steps.
         mask_check: after fine-tuning, ``{"checks", "layers", "zeros", "broken"}``: number of comparisons with the masks,
             layers and zeros compared, and zeros that changed. A run with a changed zero stops.
+        removed_blocks: indices of the blocks that left the written model. ``blocks`` are those that stay.
         stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``, with the perplexity before and after the stage.
     """
 
@@ -124,6 +125,21 @@ class PruningReport:
     distillation: dict[str, Any] | None = None
     mask_check: dict[str, int] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
+    removed_blocks: list[int] = field(default_factory=list)
+
+    def add_stage(self, before: PruningReport) -> None:
+        """Add the time and work of the earlier stages of gradual pruning."""
+        self.wall_seconds += before.wall_seconds
+        for name, seconds in before.phases.items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+        for name, counts in before.work.items():
+            mine = self.work.setdefault(name, {})
+            for dtype, number in counts.items():
+                mine[dtype] = mine.get(dtype, 0.0) + number
+        peaks = (self.peak_memory_bytes, before.peak_memory_bytes), (self.added_memory_bytes, before.added_memory_bytes)
+        self.peak_memory_bytes, self.added_memory_bytes = (
+            max((peak for peak in pair if peak is not None), default=None) for pair in peaks
+        )
 
     @property
     def label(self) -> str:

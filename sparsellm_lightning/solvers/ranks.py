@@ -68,7 +68,7 @@ class Ranks:
     def failing_together(self, what: str = "Pruning") -> Iterator[None]:
         """An exception inside ends the other ranks too, with its message, instead of leaving them in a collective.
 
-        The process group is closed then. ``what`` goes on inside, for messages.
+        The process group may be closed then. ``what`` goes on inside, for messages.
         """
         yield
 

@@ -14,10 +14,10 @@ from sparsellm_lightning.sparsity.masks import (
     MANY_ZEROS,
     SPARSE,
     Masks,
-    are_rows,
     left_out_biases,
     linear_layers,
     pack,
+    sparse_layers,
     unpack,
     zero_shares,
 )
@@ -29,7 +29,6 @@ __all__ = [
     "Masks",
     "adapter_at_work",
     "add_adapters",
-    "are_rows",
     "check_adapters",
     "has_adapters",
     "holding_zeros",
@@ -38,6 +37,7 @@ __all__ = [
     "linear_layers",
     "merged_state",
     "pack",
+    "sparse_layers",
     "unpack",
     "zero_shares",
 ]

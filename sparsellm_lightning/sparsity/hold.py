@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.sparsity.lora import keep_zeros
-from sparsellm_lightning.sparsity.masks import SPARSE, Masks, are_rows, linear_layers, zero_shares
+from sparsellm_lightning.sparsity.masks import Masks, linear_layers, sparse_layers, zero_shares
 
 
 @contextmanager
@@ -38,18 +38,17 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
         the masks.
 
     Raises:
-        UserError: no linear layer has zeros, or a weight is computed from others (``torch.nn.utils.prune``, parametrizations).
+        UserError: no linear layer has zeros besides a few whole rows, or a weight is computed from others
+            (``torch.nn.utils.prune``, parametrizations).
         MaskError: at the end, if something other than an optimizer changed the zeros.
     """
     layers = linear_layers(model)
     shares = zero_shares(layers, StrategyAdapter())
-    sparse = [
-        p for p in layers if 0 < shares[p.name] < 1 and not (shares[p.name] < SPARSE and are_rows(p, StrategyAdapter()))
-    ]
+    sparse = sparse_layers(layers, shares, StrategyAdapter())
     if not sparse:
         raise UserError(
-            f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any. Load a "
-            "pruned model."
+            f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any that "
+            "are kept. Load a pruned model."
         )
     computed = next((p.name for p in sparse if not p.parameter.is_leaf), None)
     if computed is not None:

@@ -71,11 +71,19 @@ class Masks:
             weight.masked_fill_((weight == 0) ^ pruned, torch.finfo(weight.dtype).tiny)
 
     @torch.no_grad()
-    def keep_nonzero(self) -> None:
-        """Set kept weights that are zero, as a mean of weights in 16 bits may be, to the smallest normal number."""
+    def keep_nonzero(self) -> bool:
+        """Set kept weights that are zero, as a mean of weights in 16 bits may be, to the smallest normal number.
+
+        Returns:
+            whether there were any on this rank.
+        """
+        found = False
         for i in range(len(self.projections)):
             weight, pruned = self._local(i)
-            weight.masked_fill_((weight == 0) & ~pruned, torch.finfo(weight.dtype).tiny)
+            lost = (weight == 0) & ~pruned
+            found = found or bool(lost.any())
+            weight.masked_fill_(lost, torch.finfo(weight.dtype).tiny)
+        return found
 
     @torch.no_grad()
     def clear_moments(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -201,11 +209,24 @@ def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[
     return {p.name: zeros[p.name] / max(p.size, 1) for p in layers}
 
 
-def are_rows(p: Projection, adapter: StrategyAdapter) -> bool:
-    """Whether a layer's few zeros are whole rows: of tokens that were never trained, in a head, which must train."""
-    zeros = local_tensor(p.parameter) == 0
-    rows = zeros.dim() == 2 and bool((zeros == zeros.all(1, keepdim=True)).all())
-    return adapter.ranks.all(rows)
+def sparse_layers(layers: Sequence[Projection], shares: dict[str, float], adapter: StrategyAdapter) -> list[Projection]:
+    """The layers whose zeros are to be kept in training.
+
+    Not those of zeros only, which are fresh and must train, nor those with few zeros that are whole rows, as a head has for
+    tokens that were never trained.
+
+    Args:
+        layers: of a model.
+        shares: of their zeros, see :func:`zero_shares`.
+        adapter: of the strategy the model runs under. All ranks call this together.
+    """
+    some = [p for p in layers if 0 < shares[p.name] < 1]
+    return [p for p in some if shares[p.name] >= SPARSE or not _are_rows(p, adapter)]
+
+
+def _are_rows(p: Projection, adapter: StrategyAdapter) -> bool:
+    zeros = local_tensor(p.parameter) == 0  # of FSDP1 a flat piece, which does not show rows
+    return adapter.ranks.all(zeros.dim() == 2 and bool((zeros == zeros.all(1, keepdim=True)).all()))
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -6,9 +6,9 @@
 
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
-a hash of its configuration, the model's weights and its windows. The hash does not cover the code. R compares cells of one
-machine only, and seconds and memory are shown of this one. So a run that was killed,
-or is asked for more cells, goes on. ``--again`` measures the chosen cells again. The tables show all known cells. With
+a hash of its configuration, the model's weights and its windows. The hash does not cover the code. So a run that was killed,
+or is asked for more cells, goes on. ``--again`` measures the chosen cells again. R compares cells of one machine only. Seconds
+and memory are shown if they are of the machine that makes the table. The tables show all known cells. With
 ``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
 
 The gap of a cell is ``ln(perplexity / dense perplexity)``. R is the gap divided by that of this package's ``sparsegpt`` at the
@@ -143,15 +143,10 @@ class Results:
 
     def share(self, cell: Cell, text: str) -> float | None:
         """R: the gap divided by SparseGPT's on the same machine, because rounding alone moves both."""
-        of_sparsegpt = ("sparsegpt", cell[1])
-        own, reference = self.gap(cell, text), self.gap(of_sparsegpt, text)
-        if not own or not reference or self._machine(cell) != self._machine(of_sparsegpt):
-            return None
-        return own / reference
-
-    def _machine(self, cell: Cell) -> str | None:
-        found = self.find(cell)
-        return None if found is None else found.get("machine")
+        cells = (cell, ("sparsegpt", cell[1]), DENSE)
+        machines = {found.get("machine") for one in cells if (found := self.find(one)) is not None}
+        own, reference = (self.gap(one, text) for one in cells[:2])
+        return own / reference if own and reference and len(machines) == 1 and machines != {None} else None
 
     def figures(self, cell: Cell, figure: str) -> list[float] | None:
         """One of the :data:`FIGURES`: perplexity and R on every text, or a single number. None if it is not known."""

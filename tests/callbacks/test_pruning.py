@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from support.models import build_model
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsellm_lightning import (
     CausalLM,
@@ -34,6 +34,8 @@ from sparsellm_lightning import (
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.callbacks.checks import check_trainer
 from sparsellm_lightning.data.loaders import validation_batches
+from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.reporting.card import model_card
 
 PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
 
@@ -662,3 +664,76 @@ def test_every_stage_has_a_journal_of_its_own(tmp_path: Path, ids: torch.Tensor)
     held = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8, measure=False, **stages)
     trainer(held, max_steps=3).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=4))
     assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == ["stage-0", "stage-1"]
+
+
+def test_a_run_that_only_prunes_makes_no_training_windows(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large text, tokenising them would take longer than pruning. Also if the Trainer limits the batches."""
+    made: list[str] = []
+    windows = TextDataModule._consecutive_windows
+    monkeypatch.setattr(
+        TextDataModule, "_consecutive_windows", lambda self, *args: made.append(args[0]) or windows(self, *args)
+    )
+    settings: dict[str, Any] = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 8}
+    for finetune in (False, True):
+        data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=8, max_eval_windows=4)
+        pruner = SparseLLMCallback(**settings, finetune=finetune)
+        trainer(pruner, max_steps=1, limit_train_batches=0.5).fit(CausalLM(str(model_dir)), data)
+        assert pruner.report is not None
+        assert ("train" in made) == finetune
+
+
+def test_processes_that_would_take_the_result_with_them(ids: torch.Tensor) -> None:
+    run = trainer(SparseLLMCallback(preset="paper"), strategy="ddp_spawn", devices=2)
+    with pytest.raises(UserError, match="processes that Lightning spawns or forks"):
+        adapter_for(run)
+
+
+def test_a_trainer_of_the_other_package() -> None:
+    other = pytest.importorskip("pytorch_lightning")
+    run = other.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match=r"a Trainer of lightning\.pytorch, got one of pytorch_lightning"):
+        adapter_for(run)
+
+
+def test_sparse_weights_with_blocks_that_left(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Their zeros, and those of their biases, are kept, although they are zeros only."""
+    model = build_model("opt")
+    layer = model.model.decoder.layers[1]
+    with torch.no_grad():
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.zero_()
+                module.bias.zero_()
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    module = CausalLM(weights=str(tmp_path / "in"), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=8, max_eval_windows=4)
+    trainer(SparseLLMCallback(pattern="blocks", measure=False), max_steps=2).fit(module, data)
+    layer = module.model.model.decoder.layers[1]
+    assert not any(bool(p.any()) for m in layer.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters())
+
+
+def test_a_gradual_run_reports_all_stages(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps the name of the model."""
+    seen: list[Any] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        report = prune_model(*args, **kwargs)
+        seen.append((report.wall_seconds, dict(report.phases), report.work))
+        return report
+
+    monkeypatch.setattr(PRUNE_MODEL, noted)
+    module: Any = OwnModule(build_model("llama"))
+    module.pretrained = "my/model"
+    settings: dict[str, Any] = {"schedule": {0: 0.5, 2: 0.6}, "finetune": True, "num_calibration_samples": 4}
+    held = SparseLLMCallback(preset="paper", method="magnitude", measure=False, **settings)
+    trainer(held, max_steps=3).fit(module, DataLoader(ids, batch_size=4))
+    assert held.report is not None
+    assert len(seen) == 2
+    assert held.report.wall_seconds == pytest.approx(sum(seconds for seconds, *_ in seen))
+    for name in ("forward", "local_solve"):
+        assert held.report.phases[name] == pytest.approx(sum(phases[name] for _, phases, _ in seen))
+    assert held.report.model == "my/model"
+    card = model_card(held.report)
+    assert "sparsellm prune --config FILE" not in card
+    assert "pruned in stages at the steps 0, 2 and fine-tuned" in card

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -619,3 +620,8 @@ def test_ranks_share_the_training_windows(tokenizer: PreTrainedTokenizerFast, te
     first, second = windows(2, 0), windows(2, 1)
     assert len(first) == len(second)
     assert sorted(first + second) == sorted(windows(1, 0))
+
+
+def test_numbers_of_numpy_reach_the_report() -> None:
+    data = TextDataModule(sequence_length=np.int64(64), max_eval_windows=np.int64(4))  # type: ignore[arg-type]
+    assert json.dumps(data.settings) == '{"sequence_length": 64, "max_eval_windows": 4}'

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsellm_lightning.errors import UserError
@@ -174,3 +175,8 @@ def test_gguf_is_dense_tied_and_saved(tmp_path: Path) -> None:
         logits = model(tokens).logits
         assert torch.equal(logits, reloaded(tokens).logits)
     assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+def test_the_earlier_name_of_the_dtype(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), torch_dtype="bfloat16").dtype == torch.bfloat16

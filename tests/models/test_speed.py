@@ -100,3 +100,11 @@ def test_what_is_timed() -> None:
     seen.clear()
     speed._decode(model, 4)
     assert seen[1:] == [1, 1, 1], "four new tokens, the first one by the prompt"
+
+
+def test_a_folder_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build_model("llama").save_pretrained(tmp_path / "x")
+    (tmp_path / "x/pruning_report.json").write_text('{"files": []}')
+    main(["benchmark", "~/x", "--prompt_tokens", "8", "--new_tokens", "2", "--repeats", "1"])
+    assert json.loads((tmp_path / "x/pruning_report.json").read_text())["speed"][0]["file_bytes"] > 0

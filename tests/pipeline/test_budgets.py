@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from support.batches import random_batches
@@ -36,6 +37,7 @@ from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.callbacks import exporting
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.models import Shrinkage, check_shrinkable, shrink, verify_export
+from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.kept import memory_of_tuning
 
 ENDS = ("o_proj", "down_proj")
@@ -298,3 +300,34 @@ def test_a_model_that_cannot_be_made_smaller_at_the_end_is_written(
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(written(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("pattern", [{"neurons": 0.25, "blocks": 1}, {"heads": 0.5, "blocks": 1}, {"parameters": 0.6}])
+def test_a_run_that_makes_a_smaller_model_is_resumed(
+    pattern: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in blocks that have left, which are zeros then, is found all the same."""
+    chosen = Shrinkage(units=96, blocks=frozenset({1}))
+    if "parameters" in pattern:
+        monkeypatch.setattr(sequential, "choose_shrinkage", lambda *_: chosen)
+    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+
+    def run(steps: int, **more: Any) -> tuple[pl.Trainer, OwnModule]:
+        settings: dict[str, Any] = {"preset": "paper", "method": "wanda", "round_to": 16, "num_calibration_samples": 4}
+        held = SparseLLMCallback(**settings, pattern=pattern, finetune=True, measure=False, **more)
+        return trainer(held, max_steps=steps), OwnModule(build_model("llama"))
+
+    first, module = run(1)
+    first.fit(module, DataLoader(ids, batch_size=8))  # type: ignore[arg-type]
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, module = run(2, export_dir=str(tmp_path / "out"))
+    second.fit(module, DataLoader(ids, batch_size=8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)  # type: ignore[arg-type]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert written.config.num_hidden_layers == 2
+    assert written.config.intermediate_size == (128 if "heads" in pattern else 96)
+    assert written.config.num_key_value_heads == (1 if "heads" in pattern else 2)
+    report = json.loads((tmp_path / "out/pruning_report.json").read_text())
+    assert report["sparsity"]["exported"] == 0
+    (gone,) = report["removed_blocks"]
+    assert [block["index"] for block in report["blocks"]] == [0, 1]
+    assert 0 <= gone < 3
