@@ -157,6 +157,14 @@ class TextDataModule(LightningDataModule):
         self._generated.clear()
         self._resumed, self._trains = False, True
 
+    def teardown(self, stage: str) -> None:
+        """Behind the run, :meth:`train_dataloader` makes its windows again."""
+        self._trains = True
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As :meth:`teardown`, which does not follow an exception."""
+        self._trains = True
+
     def state_dict(self) -> dict[str, Any]:
         """The generated windows. A resumed run has only the pruned model, and needs the dense model's windows."""
         return {"generated": dict(self._generated)} if self._generated else {}

@@ -680,6 +680,8 @@ def test_a_run_that_only_prunes_makes_no_training_windows(model_dir: Path, monke
         trainer(pruner, max_steps=1, limit_train_batches=0.5).fit(CausalLM(str(model_dir)), data)
         assert pruner.report is not None
         assert ("train" in made) == finetune
+        assert len(data.train_dataloader()) == 2, "behind the run there are windows"
+        made.clear()
 
 
 def test_processes_that_would_take_the_result_with_them(ids: torch.Tensor) -> None:
