@@ -76,21 +76,22 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
 @contextmanager
 def _filled(block: nn.Module) -> Iterator[None]:
     """Rows and columns of zeros, of what has left a block, have small random numbers here: zeros would show nothing."""
-    empty: list[tuple[Tensor, Tensor, Tensor]] = []
-    for weight in (p.detach() for p in block.parameters() if p.dim() > 1):
-        if not weight.is_meta and not isinstance(weight, DTensor):  # of sharded weights a rank sees a part
-            rows, columns = ~weight.any(-1, keepdim=True), ~weight.any(-2, keepdim=True)
-            if bool(rows.any() | columns.any()):
-                empty.append((weight, rows, columns))
-    generator = torch.Generator().manual_seed(0)
-    for weight, rows, columns in empty:
-        noise = 0.02 * torch.randn(weight.shape, generator=generator).to(weight)
-        weight.copy_(torch.where(rows | columns, noise, weight))
+    changed: list[tuple[Tensor, Tensor]] = []
     try:
+        for name, parameter in block.named_parameters():
+            weight = parameter.detach()
+            # Fresh adapters have zeros. Of sharded weights a rank sees a part.
+            if weight.dim() < 2 or "lora_" in name or weight.is_meta or isinstance(weight, DTensor):
+                continue
+            empty = ~(weight.any(-1, keepdim=True) & weight.any(-2, keepdim=True))
+            if bool(empty.any()):
+                changed.append((weight, empty))
+                generator = torch.Generator(weight.device).manual_seed(0)
+                weight.add_(torch.empty_like(weight).normal_(0, 0.02, generator=generator).mul_(empty))
         yield
     finally:
-        for weight, rows, columns in empty:
-            weight.masked_fill_(rows | columns, 0)
+        for weight, empty in changed:
+            weight.masked_fill_(empty, 0)
 
 
 def _block_calls(

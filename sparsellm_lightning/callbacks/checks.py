@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
@@ -47,6 +49,22 @@ def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
     tell = getattr(datamodule_of(trainer), "check_training" if trains else "without_training", None)
     if tell is not None:
         tell()
+
+
+def check_launcher(trainer: pl.Trainer, module: pl.LightningModule, export_dir: str | None) -> None:
+    """Refuse processes of Lightning that end with the run and take its result with them: those that it spawns or forks.
+
+    Only weights that the module had before go back to the process that started them.
+
+    Raises:
+        UserError: such processes, a module that builds its model in them, and no export.
+    """
+    ends = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.world_size > 1
+    if ends and export_dir is None and is_overridden("configure_model", module):
+        raise UserError(
+            "Processes that Lightning spawns or forks would end with the pruned model in them. Set export_dir, run a script "
+            "with strategy ddp, or use one device."
+        )
 
 
 def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | None) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks.checks import check_resumed, check_trainer
+from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, warn_of_lost_zeros
@@ -152,6 +152,7 @@ class SparseLLMCallback(SparseFinetuning):
                 f"weights names a sparse model, which is not pruned, but {name} asks for pruning. Leave one out."
             )
         check_trainer(trainer, self._trains_on(pl_module))
+        check_launcher(trainer, pl_module, self.export_dir)
         if self.schedule is not None:
             check_run(trainer, self.schedule)
         if self.push_to_hub is not None and self.export_dir is None:

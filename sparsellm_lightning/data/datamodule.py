@@ -221,11 +221,12 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: no train text, or one shorter than a window; fine-tuning with ``self`` and no ``max_train_windows``.
         """
+        collate = None
         if not self._trains or (self.source == "self" and self.max_train_windows is None):
-            # Lightning asks for a loader also in a run that only prunes, which never asks the loader for a batch. The limits
-            # that a Trainer puts on batches leave some of these.
-            return DataLoader(WindowDataset(torch.empty(10_000, 0)), collate_fn=lambda batch: self.check_training())
-        if self.source == "self":
+            # Lightning asks for a loader also in a run that only prunes, which asks the loader for no batch. The limits that a
+            # Trainer puts on batches leave some of these.
+            windows, collate = torch.empty(10_000, 0), self._refuse_batch
+        elif self.source == "self":
             assert self.max_train_windows is not None
             windows = self._generated_windows(self.max_train_windows, self.seed)
         else:
@@ -239,11 +240,19 @@ class TextDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             generator=torch.Generator(),
+            collate_fn=collate,
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
         if self.trainer is not None and self.trainer.training:  # it may ask for a loader anew each epoch
             loader.load_state_dict({"epoch": self.trainer.current_epoch, "batches": 0})
         return loader
+
+    def _refuse_batch(self, batch: Any) -> Any:
+        self.check_training()
+        raise UserError(
+            "This run only prunes, and has no training windows, but something asks for a batch of them, such as a tuner of "
+            "Lightning. Leave that out, or set finetune to true."
+        )
 
     def without_training(self) -> None:
         """This run takes no training batch, so that its training windows are not made. Pruning calls this."""

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from sparsellm_lightning.distributed.adapter import StrategyAdapter
 from sparsellm_lightning.distributed.ddp import DDPAdapter
@@ -36,11 +35,6 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter:
         UserError: the strategy, or the way it is set up, is not supported.
     """
     strategy = type(trainer.strategy)
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.world_size > 1:
-        raise UserError(
-            "Pruning in processes that Lightning spawns or forks would leave its result in them. Run a script, with strategy "
-            "ddp, or use one device."
-        )
     # A user's subclass is treated as its base. Lightning's own subclasses are not (DeepSpeed derives from DDP).
     theirs = not strategy.__module__.startswith(("lightning.", "pytorch_lightning."))
     for supported in strategy.__mro__ if theirs else (strategy,):

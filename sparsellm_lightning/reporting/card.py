@@ -129,7 +129,8 @@ def _what_settings(report: PruningReport) -> str:
         return "settings, as a file for `sparsellm prune --config FILE`"
     steps = ", ".join(str(stage["step"]) for stage in report.stages)
     stages = f" in stages at the steps {steps}" if steps else ""
-    return f"settings of the pruning. The model was pruned{stages} and fine-tuned, the settings of which are not here"
+    last = "the last " * bool(steps)
+    return f"pruned{stages} and then fine-tuned. Settings of {last}pruning"
 
 
 def _repeat(report: PruningReport) -> str:

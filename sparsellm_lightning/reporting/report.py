@@ -130,6 +130,7 @@ class PruningReport:
     def add_stage(self, before: PruningReport) -> None:
         """Add the time and work of the earlier stages of gradual pruning."""
         self.wall_seconds += before.wall_seconds
+        self.gemm_peak = before.gemm_peak | self.gemm_peak
         for name, seconds in before.phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
         for name, counts in before.work.items():

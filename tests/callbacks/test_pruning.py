@@ -32,7 +32,7 @@ from sparsellm_lightning import (
     prune_model,
 )
 from sparsellm_lightning.architecture import describe
-from sparsellm_lightning.callbacks.checks import check_trainer
+from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
 from sparsellm_lightning.data.loaders import validation_batches
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.reporting.card import model_card
@@ -684,10 +684,12 @@ def test_a_run_that_only_prunes_makes_no_training_windows(model_dir: Path, monke
         made.clear()
 
 
-def test_processes_that_would_take_the_result_with_them(ids: torch.Tensor) -> None:
-    run = trainer(SparseLLMCallback(preset="paper"), strategy="ddp_spawn", devices=2)
-    with pytest.raises(UserError, match="processes that Lightning spawns or forks"):
-        adapter_for(run)
+def test_processes_that_would_take_the_result_with_them() -> None:
+    run = trainer(strategy="ddp_spawn", devices=2)
+    with pytest.raises(UserError, match="Processes that Lightning spawns or forks"):
+        check_launcher(run, CausalLM("model"), None)
+    check_launcher(run, CausalLM("model"), "out")
+    check_launcher(run, OwnModule(build_model("llama")), None)
 
 
 def test_a_trainer_of_the_other_package() -> None:
@@ -710,7 +712,10 @@ def test_sparse_weights_with_blocks_that_left(tmp_path: Path, tokenizer: PreTrai
     tokenizer.save_pretrained(tmp_path / "in")
     module = CausalLM(weights=str(tmp_path / "in"), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=8, max_eval_windows=4)
-    trainer(SparseLLMCallback(pattern="blocks", measure=False), max_steps=2).fit(module, data)
+    held = SparseLLMCallback(pattern="blocks", measure=False)
+    trainer(held, max_steps=2).fit(module, data)
+    assert held._masks is not None
+    assert {"model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2.bias"} <= held._masks.zeros.keys()
     layer = module.model.model.decoder.layers[1]
     assert not any(bool(p.any()) for m in layer.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters())
 
@@ -721,7 +726,7 @@ def test_a_gradual_run_reports_all_stages(ids: torch.Tensor, monkeypatch: pytest
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         report = prune_model(*args, **kwargs)
-        seen.append((report.wall_seconds, dict(report.phases), report.work))
+        seen.append((report.wall_seconds, dict(report.phases), copy.deepcopy(report.work)))
         return report
 
     monkeypatch.setattr(PRUNE_MODEL, noted)
@@ -738,4 +743,28 @@ def test_a_gradual_run_reports_all_stages(ids: torch.Tensor, monkeypatch: pytest
     assert held.report.model == "my/model"
     card = model_card(held.report)
     assert "sparsellm prune --config FILE" not in card
-    assert "pruned in stages at the steps 0, 2 and fine-tuned" in card
+    assert "pruned in stages at the steps 0, 2 and then fine-tuned. Settings of the last pruning" in card
+    assert held.report.work["forward"]["float32"] == sum(work["forward"]["float32"] for *_, work in seen)
+    held.report.phase_table()
+
+
+def test_a_checkpoint_of_a_fine_tuned_model_is_exported_without_training(tmp_path: Path, model_dir: Path) -> None:
+    settings: dict[str, Any] = {
+        "preset": "paper",
+        "method": "magnitude",
+        "num_calibration_samples": 8,
+        "measure": False,
+    }
+
+    def data() -> TextDataModule:
+        return TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16, max_eval_windows=4)
+
+    run = trainer(SparseLLMCallback(**settings, finetune=True), max_steps=1)
+    trained = CausalLM(str(model_dir))
+    run.fit(trained, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    pruner = SparseLLMCallback(**settings, export_dir=str(tmp_path / "out"))
+    trainer(pruner, max_steps=4).fit(CausalLM(str(model_dir)), data(), ckpt_path=str(tmp_path / "a.ckpt"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for one, other in zip(exported.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(one, other)
