@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import ROUTES, DecoderLayout, device_of
 from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
 from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.data import (
@@ -32,6 +31,14 @@ from sparsellm_lightning.data import (
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
+from sparsellm_lightning.pipeline.admission import (
+    check_adapters,
+    check_place,
+    warn_of_dense_layers,
+    warn_of_few_tokens,
+    warn_of_pruned_parts,
+    without_predictions,
+)
 from sparsellm_lightning.pipeline.distil import STEP_TOKENS, Distiller
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
@@ -41,14 +48,12 @@ from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
 from sparsellm_lightning.runtime import (
     MemoryMeter,
     Profile,
-    check_device,
     claimed,
     explaining_memory,
     gemm_peak,
     phase,
     showing,
 )
-from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
 
 _Done = TypeVar("_Done")
 
@@ -93,20 +98,9 @@ def prune_model(
     """
     start = time.perf_counter()
     adapter = adapter or StrategyAdapter()
-    check_device(device_of(model))
-    devices = sorted({str(parameter.device) for parameter in model.parameters() if not parameter.is_meta})
-    if len(devices) > 1:
-        raise UserError(
-            f"Pruning needs a model on one device, or under a strategy that shards it, got {', '.join(devices)}. Load it "
-            "without device_map; several GPUs are used by ranks."
-        )
-    if torch.is_autocast_enabled(device_of(model).type):
-        raise UserError(
-            "prune_model must not be called inside torch.autocast, which keeps copies of weights from before they are pruned. "
-            "Call it outside: a Trainer's precision, or the model's dtype, says how it computes."
-        )
+    check_place(model)
     layout = adapter.describe(model, config)
-    config = _without_predictions(layout, config, adapter)
+    config = without_predictions(layout, config, adapter)
     context = Context(layout, config, adapter, keep_zeros)
     adapter.check(context.layout)
     memory = MemoryMeter(context.device)
@@ -129,7 +123,7 @@ def prune_model(
         shown.bar,
         showing(progress),
     ):
-        _check_adapters(context)
+        check_adapters(context)
         context = replace(context, autocasts=works_under_autocast(context))
         tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
@@ -147,10 +141,10 @@ def prune_model(
         written, number_written = _written_windows(context, batches, fitted, journal)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
-        _warn_of_few_tokens(context, windows, tokens)
-        _warn_of_dense_layers(context)
+        warn_of_few_tokens(context, windows, tokens)
+        warn_of_dense_layers(context)
         if not keep_zeros:
-            _warn_of_pruned_parts(context)
+            warn_of_pruned_parts(context)
         distiller = _distiller(context, batches, fitted, written)
         for_blocks = _for_blocks(context, batches, fitted, written)
         for result in prune_blocks(context, *for_blocks, journal, iteration_done):
@@ -198,42 +192,12 @@ def prune_model(
     )
 
 
-def _without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
-    """The settings without what a preset asks for and hidden states that predict no tokens cannot do, with a warning."""
-    if layout.predicts:
-        return config
-    preset = PRESETS[config.preset]
-    needed: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
-    if config.allocation not in ("kl", "kl_blocks"):
-        del needed["allocation"]
-    dropped = {name: value for name, value in needed.items() if getattr(config, name) == preset[name] != value}
-    if dropped and adapter.ranks.rank == 0:
-        headless = layout.model.get_output_embeddings() is None
-        why = "has no language-model head" if headless else "has hidden states that are of no token"
-        warnings.warn(
-            f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(layout.model).__name__} {why}.",
-            stacklevel=3,
-        )
-    return replace(config, **dropped)
-
-
 def _checked(model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
     """The model's arguments in every batch, refused if the model cannot take them."""
     for batch in batches:
         inputs = model_inputs(batch)
         check_inputs(model, inputs)
         yield inputs
-
-
-def _check_adapters(context: Context) -> None:
-    """Refuse LoRA adapters that have been trained: the solvers see a layer's own weight."""
-    name = adapter_at_work(context.layout.model)
-    if not context.ranks.all(name is None):
-        where = f"that of {name} changes" if name else "one changes"
-        raise UserError(
-            f"Pruning solves for the layers' own weights, so LoRA adapters must do nothing yet, but {where} its layer's "
-            "output. Merge adapters first (peft's merge_and_unload), or train them after pruning."
-        )
 
 
 def _written_windows(
@@ -315,48 +279,6 @@ def _explain_distillation(context: Context) -> str:
         f"{STEP_TOKENS} tokens. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to keep the moments on "
         "the host, or shard the model over more devices."
     )
-
-
-def _warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
-    if context.ranks.rank > 0:
-        return
-    wanted = context.config.num_calibration_samples
-    if windows < wanted:
-        warnings.warn(
-            f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows in which a token counts. All "
-            "of them are used.",
-            stacklevel=3,
-        )
-    widest = max((p.shape[1] for p in context.layout.projections() if p.pruned), default=0)
-    if tokens < widest:
-        warnings.warn(
-            f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
-            "statistics are rank-deficient. Use more or longer windows.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_dense_layers(context: Context) -> None:
-    """Name the linear layers that stay dense because they cannot be pruned. Routers are expected to."""
-    if context.ranks.rank > 0:
-        return
-    left = [f"{name} ({reason})" for block in context.layout.blocks for name, reason in block.dense.items()]
-    left = [text for text in left if ROUTES not in text]
-    if left:
-        more = f" and {len(left) - 4} more, which the report names" if len(left) > 4 else ""
-        warnings.warn(f"These layers stay dense: {', '.join(left[:4])}{more}.", stacklevel=3)
-
-
-def _warn_of_pruned_parts(context: Context) -> None:
-    """Warn of a model that is sparse in part, as an interrupted run leaves it."""
-    layers, _ = layer_rows(context.layout, context.adapter)
-    sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
-    if 0 < len(sparse) < len(layers) and context.ranks.rank == 0:
-        warnings.warn(
-            f"{len(sparse)} of {len(layers)} projections have many zeros already, such as {sparse[0]}. If an interrupted run "
-            "has left this model half pruned, load the dense model again.",
-            stacklevel=3,
-        )
 
 
 def _name(dtype: torch.dtype) -> str:

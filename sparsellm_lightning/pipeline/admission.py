@@ -1,0 +1,111 @@
+"""What is refused, dropped or warned of before a model is pruned."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparsellm_lightning.architecture import ROUTES, DecoderLayout, device_of
+from sparsellm_lightning.calibration import Context
+from sparsellm_lightning.config import PRESETS, PruningConfig
+from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.reporting import layer_rows
+from sparsellm_lightning.runtime import check_device
+from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
+
+
+def check_place(model: PreTrainedModel) -> None:
+    """Refuse a device that cannot prune, several devices, and a call inside autocast.
+
+    Raises:
+        UserError: one of these.
+    """
+    check_device(device_of(model))
+    devices = sorted({str(parameter.device) for parameter in model.parameters() if not parameter.is_meta})
+    if len(devices) > 1:
+        raise UserError(
+            f"Pruning needs a model on one device, or under a strategy that shards it, got {', '.join(devices)}. Load it "
+            "without device_map; several GPUs are used by ranks."
+        )
+    if torch.is_autocast_enabled(device_of(model).type):
+        raise UserError(
+            "prune_model must not be called inside torch.autocast, which keeps copies of weights from before they are pruned. "
+            "Call it outside: a Trainer's precision, or the model's dtype, says how it computes."
+        )
+
+
+def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
+    """The settings without what a preset asks for and hidden states that predict no tokens cannot do, with a warning."""
+    if layout.predicts:
+        return config
+    preset = PRESETS[config.preset]
+    needed: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
+    if config.allocation not in ("kl", "kl_blocks"):
+        del needed["allocation"]
+    dropped = {name: value for name, value in needed.items() if getattr(config, name) == preset[name] != value}
+    if dropped and adapter.ranks.rank == 0:
+        headless = layout.model.get_output_embeddings() is None
+        why = "has no language-model head" if headless else "has hidden states that are of no token"
+        warnings.warn(
+            f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(layout.model).__name__} {why}.",
+            stacklevel=3,
+        )
+    return replace(config, **dropped)
+
+
+def check_adapters(context: Context) -> None:
+    """Refuse LoRA adapters that have been trained: the solvers see a layer's own weight."""
+    name = adapter_at_work(context.layout.model)
+    if not context.ranks.all(name is None):
+        where = f"that of {name} changes" if name else "one changes"
+        raise UserError(
+            f"Pruning solves for the layers' own weights, so LoRA adapters must do nothing yet, but {where} its layer's "
+            "output. Merge adapters first (peft's merge_and_unload), or train them after pruning."
+        )
+
+
+def warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
+    if context.ranks.rank > 0:
+        return
+    wanted = context.config.num_calibration_samples
+    if windows < wanted:
+        warnings.warn(
+            f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows in which a token counts. All "
+            "of them are used.",
+            stacklevel=3,
+        )
+    widest = max((p.shape[1] for p in context.layout.projections() if p.pruned), default=0)
+    if tokens < widest:
+        warnings.warn(
+            f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
+            "statistics are rank-deficient. Use more or longer windows.",
+            stacklevel=3,
+        )
+
+
+def warn_of_dense_layers(context: Context) -> None:
+    """Name the linear layers that stay dense because they cannot be pruned. Routers are expected to."""
+    if context.ranks.rank > 0:
+        return
+    left = [f"{name} ({reason})" for block in context.layout.blocks for name, reason in block.dense.items()]
+    left = [text for text in left if ROUTES not in text]
+    if left:
+        more = f" and {len(left) - 4} more, which the report names" if len(left) > 4 else ""
+        warnings.warn(f"These layers stay dense: {', '.join(left[:4])}{more}.", stacklevel=3)
+
+
+def warn_of_pruned_parts(context: Context) -> None:
+    """Warn of a model that is sparse in part, as an interrupted run leaves it."""
+    layers, _ = layer_rows(context.layout, context.adapter)
+    sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
+    if 0 < len(sparse) < len(layers) and context.ranks.rank == 0:
+        warnings.warn(
+            f"{len(sparse)} of {len(layers)} projections have many zeros already, such as {sparse[0]}. If an interrupted run "
+            "has left this model half pruned, load the dense model again.",
+            stacklevel=3,
+        )
