@@ -312,7 +312,7 @@ class _Recorder:
         if self.answer is None:
             recorded = self.arguments[block.index]
             # Batches mostly have equal masks and rotary embeddings. One copy is kept.
-            recorded.append(_share((rest, dict(kwargs)), recorded[-1] if recorded else None))
+            recorded.append(_share((rest, kwargs), recorded[-1] if recorded else None))
             if block.index == 0:
                 seen = block.batch_first(hidden.detach())
                 self.hidden.append(seen if self.storage is None else moved(seen, self.storage))

@@ -20,7 +20,7 @@ from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_
 from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_model, pretrained_of, to_dtype
+from sparsellm_lightning.models import kept_in_float32, load_model, pretrained_of
 from sparsellm_lightning.solvers import kl_divergence
 from sparsellm_lightning.sparsity import MANY_ZEROS, SPARSE, linear_layers, zero_shares
 
@@ -171,7 +171,8 @@ class Distillation(pl.Callback):
         dtype = source.dtype if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
         if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()) and self.teacher_dtype != "auto":
             source = copy.deepcopy(source) if source is self.teacher else source
-            to_dtype(source, dtype)
+            with kept_in_float32(source):
+                source.to(dtype)  # type: ignore[arg-type]
         return source
 
     @contextmanager

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from sparsellm_lightning.models import (
     tokenizer_of,
     upload,
 )
-from sparsellm_lightning.reporting import PruningReport, rows_of_smaller, save_companions
+from sparsellm_lightning.reporting import PruningReport, report_of_smaller, save_companions
 from sparsellm_lightning.runtime import claimed
 from sparsellm_lightning.sparsity import check_adapters
 
@@ -113,43 +112,20 @@ class Exporter:
         layout = adapter.describe(model, config) if config.removes else None
         with _failing_together(trainer):
             if trainer.is_global_zero:
-                self._write(trainer, pl_module, model, config, report, layout, state, start)
+                if layout is not None:
+                    model, state, report = _cut(layout, config, state, report)
+                self._write(trainer, pl_module, model, state, report, start)
 
     def _write(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         model: PreTrainedModel,
-        config: PruningConfig,
-        report: PruningReport,
-        layout: DecoderLayout | None,
         state: dict[str, Tensor] | None,
+        report: PruningReport,
         start: float,
     ) -> None:
         """Write the folder from whole weights, or those of the model on its own. ``start``: of the phase."""
-        if layout is not None:
-            try:
-                smaller = shrink(layout, config, state)
-            except UserError as error:  # better the model with zeros than none
-                log.warning("The model is written with zeros in place of what should leave it. %s", error)
-            else:
-                layers, report.sparsity["exported"] = rows_of_smaller(report.layers, smaller)
-                names = [block.name for block in layout.blocks]
-                report = replace(
-                    report,
-                    layers=layers,
-                    blocks=[
-                        {
-                            **report.blocks[old],
-                            "index": new,
-                            "dense": _renamed(report.blocks[old], names[old], names[new]),
-                        }
-                        for new, old in enumerate(smaller.blocks)
-                        if old < len(report.blocks)
-                    ],
-                    removed_blocks=sorted(set(range(len(names))) - set(smaller.blocks)),
-                )
-                model, state = smaller.model, None
 
         def content() -> dict[str, Any]:
             report.phases["export"] = time.perf_counter() - start
@@ -169,9 +145,16 @@ class Exporter:
             log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
 
 
-def _renamed(block: dict[str, Any], old: str, new: str) -> dict[str, str]:
-    """Why layers of a block stay dense, by their names in the smaller model."""
-    return {new + name.removeprefix(old): reason for name, reason in block.get("dense", {}).items()}
+def _cut(
+    layout: DecoderLayout, config: PruningConfig, state: dict[str, Tensor] | None, report: PruningReport
+) -> tuple[PreTrainedModel, dict[str, Tensor] | None, PruningReport]:
+    """The model without what has left, its weights if they are not its own, and the report of it."""
+    try:
+        smaller = shrink(layout, config, state)
+    except UserError as error:  # better the model with zeros than none
+        log.warning("The model is written with zeros in place of what should leave it. %s", error)
+        return layout.model, state, report
+    return smaller.model, None, report_of_smaller(report, layout, smaller)
 
 
 @contextmanager

@@ -75,16 +75,7 @@ class SparseFinetuning(pl.Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        layers = linear_layers(pl_module)
-        shares = zero_shares(layers, adapter_for(trainer))
-        if not any(SPARSE <= share < 1 for share in shares.values()):
-            raise UserError(
-                f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
-                "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
-            )
-        held = sparse_layers(layers, shares, adapter_for(trainer))
-        warn_of_lost_zeros(pl_module, layers, shares, held)
-        self.hold(trainer, pl_module, held)
+        self.hold(trainer, pl_module, kept_layers(trainer, pl_module))
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -126,10 +117,8 @@ class SparseFinetuning(pl.Callback):
                 callback.on_train_end(trainer, pl_module)
         if self._masks is not None and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
             changed = self._masks.keep_nonzero()
-            for callback in later if changed else ():  # which copy their average once more
-                average = getattr(callback, "_average_model", None)
-                if isinstance(callback, AVERAGING) and average is not None:
-                    getattr(average, "module", average).load_state_dict(pl_module.state_dict())
+            if changed:  # later ones copy their average once more
+                renew_averages(later, pl_module)
         self._check()
         self.release()
 
@@ -181,7 +170,35 @@ def resumed(trainer: pl.Trainer) -> Any:
     return None if path is None or Path(path).name.startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
-def warn_of_lost_zeros(
+def renew_averages(callbacks: Sequence[pl.Callback], pl_module: pl.LightningModule) -> None:
+    """Have callbacks that average weights begin anew with those of the module."""
+    for callback in callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(callback, AVERAGING) and average is not None:
+            getattr(average, "module", average).load_state_dict(pl_module.state_dict())
+
+
+def kept_layers(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, held: Sequence[Projection] = ()
+) -> list[Projection]:
+    """The layers whose zeros are kept: those that are held in any case, and the other sparse ones. Warns of other zeros.
+
+    Raises:
+        UserError: none are held in any case, and none are sparse.
+    """
+    layers, known, adapter = linear_layers(pl_module), {id(p.parameter) for p in held}, adapter_for(trainer)
+    shares = zero_shares(layers, adapter)
+    if not held and not any(SPARSE <= share < 1 for share in shares.values()):
+        raise UserError(
+            f"SparseFinetuning keeps the zeros of a sparse model, but no linear layer of {type(pl_module).__name__} has "
+            "1 % of zeros. Prune it first (SparseLLMCallback(finetune=True) does both), or load a sparse model."
+        )
+    kept = [*held, *(p for p in sparse_layers(layers, shares, adapter) if id(p.parameter) not in known)]
+    _warn_of_lost_zeros(pl_module, layers, shares, kept)
+    return kept
+
+
+def _warn_of_lost_zeros(
     module: pl.LightningModule, layers: Sequence[Projection], shares: dict[str, float], held: Sequence[Projection]
 ) -> None:
     """Name the layers, embeddings and other matrices that train and whose zeros are not kept."""

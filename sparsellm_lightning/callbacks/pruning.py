@@ -19,7 +19,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
-from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, warn_of_lost_zeros
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.callbacks.signals import ending_on_sigterm
@@ -45,9 +45,6 @@ from sparsellm_lightning.sparsity import (
     SPARSE,
     has_adapters,
     left_out_biases,
-    linear_layers,
-    sparse_layers,
-    zero_shares,
 )
 
 log = logging.getLogger(__name__)
@@ -285,10 +282,8 @@ class SparseLLMCallback(SparseFinetuning):
                 log.warning("Pruning was interrupted. %s", kept)
                 raise
         self._unfinished = False
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)
-            if isinstance(callback, WeightAveraging) and average is not None:
-                average.module.load_state_dict(pl_module.state_dict())  # it is a copy of the dense model
+        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        renew_averages(averages, pl_module)  # which are of the dense model
         self._hold(trainer, pl_module)
 
     def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
@@ -379,10 +374,7 @@ class SparseLLMCallback(SparseFinetuning):
         if "blocks" in self.config.removes:
             held += left_out_biases(layout, adapter)
         if is_sparse_already(pl_module):  # whose zeros may be in other layers too
-            layers, known = linear_layers(pl_module), {id(p.parameter) for p in held}
-            shares = zero_shares(layers, adapter)
-            held += [p for p in sparse_layers(layers, shares, adapter) if id(p.parameter) not in known]
-            warn_of_lost_zeros(pl_module, layers, shares, held)
+            held = kept_layers(trainer, pl_module, held)
         self.hold(trainer, pl_module, held)
 
     def _has_pruned(self, pl_module: pl.LightningModule) -> bool:

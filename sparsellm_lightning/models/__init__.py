@@ -1,7 +1,7 @@
 """Models: loading, training and evaluating them, and writing them as Hugging Face folders."""
 
 from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_of, tokenizer_of, weights_of
-from sparsellm_lightning.models.buffers import keep_in_conversions, stop_keeping, to_dtype
+from sparsellm_lightning.models.buffers import keep_in_conversions, kept_in_float32, stop_keeping
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.checkpoint import check_checkpoint
 from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
@@ -49,6 +49,7 @@ __all__ = [
     "inspect_model",
     "is_sparse_already",
     "keep_in_conversions",
+    "kept_in_float32",
     "likely_tokens",
     "load_model",
     "load_tokenizer",
@@ -61,7 +62,6 @@ __all__ = [
     "shrink",
     "size_of_sample",
     "stop_keeping",
-    "to_dtype",
     "tokenizer_of",
     "upload",
     "verify_export",

@@ -6,6 +6,8 @@ them in float32, so the rounded model is not the one that an export holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +26,15 @@ def unsaved_float32_buffers(module: nn.Module) -> Buffers:
     ]
 
 
-def to_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a module's parameters, and leave these buffers in float32."""
-    unsaved = unsaved_float32_buffers(module)
-    module.to(dtype)
-    put_back(unsaved)
+@contextmanager
+def kept_in_float32(module: nn.Module) -> Iterator[None]:
+    """Behind a conversion of the module inside this context, these buffers are float32 again, on the device where they are."""
+    before = unsaved_float32_buffers(module)
+    yield
+    for child, name, buffer in before:
+        now = child._buffers[name]
+        if now is not None and now.dtype != buffer.dtype:
+            child._buffers[name] = buffer.to(now.device)
 
 
 def keep_in_conversions(precision: Any) -> None:
@@ -36,11 +42,9 @@ def keep_in_conversions(precision: Any) -> None:
     stop_keeping(precision)
     convert = precision.convert_module
 
-    def convert_module(module: nn.Module) -> nn.Module:
-        unsaved = unsaved_float32_buffers(module)
-        converted: nn.Module = convert(module)
-        put_back(unsaved)
-        return converted
+    def convert_module(module: nn.Module) -> Any:
+        with kept_in_float32(module):
+            return convert(module)
 
     precision.convert_module = convert_module
 
@@ -48,11 +52,3 @@ def keep_in_conversions(precision: Any) -> None:
 def stop_keeping(precision: Any) -> None:
     """Undo :func:`keep_in_conversions`."""
     vars(precision).pop("convert_module", None)
-
-
-def put_back(buffers: Buffers) -> None:
-    """Replace those that were rounded since, on the device where they are now."""
-    for child, name, before in buffers:
-        now = child._buffers[name]
-        if now is not None and now.dtype != before.dtype:
-            child._buffers[name] = before.to(now.device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models.buffers import put_back, unsaved_float32_buffers
+from sparsellm_lightning.models.buffers import kept_in_float32
 from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from sparsellm_lightning.models.evaluation import IGNORED, check_inputs, labels_of, new_metric, update
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
@@ -99,10 +99,8 @@ class CausalLM(pl.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert the module, as Lightning does for its precisions. Rotary frequencies stay in float32."""
-        unsaved = unsaved_float32_buffers(self.model) if hasattr(self, "model") else []
-        converted = super()._apply(fn, recurse)
-        put_back(unsaved)
-        return converted
+        with kept_in_float32(self):
+            return super()._apply(fn, recurse)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

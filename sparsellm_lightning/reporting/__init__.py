@@ -7,8 +7,8 @@ from sparsellm_lightning.reporting.report import (
     PruningReport,
     format_table,
     layer_rows,
+    report_of_smaller,
     report_of_sparse,
-    rows_of_smaller,
     versions,
 )
 from sparsellm_lightning.reporting.speed import speed_table
@@ -18,8 +18,8 @@ __all__ = [
     "PruningReport",
     "format_table",
     "layer_rows",
+    "report_of_smaller",
     "report_of_sparse",
-    "rows_of_smaller",
     "save_companions",
     "save_sweep",
     "speed_table",

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -267,21 +267,33 @@ def layer_rows(
     return layers, sum(zeros.values()) / sum(p.size for p in projections)
 
 
-def rows_of_smaller(layers: list[dict[str, Any]], smaller: Smaller) -> tuple[list[dict[str, Any]], float]:
-    """The report's ``layers``, and the sparsity over all of them, after what left is cut out.
+def report_of_smaller(report: PruningReport, layout: DecoderLayout, smaller: Smaller) -> PruningReport:
+    """The report of a model from which what left is cut out.
 
     Args:
-        layers: of the model with zeros in its place.
+        report: of the model with zeros in its place. It gets the sparsity ``exported`` too.
+        layout: of that model.
         smaller: the model without it.
     """
     rows, zeros, total = [], 0, 0
-    for row in (row for row in layers if row["name"] in smaller.names):
+    for row in (row for row in report.layers if row["name"] in smaller.names):
         before, shape = math.prod(row["shape"]), smaller.shapes[row["name"]]
         size = math.prod(shape)
         kept_zeros = round(row["sparsity"] * before) - (before - size)
         rows.append({**row, "name": smaller.names[row["name"]], "shape": list(shape), "sparsity": kept_zeros / size})
         zeros, total = zeros + kept_zeros, total + size
-    return rows, zeros / total
+    report.sparsity["exported"] = zeros / total
+    names = [block.name for block in layout.blocks]
+    stay = [(new, old) for new, old in enumerate(smaller.blocks) if old < len(report.blocks)]
+    blocks = [_renumbered(report.blocks[old], new, names[old], names[new]) for new, old in stay]
+    gone = sorted(set(range(len(names))) - set(smaller.blocks))
+    return replace(report, layers=rows, blocks=blocks, removed_blocks=gone)
+
+
+def _renumbered(block: dict[str, Any], index: int, old: str, new: str) -> dict[str, Any]:
+    """A block's row with its place and the names of its layers in the smaller model."""
+    dense = {new + name.removeprefix(old): reason for name, reason in block.get("dense", {}).items()}
+    return {**block, "index": index, "dense": dense}
 
 
 def report_of_sparse(layout: DecoderLayout, adapter: StrategyAdapter) -> PruningReport:
