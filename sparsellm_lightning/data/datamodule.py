@@ -49,7 +49,8 @@ class TextDataModule(LightningDataModule):
     them, so that a resumed run uses the same ones.
 
     A text is tokenised as a whole, with the tokenizer's defaults, on first use. Every item of every loader is
-    ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``.
+    ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``. On several ranks evaluation windows are
+    made up to an even share by windows whose labels are all -100, so that each window counts once.
 
     Args:
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.
@@ -282,7 +283,8 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: no evaluation text, or one shorter than a window.
         """
-        return self._loader(self._consecutive_windows("test", self.max_eval_windows))
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        return self._loader(self._consecutive_windows("test", self.max_eval_windows), ranks)
 
     def _get_tokenizer(self) -> PreTrainedTokenizerBase:
         if isinstance(self.tokenizer, str):
@@ -358,10 +360,10 @@ class TextDataModule(LightningDataModule):
             )
         return self._generated[key][:count]
 
-    def _loader(self, windows: Tensor) -> Windows:
+    def _loader(self, windows: Tensor, ranks: int = 1) -> Windows:
         # A generator of its own, because making an iterator draws from the generator, and dropout draws from the global one.
         return DataLoader(
-            WindowDataset(windows), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
+            WindowDataset(windows, ranks), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -14,20 +15,31 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sparsellm_lightning.models import IGNORED
+
 Windows = DataLoader[dict[str, Tensor]]
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """Rows of an (N, T) tensor of token ids as model inputs."""
+    """Rows of an (N, T) tensor of token ids as model inputs.
 
-    def __init__(self, windows: Tensor) -> None:
+    Args:
+        windows: the tensor.
+        ranks: that share the windows evenly. Rows are repeated without labels to make up the last share, where Lightning's
+            sampler would repeat them with labels, and perplexity would count them twice.
+    """
+
+    def __init__(self, windows: Tensor, ranks: int = 1) -> None:
         self.windows = windows
+        self.length = math.ceil(len(windows) / ranks) * ranks
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+        window = self.windows[index % len(self.windows)]
+        labels = window if index < len(self.windows) else torch.full_like(window, IGNORED)
+        return {"input_ids": window, "labels": labels}
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):

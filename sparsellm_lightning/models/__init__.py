@@ -4,7 +4,13 @@ from sparsellm_lightning.models.attributes import is_sparse_already, pretrained_
 from sparsellm_lightning.models.buffers import keep_in_conversions, kept_in_float32, stop_keeping
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.checkpoint import check_checkpoint
-from sparsellm_lightning.models.evaluation import check_inputs, model_inputs, perplexity, positions_together
+from sparsellm_lightning.models.evaluation import (
+    IGNORED,
+    check_inputs,
+    model_inputs,
+    perplexity,
+    positions_together,
+)
 from sparsellm_lightning.models.examples import continued, first_prompts
 from sparsellm_lightning.models.export import (
     REPORT_NAME,
@@ -24,6 +30,7 @@ from sparsellm_lightning.models.verify import verify_export
 from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens, size_of_sample
 
 __all__ = [
+    "IGNORED",
     "REPORT_NAME",
     "CausalLM",
     "Forward",

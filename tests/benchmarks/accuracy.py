@@ -72,7 +72,7 @@ COLUMNS: dict[str, Settings] = {
 # Only these rows have all columns.
 WHOLE_ROWS = ("sparsegpt", "paper", "balanced", "best")
 SELDOM = ("60",)
-PERPLEXITY, SHARE, SECONDS, MEMORY = FIGURES = ("perplexity", "R", "seconds", "peak MiB")
+PERPLEXITY, SHARE, SECONDS, MEMORY = FIGURES = ("perplexity", "R", "seconds", "MiB over the model")
 
 
 def parts_of(preset: str) -> dict[str, Settings]:
@@ -158,7 +158,7 @@ class Results:
         if figure == SECONDS:
             return [found["seconds"]] if found["together"] == 1 else None
         if figure == MEMORY:
-            return [found["peak_bytes"] / 2**20]
+            return [(found["peak_bytes"] - found["before_bytes"]) / 2**20]
         if figure == PERPLEXITY:
             return [found["perplexity"][text] for text in self.texts]
         shares = [share for text in self.texts if (share := self.share(cell, text)) is not None]
@@ -228,7 +228,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
         PERPLEXITY: "Perplexity",
         SHARE: "R: ln(perplexity / dense) as a share of sparsegpt's",
         SECONDS: f"Seconds of pruning, on {os.cpu_count()} cores",
-        MEMORY: "Peak memory of the process, MiB",
+        MEMORY: "Peak memory over the loaded model, MiB",
     }
     for figure, heading in headings.items():
         parts += [f"#### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]

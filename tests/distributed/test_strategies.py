@@ -257,6 +257,16 @@ def test_calibration_from_a_sharded_train_loader(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
+def test_evaluation_counts_every_window_once(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str
+) -> None:
+    options: dict[str, Any] = {"model": folder_of("llama"), "windows": 5, "batch_size": 2}
+    (alone,) = ranks(1).run("evaluate", tmp_path / "one", **options)
+    together = ranks(2).run("evaluate", tmp_path / "two", strategy=strategy, **options)
+    assert together == pytest.approx([alone, alone], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_the_same_generated_windows_on_every_rank(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str
 ) -> None:

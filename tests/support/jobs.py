@@ -204,6 +204,13 @@ def prune(job: Job) -> dict[str, Any]:
     return pruner.observations()
 
 
+def evaluate(job: Job) -> float:
+    """Perplexity of the test windows, whose number the ranks need not divide."""
+    data = job.data()
+    data.max_eval_windows = job.options["windows"]
+    return float(job.trainer().test(job.module(), data, verbose=False)[0]["test_perplexity"])
+
+
 def prune_from_train_loader(job: Job) -> None:
     """Prune without a datamodule: Lightning shards the training dataloader, which gives the windows, over the ranks."""
     data = job.data()
