@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection
+from sparsellm_lightning.distributed.adapter import local_tensor
 from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
 from sparsellm_lightning.distributed.sharded import ShardedAdapter
 from sparsellm_lightning.errors import UserError
@@ -46,6 +47,12 @@ class FSDP2Adapter(ShardedAdapter):
                     f"Pruning supports FSDP2 shards along dimension 0 of a one-dimensional mesh, got placements "
                     f"{tuple(parameter.placements)} for {projection.name} (hybrid or tensor parallel). "
                     "Use ModelParallelStrategy with tensor_parallel_size=1 and plain fully_shard."
+                )
+            there, here = local_tensor(parameter).device.type, self.ranks.device.type
+            if there != here:
+                raise UserError(
+                    f"Pruning needs shards on the device that solves them, {here}, but {projection.name} lies on {there}. "
+                    "Leave CPUOffloadPolicy out of fully_shard."
                 )
 
     @contextmanager

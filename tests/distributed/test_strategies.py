@@ -256,6 +256,17 @@ def test_calibration_from_a_sharded_train_loader(
     assert float((mask(one[0]) == mask(two[0])).double().mean()) >= 0.999
 
 
+def test_shards_that_are_refused(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    for said in ranks(2).run("refusals_of_fsdp2", tmp_path, model=folder_of("llama")):
+        assert len(said) == 3, said
+        whole, other_dimension, elsewhere = said
+        assert "model.layers.0 is not" in whole
+        assert "Shard(dim=1)" in other_dimension
+        assert "q_proj lies on cpu. Leave CPUOffloadPolicy out" in elsewhere
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_evaluation_counts_every_window_once(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import (
     CausalLM,
@@ -34,10 +38,12 @@ from sparsellm_lightning import (
     SparseFinetuning,
     SparseLLMCallback,
     TextDataModule,
+    UserError,
     perplexity,
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor
+from sparsellm_lightning.distributed.fsdp2 import FSDP2Adapter
 
 
 def run(name: str, folder: Path, options: dict[str, Any]) -> Any:
@@ -369,6 +375,28 @@ def reading(job: Job) -> bool:
     rows = ReadingRows()
     job.trainer(rows).fit(job.module(), job.data())
     return rows.copies
+
+
+def refusals_of_fsdp2(job: Job) -> list[str]:
+    """What the adapter says of a model that is not sharded, of one along another dimension, and of shards elsewhere."""
+    mesh = init_device_mesh("cpu", (job.processes,))
+    meshes = {"tensor_parallel": SimpleNamespace(size=lambda: 1), "data_parallel": mesh}
+    said = []
+    for dimension, device in ((None, "cpu"), (1, "cpu"), (0, "meta")):
+        model = AutoModelForCausalLM.from_pretrained(job.options["model"])
+        for layer in () if dimension is None else model.model.layers:
+            placed = None if dimension == 0 else lambda p: Shard(p.dim() - 1)
+            fully_shard(layer, mesh=mesh, shard_placement_fn=placed)
+        layout = describe(model)
+        for layer in () if dimension is None else model.model.layers:
+            layer.reshard()  # a forward has found the blocks
+        adapter: Any = FSDP2Adapter(SimpleNamespace(device_mesh=meshes, root_device=torch.device("cpu")))  # type: ignore[arg-type]
+        adapter.ranks.device = torch.device(device)
+        try:
+            adapter.check(layout)
+        except UserError as error:
+            said.append(str(error))
+    return said
 
 
 class FirstMeasures(pl.Callback):
