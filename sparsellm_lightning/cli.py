@@ -111,8 +111,8 @@ class PruningTrainer(pl.Trainer):
         harness = _harness(self) if tasks else None
         if harness is not None:
             harness.find_tasks(tasks, tasks_folder)
-        elif against is not None or tasks_folder is not None:
-            raise UserError("against and tasks_folder belong to tasks, but there are no tasks. Set tasks.")
+        elif (against, tasks_folder, tasks_limit) != (None, None, None):
+            raise UserError("against, tasks_folder and tasks_limit belong to tasks, but there are none. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
         adapter, inside = adapter_for(self), find_model(model)
         if not adapter.weights_are_split:  # Lightning has moved every process's model to the CPU, where NCCL cannot sum

@@ -6,9 +6,11 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
@@ -33,6 +35,32 @@ trainer: {{accelerator: cpu, logger: false, enable_checkpointing: false, enable_
 """
     )
     return tmp_path / "config.yaml"
+
+
+def test_tasks_of_evaluate(tmp_path: Path, config: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval itself has tests of its own."""
+    asked: list[tuple[object, ...]] = []
+    harness = SimpleNamespace(
+        find_tasks=lambda tasks, folder: None,
+        evaluate_tasks=lambda model, tokenizer, *options: asked.append((tokenizer.name_or_path, *options)) or {},
+        task_rows=lambda found: [tuple(found)],
+        save_tasks=lambda folder, found: folder,
+    )
+    monkeypatch.setattr("sparsellm_lightning.cli._harness", lambda trainer: harness)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    options = ("--tasks", "[t]", "--tasks_folder", tmp_path, "--tasks_limit", 5, "--against", other)
+    run = sparsellm("evaluate", "--config", config, *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert asked == [(str(name), ["t"], str(tmp_path), 5) for name in (model_dir, other)]
+    assert f"{model_dir}  {other}" in run.stdout
+    for wrong, message in (
+        (("--tasks", "[t]", "--against", model_dir), "against must be another model"),
+        (("--tasks_limit", 5), "belong to tasks"),
+        (("--against", other), "belong to tasks"),
+    ):
+        run = sparsellm("evaluate", "--config", config, *wrong, cwd=tmp_path)
+        assert message in run.stderr
 
 
 def test_prune_then_evaluate(tmp_path: Path, config: Path) -> None:

@@ -36,6 +36,7 @@ def test_rows_are_those_of_single_runs(tmp_path: Path, model_dir: Path) -> None:
     assert rows[0].perplexity == pytest.approx(perplexity(model, data.val_dataloader()))
     prune_model(model, data.calibration_dataloader(8, 0), PruningConfig(preset="paper", sparsity=0.5, **SETTINGS))  # type: ignore[arg-type]
     assert rows[-1].perplexity == pytest.approx(perplexity(model, data.val_dataloader()), rel=1e-5)
+    assert all(row.achieved == pytest.approx(row.sparsity, abs=0.01) and row.seconds > 0 for row in rows[1:])
     with (out / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     written = {(row["variant"], float(row["sparsity"])): float(row["perplexity"]) for row in lines}

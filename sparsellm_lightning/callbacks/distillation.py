@@ -60,9 +60,10 @@ class Distillation(pl.Callback):
     :class:`~sparsellm_lightning.SparseLLMCallback` and :class:`~sparsellm_lightning.SparseFinetuning`, in any order.
 
     Args:
-        teacher: a model, or a name that :func:`~sparsellm_lightning.load_model` takes. None: the module's ``pretrained``
-            attribute (:class:`~sparsellm_lightning.CausalLM` has one), which must be dense, otherwise a frozen copy of the
-            dense model at the start of the run. Without one of these, a resumed run and a sharded model need a name.
+        teacher: a model, or a name that :func:`~sparsellm_lightning.load_model` takes. None: the model that the module's
+            ``pretrained`` names (:class:`~sparsellm_lightning.CausalLM` has it). If the module has no ``pretrained``: a frozen
+            copy of its model at the start of the run; a resumed run or a sharded model then needs a name. The teacher must be
+            dense.
         temperature: of the logit loss.
         task_weight: of the module's own loss.
         logit_weight: of :func:`logit_loss`.

@@ -35,20 +35,24 @@ class PruningConfig:
     """Settings of the pruner. Settings that a preset decides are None until construction replaces None by the preset's value.
 
     Args:
-        sparsity: fraction of zeros in every pruned matrix (over all of them, unless ``allocation`` is uniform), in [0, 1); of
-            pattern ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5, or the sparsity of
-            an N:M pattern.
-        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or what leaves as a whole, so
-            that a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in
-            every block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
+        sparsity: fraction of zeros, in [0, 1): in every pruned matrix with allocation ``uniform``, over all of them together
+            with the others; of pattern ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5,
+            or the sparsity of an N:M pattern.
+        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or what leaves as a whole, so that
+            a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in every
+            block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
             key-value head); ``blocks``: decoder blocks, those that the model's output can best do without. Or several of these
             with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number). Or a budget:
             the share of the decoder blocks' parameters that is kept, ``{parameters: 0.7}``, or of their time in a forward over
-            one window, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the model's output.
+            one calibration batch, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the
+            model's output.
         round_to: number by which the hidden units that are kept are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
-            ``solvers/README.md`` lists. ``fast``: about twice the time of SparseGPT. ``balanced``. ``best``: most accurate. A
-            setting that is given wins over the preset.
+            ``solvers/README.md`` lists. ``fast``: about twice the time of SparseGPT. ``balanced``: ADMM, sparsity by block,
+            reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
+            writes; more accurate on text unlike the calibration text. A setting that is given wins over the preset. Where they
+            are not given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if
+            blocks may leave and there is reconstruction, and ``block`` if nothing fits a target.
         method: ``sparsellm`` (feed-forward blocks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: solver inside ``sparsellm``: of the attention projections, and of the alternation's weight steps.
@@ -84,7 +88,7 @@ class PruningConfig:
         calibration_val_fraction: fraction of the calibration windows that are held out. No weight is fitted to them; iterates
             and reconstruction steps are chosen on them. Rounded down to whole windows. Methods that choose nothing fit all
             windows.
-        seed: of the choice of calibration windows, of continuations and of the order of reconstruction batches.
+        seed: of the choice of calibration windows, of continuations, of the order of tuning batches, and of sampled tokens.
         solver_precision: ``auto``: bfloat16 products where the hardware is faster at them: for the alternation's auxiliaries,
             and, if the model is float32, for tuning, continuations and measurements of the output. Gram matrices and solvers
             never use bfloat16. ``float32``: no bfloat16.

@@ -48,9 +48,10 @@ class TextDataModule(LightningDataModule):
     many windows to write for training; without it there are none. Windows are generated once a run, and a checkpoint holds
     them, so that a resumed run uses the same ones.
 
-    A text is tokenised as a whole, with the tokenizer's defaults, on first use. Every item of every loader is
-    ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``. On several ranks evaluation windows are
-    made up to an even share by windows whose labels are all -100, so that each window counts once.
+    A text is tokenised as a whole (for calibration on ``c4``, each drawn document), with the tokenizer's defaults, on first
+    use. Every item of every loader is ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``. On
+    several ranks evaluation windows are made up to an even share by windows whose labels are all -100, so that each window
+    counts once.
 
     Args:
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.
@@ -62,8 +63,8 @@ class TextDataModule(LightningDataModule):
         dataset_config: configuration name of another hub dataset.
         train_split: split of another hub dataset used for calibration and training.
         test_split: split of another hub dataset used for evaluation.
-        max_train_windows: upper limit of the windows for training. None: no limit, except 10,000 for ``c4`` and none for
-            ``self``.
+        max_train_windows: upper limit of the windows for training. None: no limit; for ``c4`` 10,000; for ``self`` no
+            windows, so that training is refused.
         max_eval_windows: upper limit of the windows for evaluation, from the start of the text. None: no limit.
         num_workers: worker processes per loader.
         seed: of the order of training windows, and of the choice of calibration windows where a caller gives none. The pruner

@@ -93,7 +93,8 @@ def prune_model(
         the report. Its perplexities are None (see :func:`sparsellm_lightning.perplexity`).
 
     Raises:
-        UserError: the model, the batches or the settings do not fit together. Raised before any long work.
+        UserError: the model, the batches or the settings do not fit together, before any long work. Later: no room in memory
+            (OutOfMemoryError) or in ``resume_dir``, or a pattern or budget that the measured model cannot meet.
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
     start = time.perf_counter()

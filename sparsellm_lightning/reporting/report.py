@@ -66,7 +66,7 @@ class PruningReport:
         model: name of the model.
         method, pattern: as in the settings.
         sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
-            Of a model that was written without its zeros (patterns ``neurons``, ``blocks``) also ``"exported"``: of the files.
+            Of a model without the units, heads or blocks that left also ``"exported"``: of the files.
         perplexity: ``{"dense", "pruned"}``, after fine-tuning ``"finetuned"``, and with ``baseline`` ``"sparsegpt"``: of the
             model pruned by SparseGPT alone. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
@@ -74,8 +74,8 @@ class PruningReport:
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
-            text (``self``: the model wrote it). Tokens are those of these windows. Those of
-            ``continuations`` are counted as written, apart.
+            text (``self``: the model wrote it). Written windows are those of
+            ``continuations``, whose tokens ``"tokens"`` does not count.
         evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
         data: arguments of the :class:`~sparsellm_lightning.TextDataModule` that differ from their defaults. None without one.
         examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``

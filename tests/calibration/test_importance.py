@@ -19,7 +19,7 @@ from sparsellm_lightning.calibration import capture, feature_importance, importa
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
-CONFIG = PruningConfig(preset="fast", solver_precision="float32")
+CONFIG = PruningConfig(preset="fast", solver_precision="float32", seed=3)
 
 
 def measured(model: PreTrainedModel, ranks: Ranks = SINGLE) -> dict[int, Tensor]:

@@ -173,6 +173,7 @@ def test_a_frozen_copy_is_of_the_dense_model(trained, ids: Tensor, order: int) -
     class Watch(pl.Callback):
         def on_train_batch_start(self, *args: Any) -> None:
             assert distillation._model is not None
+            assert not distillation._model.training, "the teacher has no dropout"
             taught.append(copy.deepcopy(distillation._model.state_dict()))
 
     module = OwnModule(copy.deepcopy(dense))

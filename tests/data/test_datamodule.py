@@ -469,6 +469,12 @@ def test_numbers_out_of_range(name: str, value: int) -> None:
         TextDataModule(**{name: value})  # type: ignore[arg-type]
 
 
+def test_workers(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
+    data = _module(tokenizer, source="files", train_files=text_file, test_files=text_file, num_workers=1)
+    for loader in (data.train_dataloader(), data.calibration_dataloader(2), data.test_dataloader()):
+        assert loader.num_workers == 1
+
+
 @pytest.mark.parametrize("source", ["", "a/b/c", "two words", "../texts"])
 def test_impossible_source(source: str) -> None:
     with pytest.raises(

@@ -11,6 +11,7 @@ import torch
 from support.models import build_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsellm_lightning import CausalLM
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model, load_tokenizer
 
@@ -54,6 +55,13 @@ def test_local_folder_keeps_weights_and_dtype(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "torch.float32", torch.float32])
 def test_dtype(folder: Path, dtype: str | torch.dtype) -> None:
     assert load_model(str(folder), dtype=dtype).dtype == torch.float32
+
+
+def test_dtype_of_a_module(folder: Path) -> None:
+    for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        module = CausalLM(str(folder), dtype=dtype)
+        module.configure_model()
+        assert module.model.dtype == expected
 
 
 def test_kwargs_reach_transformers(folder: Path) -> None:

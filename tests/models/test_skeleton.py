@@ -13,6 +13,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.cli import main
 from sparsellm_lightning.models import inspect_model
 from sparsellm_lightning.pipeline import estimate_work
+from sparsellm_lightning.pipeline.kept import memory_of_tuning
 from sparsellm_lightning.reporting import structure
 
 
@@ -45,8 +46,11 @@ def test_estimated_operations(name: str, settings: dict[str, str]) -> None:
     """Those of the phases that depend on tokens are within a factor of two of what a run counts."""
     model, batches = build_model(name), random_batches(64, 32)
     config = PruningConfig(num_calibration_samples=64, calibration_val_fraction=0.0, **settings)  # type: ignore[arg-type]
-    expected = estimate_work(describe(model, config), config, 64 * 32, 32).operations
+    layout = describe(model, config)
+    expected = estimate_work(layout, config, 64 * 32, 32)
+    assert expected.distillation == (sum(memory_of_tuning(layout.blocks, config)) if name == "gpt2" else 0)
     counted = prune_model(model, batches, config).work
-    for phase in ("forward", *(("statistics", "distillation") if name == "gpt2" else ("alternation",))):
-        ratio = expected[phase] / sum(counted[phase].values())
+    tuned = ("statistics", "reconstruction", "distillation")
+    for phase in ("forward", *(tuned if name == "gpt2" else ("alternation",))):
+        ratio = expected.operations[phase] / sum(counted[phase].values())
         assert 0.5 < ratio < 2, (phase, ratio)

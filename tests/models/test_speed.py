@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,22 @@ def test_sizes_and_repetitions(tmp_path: Path) -> None:
     for measured in (one, other):
         assert [len(getattr(measured, figure)) for figure in ("load", "prefill", "decode")] == [3, 3, 3]
         assert min(measured.load + measured.prefill + measured.decode) > 0
+
+
+def test_rates_of_models_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(tmp_path / name) for name in "ab"]
+    for name in names:
+        build_model("llama").save_pretrained(name)
+    called: list[str] = []
+
+    def seconds(call: Any, device: torch.device) -> float:
+        called.append(call.args[0] if isinstance(call.args[0], str) else "model")
+        return 2.0
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    one, _ = measure_speed(names, prompt_tokens=16, new_tokens=4, repeats=2)
+    assert (one.load, one.prefill, one.decode) == ([2.0, 2.0], [8.0, 8.0], [2.0, 2.0])
+    assert [name for name in called if name != "model"] == 3 * names
 
 
 def test_table_compares_pair_by_pair() -> None:
@@ -71,10 +88,12 @@ def test_sparse_kernels(tmp_path: Path) -> None:
 def test_an_export_keeps_its_speed_in_its_report(tmp_path: Path) -> None:
     build_model("llama").save_pretrained(tmp_path)
     (tmp_path / "pruning_report.json").write_text('{"files": []}')
-    main(["benchmark", str(tmp_path), "--prompt_tokens", "8", "--new_tokens", "2", "--repeats", "1"])
+    build_model("gpt2").save_pretrained(tmp_path / "dense")
+    beside = ["--against", str(tmp_path / "dense")]
+    main(["benchmark", str(tmp_path), *beside, "--prompt_tokens", "8", "--new_tokens", "2", "--repeats", "1"])
     report = json.loads((tmp_path / "pruning_report.json").read_text())
     assert report["files"] == []
-    assert report["speed"][0]["name"] == str(tmp_path)
+    assert [speed["name"] for speed in report["speed"]] == [str(tmp_path), beside[1]]
     assert len(report["speed"][0]["decode"]) == 1
     assert len(list(tmp_path.glob("*report*"))) == 1
 

@@ -26,7 +26,7 @@ from sparsellm_lightning import (
     prune_model,
     verify_export,
 )
-from sparsellm_lightning.models import REPORT_NAME
+from sparsellm_lightning.models import REPORT_NAME, add_to_report
 
 CONFIG = PruningConfig(preset="paper", method="wanda", sparsity=0.5, num_calibration_samples=8)
 LAYER = "model.layers.1.mlp.up_proj"
@@ -169,6 +169,9 @@ def test_the_command(
     run = sparsellm("verify", "out", *data, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (0, "out is what its report says, its perplexity too.\n")
     assert sparsellm("verify", "out", cwd=tmp_path).stdout == "out is what its report says.\n"
+    add_to_report(str(tmp_path / "out"), perplexity={"pruned": 1.02 * report.perplexity["pruned"]})
+    assert sparsellm("verify", "out", *data, cwd=tmp_path).returncode == 1
+    assert sparsellm("verify", "out", *data, "--tolerance", 0.03, cwd=tmp_path).returncode == 0
     (tmp_path / "train.txt").write_text("text")
     run = sparsellm("verify", "out", "--data.source", "files", "--data.train_files", "train.txt", cwd=tmp_path)
     assert "Set data.test_files." in run.stderr

@@ -41,9 +41,10 @@ def test_units_that_leave_are_zero_in_every_matrix(name: str) -> None:
         assert int(left.sum()) == len(left) // 2
         for p in network.first:
             assert torch.equal(p.matrix.any(1), left)
-        others = [p for unit in block.units if unit is not network for p in unit.projections]
-        untouched = [p for unit in before.units[: len(others)] for p in unit.projections]
-        for p, q in zip(others, untouched, strict=False):
+        others, untouched = (
+            [p for unit in b.units if unit is not b.networks[0] for p in unit.projections] for b in (block, before)
+        )
+        for p, q in zip(others, untouched, strict=True):
             assert torch.equal(p.matrix, q.matrix)
     errors = report.blocks[0]["errors"]
     assert errors[-1] < errors[0] < 1

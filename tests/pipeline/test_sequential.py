@@ -310,6 +310,23 @@ def test_calibration_leaves_mode_and_random_state() -> None:
     assert not any("forward" in vars(module) for module in model.modules()), "blocks have their own forward back"
 
 
+def test_no_dropout() -> None:
+    """Calibration and perplexity are in evaluation mode, as the trained model is used, also inside a Trainer."""
+    config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", num_calibration_samples=8)
+    pruned = []
+    for training in (True, False):
+        model = build_model("opt")
+        for module in model.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = 0.3
+        model.train(training)
+        prune_model(model, random_batches(), config)
+        pruned.append((state_of(model), perplexity(model, random_batches())))
+    (one, one_perplexity), (other, other_perplexity) = pruned
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert one_perplexity == other_perplexity
+
+
 def test_compiled_blocks() -> None:
     reference, compiled = build_model("llama"), build_model("llama")
     for layer in compiled.model.layers:

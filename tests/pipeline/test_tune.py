@@ -92,7 +92,7 @@ def prune_by_hand(block: Block) -> None:
         p.parameter.data.masked_fill_(p.parameter.abs() <= small, 0)
 
 
-def adam_by_hand(case: Case, fitted: int, steps: int, rate: float) -> nn.Module:
+def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, importance: Tensor) -> nn.Module:
     """Adam on all fitted tokens. Pruned weights are set to zero after every step."""
     module = copy.deepcopy(case.block.module)
     pruned = {f"{p.name}.weight".removeprefix(f"{case.block.name}.") for p in case.block.projections()}
@@ -114,7 +114,8 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float) -> nn.Module:
         output = torch.cat([first_of(module(*args, **kwargs)) for args, kwargs in case.calls])[:fitted][valid]
         wanted = torch.cat(case.goal)[:fitted][valid]
         losses = [
-            (is_ - should).square().sum() / should.square().sum() for is_, should in zip(output, wanted, strict=True)
+            (importance * (is_ - should).square()).sum() / (importance * should.square()).sum()
+            for is_, should in zip(output, wanted, strict=True)
         ]
         (sum(losses, torch.zeros(())) / len(losses)).backward()
         optimizer.step()
@@ -125,8 +126,11 @@ def adam_by_hand(case: Case, fitted: int, steps: int, rate: float) -> nn.Module:
     return module
 
 
-def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
-    """``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)`` with ``w = 1/‖g‖²``, one token after the other."""
+def naive_error(case: Case, module: nn.Module, windows: slice, importance: Tensor) -> float:
+    """``Σ min(‖B(h) − g‖²w, 1) / Σ min(‖h − g‖²w, 1)`` with ``w = 1/‖g‖²``, one token after the other.
+
+    ``‖x‖² = Σ F x²`` with the importance F of the features.
+    """
     error = scale = 0.0
     with torch.no_grad():
         output = torch.cat([first_of(module(*args, **kwargs)) for args, kwargs in case.calls])
@@ -138,9 +142,9 @@ def naive_error(case: Case, module: nn.Module, windows: slice) -> float:
         strict=True,
     ):
         for token in valid.nonzero().flatten().tolist():
-            size = float(g[token].square().sum())
-            error += min(float((b[token] - g[token]).square().sum()) / size, 1)
-            scale += min(float((h[token] - g[token]).square().sum()) / size, 1)
+            size = float((importance * g[token].square()).sum())
+            error += min(float((importance * (b[token] - g[token]).square()).sum()) / size, 1)
+            scale += min(float((importance * (h[token] - g[token]).square()).sum()) / size, 1)
     return error / scale
 
 
@@ -158,9 +162,12 @@ def test_against_plain_adam(name: str, fitted: int | None) -> None:
     case, windows = make_case(name, fitted), 8 if fitted is None else fitted
     steps, rate = 20, 3e-3
     before = copy.deepcopy(case.block.module)
-    expected = adam_by_hand(case, windows, steps, rate)
+    width = case.goal[0].shape[-1]
+    importance = torch.ones(width) if fitted is None else torch.linspace(0.1, 3, width)
+    expected = adam_by_hand(case, windows, steps, rate, importance)
     tokens = int(torch.cat(case.valid).sum()) if fitted is None else 2 * LARGEST
-    errors, kept = tune(case.reconstructor(steps, learning_rate=rate, batch_tokens=tokens))
+    weighted = {} if fitted is None else {"importance": importance}
+    errors, kept = tune(case.reconstructor(steps, learning_rate=rate, batch_tokens=tokens, **weighted))
     assert kept == steps
     wanted = expected.state_dict()
     for key, found in case.block.module.state_dict().items():
@@ -172,11 +179,40 @@ def test_against_plain_adam(name: str, fitted: int | None) -> None:
         found[keys], theirs[keys] = 0, 0
         assert torch.allclose(found, theirs, rtol=1e-5, atol=1e-5), key
     for found_errors, module in zip(errors, (before, expected), strict=True):
-        assert found_errors[0] == pytest.approx(naive_error(case, module, slice(windows)), rel=1e-3)
+        assert found_errors[0] == pytest.approx(naive_error(case, module, slice(windows), importance), rel=1e-3)
         if fitted is None:
             assert math.isnan(found_errors[1])
         else:
-            assert found_errors[1] == pytest.approx(naive_error(case, module, slice(windows, None)), rel=1e-3)
+            assert found_errors[1] == pytest.approx(
+                naive_error(case, module, slice(windows, None), importance), rel=1e-3
+            )
+
+
+def test_every_block_is_tuned_by_its_own_importance(monkeypatch: pytest.MonkeyPatch) -> None:
+    importance = {index: torch.full((64,), index + 1.0) for index in range(3)}
+    seen: dict[int, Tensor | None] = {}
+
+    def reconstructor(context: Any, block: Block, cache: Any, goal: Any, weights: Tensor | None) -> Reconstructor:
+        seen[block.index] = weights
+        return Reconstructor(context, block, cache, goal, weights)
+
+    monkeypatch.setattr(sequential, "feature_importance", lambda context, cache: importance)
+    monkeypatch.setattr(sequential, "Reconstructor", reconstructor)
+    config = PruningConfig(preset="paper", method="magnitude", reconstruction_steps=1, num_calibration_samples=8)
+    prune_model(build_model("llama"), random_batches(), config)
+    assert seen == importance
+
+
+@pytest.mark.parametrize("steps", ["reconstruction_steps", "distillation_steps"])
+def test_the_seed_orders_the_windows(steps: str) -> None:
+    def tuned(seed: int) -> dict[str, Tensor]:
+        model, settings = build_model("llama"), {steps: 3, "seed": seed, "num_calibration_samples": 64}
+        prune_model(model, random_batches(64, 32), PruningConfig(preset="paper", method="magnitude", **settings))
+        return state_of(model)
+
+    one, again, other = tuned(1), tuned(1), tuned(0)
+    assert all(torch.equal(value, again[key]) for key, value in one.items())
+    assert not all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize(("name", "autocast"), [("opt", False), ("gemma3", True)])

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import build_model
+from support.runs import make_context
 
+from sparsellm_lightning import PruningConfig
+from sparsellm_lightning.calibration import context
+from sparsellm_lightning.pipeline.sequential import _auxiliary_dtype
 from sparsellm_lightning.runtime import coarse_dtype, fastest_float32, precision
+from sparsellm_lightning.solvers import Penalties
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -98,6 +104,18 @@ def test_bfloat16_where_the_hardware_has_matrix_units(
     assert coarse_dtype(device) is expected
     assert coarse_dtype(device, exact=True) is torch.float32
     assert asked == ([False] if device == GPU else [])
+
+
+def test_exact_products_by_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``solver_precision``, and the raw objective, whose p enters the weight step."""
+    monkeypatch.setattr(context, "coarse_dtype", lambda device, exact: torch.float32 if exact else torch.bfloat16)
+
+    def made(**settings: Any) -> context.Context:
+        return make_context(build_model("llama"), PruningConfig(**settings))
+
+    assert made().coarse_dtype == _auxiliary_dtype(made()) == torch.bfloat16
+    assert made(solver_precision="float32").coarse_dtype == torch.float32
+    assert _auxiliary_dtype(made(penalties=Penalties(scale_free=False))) == torch.float32
 
 
 @pytest.mark.usefixtures("_no_clock")

@@ -28,6 +28,7 @@ from sparsellm_lightning.solvers import (
     sparsegpt,
     wanda,
 )
+from sparsellm_lightning.solvers import local as local_solvers
 
 
 def naive_nofm(scores: Tensor, kept: int, group: int) -> Tensor:
@@ -207,6 +208,39 @@ def test_admm_over_ranks(rows: int, nofm: bool) -> None:
 
     expected = admm(weight, gram, DAMPING, NofM(2, 4) if nofm else Unstructured(0.6))
     assert_same_pruning(torch.cat(on_ranks(3, solve)), expected.double())
+
+
+def test_ranks_judge_a_matrix_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the second rank's rows the solution is better than magnitude pruning, on all rows together it is not."""
+    weight, gram = problem(8, 16)
+    plain = magnitude(weight, Unstructured(0.5))
+    solution = torch.cat([torch.zeros(4, 16), weight[4:]])
+
+    def solve(ranks: Ranks) -> Tensor:
+        mine = ranks.local_rows(8)
+        inputs, patterns = InputStatistics(gram, DAMPING), {"w": Unstructured(0.5, ranks)}
+        return solve_stacked({"w": weight[mine].clone()}, inputs, patterns, solvers[ranks.rank])["w"]
+
+    solvers = [lambda target, *_, rows=rows: solution[rows] for rows in (slice(4), slice(4, 8))]
+    monkeypatch.setattr(local_solvers, "_CORRECTING", tuple(solvers))
+    assert torch.equal(torch.cat(on_ranks(2, solve)), plain)
+
+
+@pytest.mark.parametrize("better_on_all", [True, False])
+def test_all_rows_decide_where_the_sample_is_unsure(better_on_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 rows every third is in the sample, on which the solution is slightly worse than magnitude pruning."""
+    weight, gram = problem(200, 16)
+    plain = magnitude(weight, Unstructured(0.5))
+    solution = weight + (0.1 if better_on_all else 1.1) * (plain - weight)
+    solution[::3] = weight[::3] + 1.1 * (plain[::3] - weight[::3])
+
+    def solver(target: Tensor, *_: object) -> Tensor:
+        return solution
+
+    monkeypatch.setattr(local_solvers, "_CORRECTING", (solver,))
+    inputs = InputStatistics(gram, DAMPING)
+    found = solve_stacked({"w": weight}, inputs, {"w": Unstructured(0.5)}, solver)["w"]
+    assert torch.equal(found, solution if better_on_all else plain)
 
 
 def test_sparsegpt_has_a_smaller_error_than_wanda_and_magnitude() -> None:

@@ -53,6 +53,15 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
         return model.eval()(input_ids=ids[:4]).logits
 
 
+def test_options_of_the_adapters(model_dir: Path) -> None:
+    module = CausalLM(str(model_dir), lora=LoraOptions(rank=4, alpha=12, dropout=0.2))
+    module.configure_model()
+    (layer, *_) = (m for m in module.model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    assert layer.r["default"] == 4
+    assert layer.scaling["default"] == 3
+    assert layer.lora_dropout["default"].p == 0.2
+
+
 def test_prune_train_export(tmp_path: Path, model_dir: Path, ids: Tensor) -> None:
     module = CausalLM(
         str(model_dir), optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), lora=LoraOptions(rank=4, dropout=0.2)
