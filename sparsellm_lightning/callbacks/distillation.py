@@ -114,7 +114,10 @@ class Distillation(pl.Callback):
                 "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
             )
         # The model exists and is dense here, unless the run resumes one that has pruned.
-        self._model = self._make_teacher(trainer, pl_module).eval().requires_grad_(False)
+        model = self._make_teacher(trainer, pl_module)
+        if model is self.teacher:
+            self._patched.enter_context(_put_back(model))
+        self._model = model.eval().requires_grad_(False)
         if self.offload and isinstance(self._model, FSDPModule):
             raise UserError(
                 "Distillation cannot offload a teacher whose weights are sharded over ranks, which hold a part of it each. Set "
@@ -134,6 +137,9 @@ class Distillation(pl.Callback):
         self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -245,6 +251,20 @@ class _Call:
     inputs: dict[str, Any]
     logits: Tensor | None = None
     features: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _put_back(model: PreTrainedModel) -> Iterator[None]:
+    """Behind this context the model is as its owner gave it: its device, the modes of its modules, what has gradients."""
+    device, modes = model.device, [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    if model.device != device:
+        model.to(device)  # type: ignore[arg-type]
+    for module, training in modes:
+        module.training = training
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

@@ -14,27 +14,30 @@ import lightning.pytorch as pl
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout
+from sparsellm_lightning.architecture import DecoderLayout, unwrapped
 from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import datamodule_of
+from sparsellm_lightning.data import TextDataModule, datamodule_of
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
+    check_companions,
     check_export_dir,
-    check_generation_config,
     check_hub,
+    check_rebuildable,
     check_shrinkable,
     export_model,
     export_or_rescue,
     fixed_shrinkage,
+    load_tokenizer,
+    plain_class,
     shrink,
     tokenizer_of,
     upload,
 )
 from sparsellm_lightning.reporting import PruningReport, report_of_smaller, save_companions
 from sparsellm_lightning.runtime import claimed
-from sparsellm_lightning.sparsity import check_adapters
+from sparsellm_lightning.sparsity import check_adapters, has_adapters
 
 log = logging.getLogger(__name__)
 
@@ -77,23 +80,25 @@ class Exporter:
         """Refuse what could not be exported after the run.
 
         Raises:
-            UserError: a model that cannot be made smaller or packed, adapters that cannot be merged, a tokenizer that cannot be
-                loaded, or a generation configuration that transformers does not save.
+            UserError: a model that cannot be made smaller, packed or, where it is sharded, built anew; adapters that cannot be
+                merged; a tokenizer that cannot be loaded; or a tokenizer or configuration that transformers cannot save.
         """
-        model = layout.model
+        model, trainer = layout.model, pl_module.trainer
         plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-        if self.pack and type(model) is not plain:
+        if self.pack and plain_class(model) is not plain:
             raise UserError(
                 f"pack writes files that load_model reads as a plain causal language model, but the model is a "
                 f"{type(model).__name__}. Set pack to false."
             )
-        with _failing_together(pl_module.trainer):
-            if pl_module.trainer.is_global_zero:  # a copy that another rank has received counts as changed
-                check_generation_config(model)
+        with _failing_together(trainer):
+            if trainer.is_global_zero:  # a copy that another rank has received counts as changed
+                check_companions(model, _tokenizer(trainer, pl_module))
             if config.removed_shares:
                 check_shrinkable(layout, fixed_shrinkage(layout, config))
             check_adapters(model)
-            tokenizer_of(pl_module)
+            wrapped = any(unwrapped(name) != name for name, _ in model.named_parameters())
+            if wrapped or has_adapters(model) or adapter_for(trainer).weights_are_split:
+                check_rebuildable(model)
 
     def write(
         self,
@@ -134,7 +139,7 @@ class Exporter:
         export = partial(
             export_model,
             model,
-            tokenizer=tokenizer_of(pl_module, datamodule_of(trainer)),
+            tokenizer=_tokenizer(trainer, pl_module),
             state_dict=state,
             report=content,
             more=partial(save_companions, report, packed=self.pack),
@@ -143,6 +148,14 @@ class Exporter:
         export_or_rescue(export, Path(self.folder), self.overwrite)
         if self.push_to_hub is not None:
             log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
+
+
+def _tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any | None:
+    """The module's tokenizer, or the datamodule's, which may be a name so far."""
+    found, data = tokenizer_of(pl_module), datamodule_of(trainer)
+    if found is None and isinstance(data, TextDataModule) and isinstance(data.tokenizer, str):
+        data.tokenizer = load_tokenizer(data.tokenizer)
+    return found or tokenizer_of(data)
 
 
 def _cut(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from sparsellm_lightning.architecture import Projection
 from sparsellm_lightning.distributed import adapter_for, local_tensor
@@ -48,13 +50,14 @@ class SparseFinetuning(pl.Callback):
         self._handles: list[Any] = []
         self._random_state: torch.Tensor | None = None
         self._resumes = True  # whether a state that is loaded is of the run that goes on
+        self._checkpoint: Any = None  # that holds this state
         self.checks = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self.checks = 0
-        self._stored, self._random_state = {}, None
+        self._masks, self._stored, self._random_state = None, {}, None
         adapter_for(trainer)
         if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(
@@ -134,6 +137,7 @@ class SparseFinetuning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Evaluation loads checkpoints too, and Lightning's tuners load their own.
+        self._checkpoint = trainer.ckpt_path
         self._resumes = trainer.state.fn == TrainerFn.FITTING and resumed(trainer) is not None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,7 +179,14 @@ def renew_averages(callbacks: Sequence[pl.Callback], pl_module: pl.LightningModu
     for callback in callbacks:
         average = getattr(callback, "_average_model", None)
         if isinstance(callback, AVERAGING) and average is not None:
-            getattr(average, "module", average).load_state_dict(pl_module.state_dict())
+            copied = average.module if isinstance(average, AveragedModel) else average
+            for mine, theirs in zip(_tensors(copied), _tensors(pl_module), strict=False):
+                mine.data.copy_(theirs.data)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    # Not those of state_dict(), from which a module may leave some out.
+    return chain(module.parameters(), module.buffers())
 
 
 def kept_layers(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
-from sparsellm_lightning.models import continued, first_prompts, model_inputs, perplexity
+from sparsellm_lightning.models import IGNORED, continued, first_prompts, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import Profile, showing
@@ -48,14 +49,14 @@ class Measurer:
         if batches is None or model.get_output_embeddings() is None:
             return None
         adapter = adapter_for(trainer)
-        seen: list[torch.Size] = []
+        seen: list[tuple[int, int]] = []
         with self.profile.phase("evaluation"), showing(shows_progress(trainer)):
-            found = perplexity(model, _noting_shapes(batches, seen), adapter, sharded=sharded)
-        (windows,) = adapter.ranks.total(sum(shape[0] for shape in seen))
+            found = perplexity(model, _noting_windows(batches, seen), adapter, sharded=sharded)
+        (windows,) = adapter.ranks.total(sum(count for count, _ in seen))
         self.evaluation = {
             "source": str(getattr(datamodule_of(trainer), "evaluation_text", "validation dataloader")),
             "windows": windows if sharded else windows // adapter.ranks.size,
-            "length": max((shape[1] for shape in seen), default=0),
+            "length": max((length for _, length in seen), default=0),
         }
         if not math.isfinite(found):  # a report cannot hold it
             rank_zero_warn(f"The perplexity on the validation windows is {found}, and is not reported.")
@@ -73,20 +74,15 @@ class Measurer:
         baseline = PruningConfig(preset="paper", method="sparsegpt", **{name: getattr(config, name) for name in same})
         batches, sharded, _ = calibration_batches(trainer, config.num_calibration_samples, config.seed)
         weights = [local_tensor(parameter) for parameter in model.parameters()]
-        with self.profile.phase("baseline"):
-            dense = [weight.to("cpu", copy=True) for weight in weights]
-            prune_model(
-                model,
-                batches,
-                baseline,
-                adapter=adapter_for(trainer),
-                sharded=sharded,
-                progress=shows_progress(trainer),
-            )
-        found = self.perplexity(trainer, model)
-        for weight, before in zip(weights, dense, strict=True):
-            weight.copy_(before)
-        return found
+        dense = [weight.to("cpu", copy=True) for weight in weights]
+        adapter, progress = adapter_for(trainer), shows_progress(trainer)
+        try:
+            with self.profile.phase("baseline"):
+                prune_model(model, batches, baseline, adapter=adapter, sharded=sharded, progress=progress)
+            return self.perplexity(trainer, model)
+        finally:
+            for weight, before in zip(weights, dense, strict=True):
+                weight.copy_(before)
 
     def examples(
         self,
@@ -108,7 +104,9 @@ class Measurer:
         if tokenizer is None or batches is None or model.get_output_embeddings() is None:
             return []
         if self._prompts is None:
-            self._prompts = first_prompts(batches, *PROMPTS)
+            with isolate_rng():
+                torch.manual_seed(0)  # a shuffled loader has the same order on all ranks
+                self._prompts = first_prompts(batches, *PROMPTS)
         adapter = adapter_for(trainer)
         if adapter.ranks.total(int(self._prompts is None)) != [0]:
             return []
@@ -137,9 +135,14 @@ def shows_progress(trainer: pl.Trainer) -> bool:
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
-def _noting_shapes(batches: Iterable[Any], seen: list[torch.Size]) -> Iterator[Any]:
-    """The batches, of a shuffled loader in the same order on all ranks. The shapes of their windows are added to ``seen``."""
+def _noting_windows(batches: Iterable[Any], seen: list[tuple[int, int]]) -> Iterator[Any]:
+    """The batches, of a shuffled loader in the same order on all ranks. ``seen`` gets their numbers of windows and lengths."""
     torch.manual_seed(0)  # the random state is restored after the measurement
     for batch in batches:
-        seen.append(token_input(model_inputs(batch)).shape)
+        windows, length = token_input(model_inputs(batch)).shape[:2]
+        if (
+            isinstance(batch, Mapping) and "labels" in batch
+        ):  # windows without labels make up an even share of the ranks
+            windows = int((batch["labels"] != IGNORED).any(1).sum())
+        seen.append((windows, length))
         yield batch

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
@@ -173,8 +172,8 @@ class SparseLLMCallback(SparseFinetuning):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trained = True
         model = self._model(pl_module)
-        if not (self._restored or self._has_pruned(pl_module)):
-            self.report = None  # of an earlier run with another model
+        if not (self._restored or self._is_pruned(trainer, pl_module)):
+            self.report = None  # of an earlier run, with another model or before dense weights were loaded
         if self.report is not None:
             if self.schedule is None:  # its stages have their own
                 check_resumed(self.report, self.config)
@@ -262,8 +261,9 @@ class SparseLLMCallback(SparseFinetuning):
             return
         if state_dict.get("unfinished"):
             raise UserError(
-                "ckpt_path must be a checkpoint from before or after pruning, but this one was saved during it, when the model "
-                "was half pruned. Start without ckpt_path. With resume_dir, finished blocks are not solved again."
+                f"ckpt_path must be a checkpoint from before or after pruning, but {self._checkpoint} was saved during it, "
+                "with a half pruned model. Start without it; if Lightning found it itself, delete it. With resume_dir, "
+                "finished blocks are not solved again."
             )
         report = state_dict["report"]
         self.report = None if report is None else PruningReport(**report)
@@ -282,8 +282,7 @@ class SparseLLMCallback(SparseFinetuning):
                 log.warning("Pruning was interrupted. %s", kept)
                 raise
         self._unfinished = False
-        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        renew_averages(averages, pl_module)  # which are of the dense model
+        renew_averages(trainer.callbacks, pl_module)  # type: ignore[attr-defined]  # which are of the dense model
         self._hold(trainer, pl_module)
 
     def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
@@ -380,6 +379,14 @@ class SparseLLMCallback(SparseFinetuning):
     def _has_pruned(self, pl_module: pl.LightningModule) -> bool:
         """Whether an earlier fit has pruned this model."""
         return self._pruned_model is not None and self._pruned_model() is self._model(pl_module)
+
+    def _is_pruned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether an earlier fit has pruned this model, and it still has most of these zeros."""
+        if self.report is None or not self._has_pruned(pl_module):
+            return False
+        adapter = adapter_for(trainer)
+        _, achieved = layer_rows(adapter.describe(self._model(pl_module), self.config), adapter)
+        return achieved >= 0.5 * self.report.sparsity["achieved"]
 
     def _trains_on(self, pl_module: pl.LightningModule) -> bool:
         return self.finetune or is_sparse_already(pl_module)

@@ -23,7 +23,7 @@ from sparsellm_lightning.data.sources import Split, TextSource, c4_documents, c4
 from sparsellm_lightning.data.synthetic import generate_windows
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_tokenizer, tokenizer_of
+from sparsellm_lightning.models import CausalLM, load_tokenizer, tokenizer_of
 
 C4_TEST_WINDOWS = 256
 C4_TRAIN_WINDOWS = 10_000
@@ -240,7 +240,7 @@ class TextDataModule(LightningDataModule):
             dataset,
             self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=0 if collate else self.num_workers,
             generator=torch.Generator(),
             collate_fn=collate,
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
@@ -284,7 +284,9 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: no evaluation text, or one shorter than a window.
         """
-        ranks = 1 if self.trainer is None else self.trainer.world_size
+        # CausalLM counts tokens with labels. The loss of another module would be NaN in a batch without any.
+        counts = self.trainer is not None and isinstance(self.trainer.lightning_module, CausalLM)
+        ranks = self.trainer.world_size if self.trainer is not None and counts else 1
         return self._loader(self._consecutive_windows("test", self.max_eval_windows), ranks)
 
     def _get_tokenizer(self) -> PreTrainedTokenizerBase:

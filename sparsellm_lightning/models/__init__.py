@@ -15,8 +15,9 @@ from sparsellm_lightning.models.examples import continued, first_prompts
 from sparsellm_lightning.models.export import (
     REPORT_NAME,
     add_to_report,
+    check_companions,
     check_export_dir,
-    check_generation_config,
+    check_rebuildable,
     export_model,
     export_or_rescue,
 )
@@ -24,7 +25,14 @@ from sparsellm_lightning.models.head import Forward, decoder_output, head_in, lo
 from sparsellm_lightning.models.hub import check_hub, upload
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
-from sparsellm_lightning.models.smaller import Shrinkage, Smaller, check_shrinkable, fixed_shrinkage, shrink
+from sparsellm_lightning.models.smaller import (
+    Shrinkage,
+    Smaller,
+    check_shrinkable,
+    fixed_shrinkage,
+    plain_class,
+    shrink,
+)
 from sparsellm_lightning.models.speed import Speed, measure_speed
 from sparsellm_lightning.models.verify import verify_export
 from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens, size_of_sample
@@ -41,10 +49,11 @@ __all__ = [
     "add_to_report",
     "can_sample",
     "check_checkpoint",
+    "check_companions",
     "check_export_dir",
-    "check_generation_config",
     "check_hub",
     "check_inputs",
+    "check_rebuildable",
     "check_shrinkable",
     "continued",
     "decoder_output",
@@ -64,6 +73,7 @@ __all__ = [
     "measure_speed",
     "model_inputs",
     "perplexity",
+    "plain_class",
     "positions_together",
     "pretrained_of",
     "shrink",

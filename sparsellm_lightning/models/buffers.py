@@ -37,16 +37,20 @@ def kept_in_float32(module: nn.Module) -> Iterator[None]:
             child._buffers[name] = buffer.to(now.device)
 
 
+class _Keeping:
+    """A precision plugin's ``convert_module`` that keeps them. Pickled with the Trainer where workers are not forked."""
+
+    def __init__(self, precision: Any) -> None:
+        self.precision = precision
+
+    def __call__(self, module: nn.Module) -> Any:
+        with kept_in_float32(module):
+            return type(self.precision).convert_module(self.precision, module)
+
+
 def keep_in_conversions(precision: Any) -> None:
     """Have a precision plugin of Lightning leave them in float32 when it converts a module, until :func:`stop_keeping`."""
-    stop_keeping(precision)
-    convert = precision.convert_module
-
-    def convert_module(module: nn.Module) -> Any:
-        with kept_in_float32(module):
-            return convert(module)
-
-    precision.convert_module = convert_module
+    precision.convert_module = _Keeping(precision)
 
 
 def stop_keeping(precision: Any) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm_lightning.architecture import unwrapped
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.packed import pack_folder
-from sparsellm_lightning.models.smaller import rebuilt
+from sparsellm_lightning.models.smaller import rebuilt, without_weights
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
 log = logging.getLogger(__name__)
@@ -67,21 +67,45 @@ def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
         ) from error
 
 
-def check_generation_config(model: PreTrainedModel) -> None:
-    """Refuse a ``generation_config`` that transformers would refuse to save, after the run.
+def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse configurations and a tokenizer that transformers would fail to save, after the run.
 
     Raises:
-        UserError: such a configuration.
+        UserError: such a one.
     """
-    config = getattr(model, "generation_config", None)
-    if config is None or not model.can_generate():
-        return
+    generation = getattr(model, "generation_config", None) if model.can_generate() else None
+    for name, companion in (("config", model.config), ("generation_config", generation), ("tokenizer", tokenizer)):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if companion is not None:
+                    companion.save_pretrained(folder)
+        except Exception as error:  # of any class: JSON refuses some values, transformers others
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{name} must be valid to be exported: {cause}. Correct the model's.") from error
+
+
+def check_rebuildable(model: PreTrainedModel) -> None:
+    """Refuse a model that an export must build anew, because it is sharded, wrapped or adapted, but cannot.
+
+    Raises:
+        UserError: the class cannot be made from the configuration alone, or makes other parameters.
+    """
+    what = f"An export of a sharded, compiled or adapted model builds it anew, but {type(model).__name__}"
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-    except ValueError as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(f"generation_config must be valid to be exported: {cause}. Correct the model's.") from error
+        plain = without_weights(model, model.config)
+    except Exception as error:
+        raise UserError(
+            f"{what} cannot be made from its configuration alone: {error}. Give its class an __init__ that needs no more."
+        ) from error
+    found = {unwrapped(name) for name, _ in model.named_parameters()}
+    if has_adapters(model) or any("_flat_param" in name for name in found):  # other names stand for the same weights
+        return
+    added = sorted(found ^ {name for name, _ in plain.named_parameters()})
+    if added:
+        raise UserError(
+            f"{what} made from its configuration has other parameters, such as {added[0]}. Remove what was added to the model, "
+            "or make it in the class."
+        )
 
 
 def export_model(
@@ -165,7 +189,8 @@ def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite:
         export(export_dir=export_dir, overwrite=overwrite)
     except Exception as error:  # of any class: safetensors has its own for a full disk, and the model must not be lost
         parents = (export_dir.parent, Path.cwd(), Path(tempfile.gettempdir()))
-        for parent, less in product(parents, ({}, {"report": None, "more": None})):
+        plain: dict[str, Any] = {"report": None, "more": None}
+        for parent, less in product(parents, ({}, plain, {**plain, "tokenizer": None})):
             rescue = parent / f"{export_dir.name}-rescued-{uuid.uuid4().hex[:8]}"
             try:
                 export(export_dir=rescue, **less)

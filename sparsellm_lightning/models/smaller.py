@@ -65,7 +65,7 @@ def rebuilt(
         state_dict: whole. Names may have parts that wrappers such as ``torch.compile`` insert.
         config: of the new model. None: the model's.
     """
-    whole = _without_weights(model, config or model.config)
+    whole = without_weights(model, config or model.config)
     whole.load_state_dict({unwrapped(name): tensor for name, tensor in state_dict.items()}, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config
@@ -236,7 +236,7 @@ def _smaller_config(
 ) -> PretrainedConfig:
     """The configuration of the smaller model, found by trial: a model that is made from it must have the expected shapes."""
     config = layout.model.config
-    shapes = _shapes(_without_weights(layout.model, config))
+    shapes = _shapes(without_weights(layout.model, config))
     if shrinkage.units is not None:
         shapes = _resized(shapes, of_units)
         config = _narrower_config(layout, config, shapes, shrinkage.units)
@@ -332,8 +332,8 @@ def _fitting(
 
 def _alike(layout: DecoderLayout, kept: Sequence[int], before: PretrainedConfig, after: PretrainedConfig) -> bool:
     """Whether the blocks of a configuration have the settings of those that are kept, such as attention windows."""
-    old = _without_weights(layout.model, before)
-    new = _without_weights(layout.model, after)
+    old = without_weights(layout.model, before)
+    new = without_weights(layout.model, after)
     return all(
         list(_settings(old.get_submodule(layout.blocks[index].name)))
         == list(_settings(new.get_submodule(layout.blocks[place].name)))
@@ -367,7 +367,7 @@ def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCon
 
 def _has_shapes(model: PreTrainedModel, config: PretrainedConfig, expected: Shapes) -> bool:
     try:
-        return _shapes(_without_weights(model, config)) == expected
+        return _shapes(without_weights(model, config)) == expected
     except Exception:  # a setting that this value does not suit
         return False
 
@@ -376,10 +376,14 @@ def _shapes(model: PreTrainedModel) -> Shapes:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _without_weights(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """A model of the same class on the meta device."""
-    # FSDP2 changes the class of a sharded module to one that derives from the model's.
-    plain: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    plain: Any = plain_class(model)
     with torch.device("meta"):
         found: PreTrainedModel = plain(config)
     return found
+
+
+def plain_class(model: PreTrainedModel) -> type:
+    """The model's class. FSDP2 changes that of a sharded module to one that derives from it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

@@ -136,7 +136,7 @@ def test_the_loss_by_hand(trained, ids: Tensor) -> None:
     trainer(distillation, max_steps=1).fit(module, loader)
     assert float(module.loss) == pytest.approx(expected, rel=1e-4)
     assert "training_step" not in vars(module), "training_step of the module is restored"
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters()), "the teacher gets no gradients"
 
 
 def test_distilled_ends_lower(trained, text: TextDataModule) -> None:
@@ -412,10 +412,17 @@ def test_offloaded_teacher(trained, sparse: PreTrainedModel, ids: Tensor, monkey
 
 
 def test_offloading_leaves_a_given_teacher_as_it_was(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
-    """The hooks are removed after the run, because they would move a model in another use."""
-    teacher = trained("llama")
-    loss_of(Module(sparse, adamw), ids, SparseFinetuning(), Distillation(teacher, offload=True))
+    """Hooks would move a model in another use, and a model without gradients would not train."""
+    teacher = trained("llama").train()
+    teacher.model.norm.eval()
+    teacher.lm_head.weight.requires_grad_(False)
+    modes, frozen = ([m.training for m in teacher.modules()], [p.requires_grad for p in teacher.parameters()])
+    taught = Distillation(teacher, offload=True)
+    loss_of(Module(sparse, adamw), ids, SparseFinetuning(), taught)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
+    assert [m.training for m in teacher.modules()] == modes
+    assert [p.requires_grad for p in teacher.parameters()] == frozen
+    assert taught._model is None
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -934,6 +934,39 @@ def test_zeros_of_an_evaluated_checkpoint_are_not_asked_of_the_next_model(
     trainer(held, max_steps=1).fit(modules[1], loader)
 
 
+def test_a_callback_forgets_the_model_of_an_earlier_fit(loader: DataLoader[Any]) -> None:
+    held, module = pruner(measure=False), Module(build_model("llama"), OPTIMIZERS["adamw"])
+    trainer(held, max_steps=1).fit(module, loader)
+    for weight in linear_weights(module).values():
+        weight.data.fill_(1.0)
+    held.finetune = False
+    trainer(held).fit(Module(build_model("opt"), OPTIMIZERS["adamw"]), loader)
+    assert held.checks == 0
+
+
+class LeavesOut(Module):
+    """Its state leaves out what is frozen."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "embed" not in key}
+
+
+def test_averages_of_a_module_with_a_state_of_its_own(loader: DataLoader[Any]) -> None:
+    module, watch = LeavesOut(build_model("llama"), OPTIMIZERS["adamw"]), ZeroWatch()
+    trainer(pruner(measure=False), watch, EMAWeightAveraging(), max_steps=2).fit(module, loader)
+    assert watch.sparsity() == pytest.approx(0.7, abs=0.01)
+
+
+def test_stochastic_weight_averaging_that_never_starts(tmp_path: Path, loader: DataLoader[Any]) -> None:
+    """Without max_epochs Lightning copies its average at the end in any case: it must not be the dense model."""
+    out = tmp_path / "out"
+    held = SparseLLMCallback(preset="paper", method="magnitude", sparsity=0.7, export_dir=str(out), measure=False)
+    run = trainer(held, StochasticWeightAveraging(1e-3, swa_epoch_start=3), max_steps=100)
+    run.fit(Module(build_model("llama"), OPTIMIZERS["adamw"]), loader)
+    weights = linear_weights(AutoModelForCausalLM.from_pretrained(out)).values()
+    assert sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) == pytest.approx(0.7, abs=0.01)
+
+
 class Tunable(OwnModule):
     lr = 1e-4
 

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
 from sparsellm_lightning.data.loaders import validation_batches
 from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.models import keep_in_conversions, load_model
 from sparsellm_lightning.reporting.card import model_card
 
 PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
@@ -625,6 +627,65 @@ def test_a_smaller_model_is_written_twice(tmp_path: Path, ids: torch.Tensor) -> 
     assert reports[0]["layers"] == reports[1]["layers"]
     assert reports[0]["sparsity"] == reports[1]["sparsity"]
     assert reports[0]["sparsity"]["exported"] == 0 < reports[0]["sparsity"]["achieved"]
+
+
+def test_a_model_that_is_dense_again_is_pruned_again(ids: torch.Tensor) -> None:
+    pruner, module = SparseLLMCallback(**MAGNITUDE), OwnModule(build_model("llama"))
+    for _ in range(2):
+        module.backbone.load_state_dict(build_model("llama").state_dict())
+        trainer(pruner).fit(module, DataLoader(ids, batch_size=8))
+        assert zeros(module.backbone) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_baseline_that_fails_leaves_the_dense_model(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, dense = OwnModule(build_model("llama")), build_model("llama")
+
+    def fail(model: PreTrainedModel, *args: Any, **kwargs: Any) -> float:
+        if zeros(model):
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr("sparsellm_lightning.callbacks.measuring.perplexity", fail)
+    run = trainer(SparseLLMCallback(**MAGNITUDE, baseline=True))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(module, DataLoader(ids, batch_size=8), DataLoader(ids[:4]))
+    assert all(torch.equal(a, b) for a, b in zip(module.backbone.parameters(), dense.parameters(), strict=True))
+
+
+def test_an_export_changes_no_random_numbers(tmp_path: Path, model_dir: Path, ids: torch.Tensor) -> None:
+    """Its examples are the beginnings of windows of the user's own loader."""
+    states: list[torch.Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            states.append(torch.get_rng_state())
+
+    for export_dir in (None, str(tmp_path / "out")):
+        pl.seed_everything(0, verbose=False)
+        pruner = SparseLLMCallback(**MAGNITUDE, finetune=True, export_dir=export_dir)
+        windows = DataLoader([{"input_ids": row, "labels": row} for row in ids[:16]], batch_size=4, shuffle=True)
+        run = trainer(pruner, Watch(), max_steps=1, num_sanity_val_steps=0)
+        run.fit(CausalLM(str(model_dir)), windows, windows)
+    assert pruner.report is not None
+    assert pruner.report.examples
+    assert torch.equal(*states)
+
+
+def test_a_tokenizer_that_the_datamodule_names_is_exported(tmp_path: Path, model_dir: Path) -> None:
+    data = TextDataModule("self", sequence_length=32, batch_size=4, tokenizer=str(model_dir))
+    trainer(SparseLLMCallback(**MAGNITUDE, export_dir=str(tmp_path / "out"))).fit(
+        OwnModule(load_model(str(model_dir))), data
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("for x in y")["input_ids"]
+
+
+def test_the_trainer_can_be_pickled_while_it_prunes(ids: torch.Tensor) -> None:
+    """Workers that are not forked get it, if the user's collate function belongs to the datamodule."""
+    run = trainer()
+    keep_in_conversions(run.precision_plugin)
+    again = pickle.loads(pickle.dumps(run.precision_plugin))
+    model = build_model("llama")
+    assert again.convert_module(model) is model
 
 
 def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

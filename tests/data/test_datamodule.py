@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from sparsellm_lightning import CausalLM
 from sparsellm_lightning.data import TextDataModule, take_windows
 from sparsellm_lightning.data.loaders import Windows
 from sparsellm_lightning.data.sources import C4_MAX_DRAWS
@@ -613,6 +614,18 @@ def test_ranks_take_turns_among_windows_that_count(rank: int) -> None:
     with mock.patch.object(ranks, "total", return_value=[4]):
         taken, _ = take_windows([{"input_ids": ids, "attention_mask": mask}], 4, ranks, torch.device("cpu"))
     assert taken[0].inputs["input_ids"].tolist() == ids[[[0, 3], [2, 4]][rank]].tolist()
+
+
+def test_only_causal_lm_gets_windows_without_labels(
+    tokenizer: PreTrainedTokenizerFast, text_file: str, model_dir: Path
+) -> None:
+    """The mean loss of a batch without labels is NaN in a module that takes transformers' own."""
+    data = _module(tokenizer, source="files", train_files=text_file, test_files=text_file, max_eval_windows=5)
+    for module, windows in ((CausalLM(str(model_dir)), 6), (LightningModule(), 5)):
+        data.trainer = SimpleNamespace(world_size=3, lightning_module=module)  # type: ignore[assignment]
+        rows = [row for batch in data.test_dataloader() for row in batch["labels"]]
+        assert len(rows) == windows
+        assert sum(bool((row != -100).all()) for row in rows) == 5
 
 
 def test_ranks_share_the_training_windows(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:

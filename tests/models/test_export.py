@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import build_model
+from support.models import CONFIGS, build_model
 from support.training import OwnModule, trainer
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import SparseLLMCallback, UserError, export_model, load_model
 from sparsellm_lightning.models import (
     REPORT_NAME,
     add_to_report,
+    check_companions,
     check_export_dir,
-    check_generation_config,
+    check_rebuildable,
     export_or_rescue,
+    plain_class,
 )
 from sparsellm_lightning.models import export as export_module
 from sparsellm_lightning.runtime import claimed
@@ -154,13 +157,60 @@ def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_path: Path) -> None:
     model = build_model("llama")
-    check_generation_config(model)
+    check_companions(model, None)
     model.generation_config.temperature = 0.7
     pruner = SparseLLMCallback(preset="paper", method="magnitude", measure=False, export_dir=str(tmp_path / "out"))
     windows = torch.randint(0, 100, (4, 16))
     with pytest.raises(UserError, match="generation_config must be valid to be exported"):
         trainer(pruner).fit(OwnModule(model), DataLoader(windows, batch_size=2))  # type: ignore[arg-type]
     assert all(bool(p.all()) for name, p in model.named_parameters() if "proj" in name), "nothing was pruned"
+
+
+class Unsaveable:
+    """A tokenizer whose settings JSON does not know."""
+
+    batch_decode = None
+
+    def save_pretrained(self, folder: Path) -> None:
+        json.dumps(torch.float32)
+
+
+def test_a_tokenizer_or_configuration_that_cannot_be_saved(tmp_path: Path) -> None:
+    """It is refused at the start, and what fails at the end all the same costs no weights."""
+    model = build_model("llama")
+    with pytest.raises(UserError, match="tokenizer must be valid to be exported: Object of type dtype"):
+        check_companions(model, Unsaveable())  # type: ignore[arg-type]
+    export = partial(export_model, model, tokenizer=Unsaveable())
+    with pytest.raises(UserError, match=r"could not be written .* The model is in"):
+        export_or_rescue(export, tmp_path / "out", overwrite=False)
+    (rescued,) = tmp_path.iterdir()
+    for tensor, expected in zip(load_model(rescued).parameters(), model.parameters(), strict=True):
+        assert torch.equal(tensor, expected)
+    model.config.own = torch.float32
+    with pytest.raises(UserError, match="config must be valid to be exported"):
+        check_companions(model, None)
+
+
+def test_models_that_cannot_be_built_anew_are_refused_at_the_start(tmp_path: Path) -> None:
+    class Another(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig, more: int) -> None:
+            super().__init__(config)
+
+    check_rebuildable(build_model("llama"))
+    with pytest.raises(UserError, match="Another cannot be made from its configuration alone"):
+        check_rebuildable(Another(CONFIGS["llama"], 1))
+    model = build_model("llama")
+    model.value_head = torch.nn.Linear(4, 1)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")  # its names have another part
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", measure=False, export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"other parameters, such as value_head\.bias"):
+        trainer(pruner).fit(OwnModule(model), DataLoader(torch.randint(0, 100, (4, 16)), batch_size=2))  # type: ignore[arg-type]
+
+
+def test_the_class_below_fsdp2() -> None:
+    model, plain = build_model("llama"), LlamaForCausalLM
+    model.__class__ = type("FSDPLlamaForCausalLM", (FSDPModule, plain), {})
+    assert plain_class(model) is plain
 
 
 def test_a_model_is_rescued_without_a_report_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:
