@@ -216,6 +216,8 @@ def test_ignored_names_become_a_tuple() -> None:
         ({"preset": "paper", "method": "sparsegpt"}, 0.0),
         ({"preset": "paper", "method": "sparsegpt", "reconstruction_steps": 2}, 0.25),
         ({"preset": "paper", "method": "sparsegpt", "distillation_steps": 2}, 0.25),
+        ({"preset": "paper", "pattern": "neurons"}, 0.25),
+        ({"preset": "paper", "pattern": "heads"}, 0.0),  # which leave without the alternation
         ({"preset": "balanced"}, 0.25),
     ],
 )

@@ -24,7 +24,7 @@ from sparsellm_lightning.architecture import (
 from sparsellm_lightning.calibration.activations import ActivationCache, Arguments
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.data import CalibrationBatch
-from sparsellm_lightning.runtime import phase, room
+from sparsellm_lightning.runtime import dtype_of_products, phase, room
 from sparsellm_lightning.solvers import count, moved
 
 Observer = Callable[[Tensor], None]
@@ -217,7 +217,8 @@ class _Batches:
             self.shape, self.mask = hidden.shape[:2], mask
             replays = index < len(self.replayed)
             with phase("forward"), adapter.forward_context(), self._replay(index) if replays else nullcontext():
-                count(self.shape.numel() * (self.work - self.replayed_work * replays))
+                work = self.work - self.replayed_work * replays
+                count(self.shape.numel() * work, dtype_of_products(next(self.block.module.parameters())))
                 # A copy, because a block may work in place.
                 given = self.block.as_block_takes(hidden.to(device, non_blocking=True, copy=True))
                 returned = self.block.module(given, *args, **kwargs)
@@ -232,8 +233,8 @@ class _Batches:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = replay.last.module(self.replayed[index].to(replay.last.parameter.device, non_blocking=True))
-            output = output.view(*self.shape, -1)
-            output = output.transpose(0, 1) if self.block.sequence_first else output
+            # Observed tokens lie as the block had them, one after the other.
+            output = output.view(*(self.shape[::-1] if self.block.sequence_first else self.shape), -1)
             return output if replay.returns < 0 else (output, *[None] * replay.returns)
 
         with patched_forward(replay.module, forward):

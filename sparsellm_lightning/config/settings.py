@@ -176,7 +176,13 @@ class PruningConfig:
     @property
     def alternates(self) -> bool:
         """Whether any block is solved by the alternation, beyond its first iteration, which is the local solver."""
-        return self.method == "sparsellm" and self.num_iterations > 1 and self.alternation_blocks not in ("none", [])
+        some = self._can_alternate and self.alternation_blocks not in ("none", [])
+        return some and self.num_iterations > 1
+
+    @property
+    def _can_alternate(self) -> bool:
+        """Whether the alternation has anything to solve: heads and blocks leave without it."""
+        return self.method == "sparsellm" and (not self.removes or "neurons" in self.removes)
 
     @property
     def requested_sparsity(self) -> float:
@@ -283,7 +289,7 @@ class PruningConfig:
         Raises:
             UserError: an index outside the model.
         """
-        if self.method != "sparsellm" or self.alternation_blocks == "none":
+        if not self._can_alternate or self.alternation_blocks == "none":
             return set()
         if self.alternation_blocks == "all":
             return set(range(num_blocks))

@@ -216,7 +216,7 @@ class Distiller:
         share = 1.0 if sample is None else len(sample.tokens) / len(head.weight)
         blocks = sum(block.forward_work(batch.length) for block in self.context.layout.blocks)
         tokens = batch.windows * batch.length
-        count(tokens * (3 * blocks + 6 * share * head.weight.numel()), self.autocast_dtype or torch.float32)
+        count(tokens * (3 * blocks + 6 * share * head.weight.numel()), self.autocast_dtype or self.model.dtype)
 
     def _divergences(
         self, batch: CalibrationBatch, goal: Tensor, sample: VocabularySample | None = None

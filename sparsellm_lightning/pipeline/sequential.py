@@ -109,10 +109,10 @@ def prune_blocks(
         start = time.perf_counter()
         with explaining_memory(partial(_explain_memory, context, cache, sizes, block.name)):
             alternates = block.index in context.alternating_blocks
-            target = None
+            target, reached = None, block.index
             if dense is not None and block.index not in removed:
                 target = _advance_dense(context, block, dense, alternates)
-                _pass_removed(context, block.index + 1, removed, dense)
+                reached = _pass_removed(context, block.index + 1, removed, dense)
             result = None if journal is None else journal.restore(block)
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
@@ -129,7 +129,7 @@ def prune_blocks(
                     result = solve_block(context, solver, block, cache, alternation, target, after)
                 if tuning is not None:
                     cache.replay_inputs.clear()  # tuning changes what is before them
-                    error = _tune(context, block, *tuning, importance.get(block.index), result)
+                    error = _tune(context, block, *tuning, importance.get(reached), result)
                     after(len(result.errors), error)
                 check_finite_weights(context, {f"{block.name}.{n}": p for n, p in block.module.named_parameters()})
                 result.seconds = time.perf_counter() - start
@@ -178,15 +178,20 @@ def _after_iteration(on_iteration: OnIteration, block: int, iteration: int, erro
     on_iteration(block, iteration, error)
 
 
-def _pass_removed(context: Context, first: int, removed: Set[int], dense: ActivationCache | None) -> None:
+def _pass_removed(context: Context, first: int, removed: Set[int], dense: ActivationCache | None) -> int:
     """Move the dense model's activations behind the blocks from ``first`` on that will leave, up to the first that stays.
 
     So the block in front of them is tuned to give what they gave.
+
+    Returns:
+        index of the block behind which the activations are.
     """
     for block in context.layout.blocks[first:]:
         if dense is None or block.index not in removed:
-            return
+            break
         dense.hidden = run_block(context, block, dense)
+        first += 1
+    return first - 1
 
 
 def _advance_dense(
@@ -239,7 +244,8 @@ def _plan_tuning(
         cache: activations in front of the block, of the windows that tuning uses.
         goal: the dense model's activations behind the block, if they are the target. None: what the block gives.
     """
-    if not context.config.reconstruction_steps or not any(p.pruned for p in block.projections()):
+    steps = context.config.reconstruction_steps if context.config.requested_sparsity else 0
+    if not steps or not any(p.pruned for p in block.projections()):
         return None
     goal = run_block(context, block, cache) if goal is None else goal
     reached = replace(cache, hidden=goal)

@@ -164,7 +164,8 @@ class Reconstructor:
 
     def _count(self, index: int, forwards: int) -> None:
         tokens = self.cache.hidden[index].shape[:2].numel()
-        dtype = self.autocast_dtype if self.autocast_dtype and forwards > 1 else torch.float32
+        stored = next(self.block.module.parameters()).dtype
+        dtype = self.autocast_dtype if self.autocast_dtype and forwards > 1 else stored
         count(forwards * tokens * self.block.forward_work(max(self.cache.windows)), dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:

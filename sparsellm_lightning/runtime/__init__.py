@@ -13,7 +13,7 @@ from sparsellm_lightning.runtime.memory import (
     return_free_memory,
     room,
 )
-from sparsellm_lightning.runtime.precision import coarse_dtype, fastest_float32
+from sparsellm_lightning.runtime.precision import coarse_dtype, dtype_of_products, fastest_float32
 from sparsellm_lightning.runtime.profiling import Profile, gemm_peak, phase
 from sparsellm_lightning.runtime.progress import draws_bars, showing, tracked
 
@@ -27,6 +27,7 @@ __all__ = [
     "claimed",
     "coarse_dtype",
     "draws_bars",
+    "dtype_of_products",
     "explaining_memory",
     "fastest_float32",
     "format_bytes",

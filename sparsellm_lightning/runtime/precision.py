@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -53,6 +54,12 @@ def _medium_is_exact() -> bool:
         product = a @ b
     exact = a.double() @ b.double()
     return bool((product - exact).norm() < 2e-6 * exact.norm())
+
+
+def dtype_of_products(weight: Tensor) -> torch.dtype:
+    """Dtype in which a layer multiplies here: that of autocast, if it is on, otherwise the weight's."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:

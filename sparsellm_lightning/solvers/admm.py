@@ -41,7 +41,7 @@ def admm(
     """
     h = gram.clone()
     h.diagonal().add_(damping * gram.diagonal().mean())
-    dead = h.diagonal() <= 0  # features that were zero for every token, if damping is 0
+    dead = gram.diagonal() <= 0  # features that were zero for every token: their weights cost nothing
     h.diagonal()[dead] = 1
     scale = h.diagonal().sqrt()
     h /= scale[:, None] * scale

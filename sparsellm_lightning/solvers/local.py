@@ -98,12 +98,15 @@ def _at_most_magnitude(
 def _errors(
     solved: Tensor, target: Tensor, inputs: InputStatistics, pattern: Pattern, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """``‖(Ŵ − W) H^{1/2}‖²`` of each matrix for the solution and for magnitude pruning, (2, matrices); magnitude's weights."""
-    plain = magnitude(target, pattern)
+    """``‖(Ŵ − W) H^{1/2}‖²`` of each matrix for the solution and for magnitude pruning, (2, matrices); magnitude's weights.
+
+    Weights of inputs that were zero for every token cost nothing, as in the solvers, although λ stands in their place in H.
+    """
+    plain, dead = magnitude(target, pattern), inputs.gram.diagonal() <= 0
     damping = float(inputs.damping * inputs.gram.diagonal().mean())
     errors = target.new_empty(2, len(sizes), dtype=torch.float64)
     for row, candidate in enumerate((solved, plain)):
-        difference = target - candidate
+        difference = (target - candidate).masked_fill_(dead, 0)
         count(2 * difference.numel() * len(inputs.gram))
         image = torch.addmm(difference, difference, inputs.gram, beta=damping)
         by_row = (image.to(errors.dtype) * difference).sum(

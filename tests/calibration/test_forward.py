@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import build_model
+from support.models import CONFIGS, build_model
 from support.runs import LAYOUTS
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm_lightning import PruningConfig, prune_model
@@ -42,6 +45,56 @@ def test_attention_is_not_replayed_from_another_block(ignore: list[str], monkeyp
     with_replay, _ = pruned("llama", True, monkeypatch, **settings)
     without, _ = pruned("llama", False, monkeypatch, **settings)
     assert all(torch.equal(weight, without[key]) for key, weight in with_replay.items())
+
+
+class SequenceFirst(nn.Module):
+    """A block whose layers see (sequence, batch, features), as Megatron's do."""
+
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.attention = Mean(size)
+        self.up, self.down = nn.Linear(size, 2 * size, bias=False), nn.Linear(2 * size, size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(hidden_states)
+        return hidden_states + self.down(torch.relu(self.up(hidden_states)))
+
+
+class Mean(nn.Module):
+    """Attends to all tokens before, equally."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.value, self.out = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.value(x)
+        return self.out(values.cumsum(0) / torch.arange(1, len(x) + 1).view(-1, 1, 1))
+
+
+class OfSequenceFirst(LlamaModel):
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutput:  # type: ignore[override]
+        hidden = self.embed_tokens(input_ids).transpose(0, 1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden.transpose(0, 1)))
+
+
+def test_replay_where_the_sequence_is_the_first_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several windows a batch, which a reshape in the wrong order would mix."""
+    found = []
+    for replays in (True, False):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(CONFIGS["llama"])
+        model.model = OfSequenceFirst(CONFIGS["llama"])
+        model.model.layers = nn.ModuleList(SequenceFirst() for _ in range(3))
+        if not replays:
+            monkeypatch.setattr(examination.Examination, "_replay", lambda self, units: None)
+        assert all(block.sequence_first and (block.replay is not None) == replays for block in describe(model).blocks)
+        config = PruningConfig(preset="paper", method="sparsegpt", sparsity=0.6, num_calibration_samples=8)
+        prune_model(model, random_batches(8, 32), config)
+        found.append(model.state_dict())
+    assert all(torch.equal(weight, found[1][key]) for key, weight in found[0].items())
 
 
 class InPlace(LlamaDecoderLayer):

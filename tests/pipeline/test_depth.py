@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.batches import random_batches
 from support.models import VOCABULARY, build_model
-from support.runs import calibration_batches, make_context
+from support.runs import block_outputs, calibration_batches, make_context
 from support.training import OwnModule, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
 from sparsellm_lightning.allocation import choose_blocks
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.models import verify_export
+from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.pipeline.tune import Reconstructor
 
 BLOCKS: dict[str, Any] = {"pattern": "blocks", "sparsity": 0.3, "num_calibration_samples": 8}
 
@@ -116,6 +118,31 @@ def test_blocks_before_the_first_that_leaves_stay_as_they_are() -> None:
         tuned = report.blocks[block.index]["reconstruction"] is not None
         assert tuned == (block.index >= gone[0] - 1 and block.index not in gone)
         assert changed <= (tuned or block.index in gone)
+
+
+def test_the_block_before_those_that_leave_gives_what_they_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its goal, and the importance of features there, are behind the last one."""
+    model, dense = build_model("gemma3"), build_model("gemma3")
+    importance = {index: torch.full((64,), index + 1.0) for index in range(7)}
+    seen: dict[int, tuple[list[Tensor], Tensor | None]] = {}
+
+    def reconstructor(context: Any, block: Block, cache: Any, goal: list[Tensor], weights: Tensor | None) -> Any:
+        seen[block.index] = [tensor.clone() for tensor in goal], weights
+        return Reconstructor(context, block, cache, goal, weights)
+
+    monkeypatch.setattr(sequential, "feature_importance", lambda context, cache: importance)
+    monkeypatch.setattr(sequential, "Reconstructor", reconstructor)
+    batches = random_batches(8, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = {**BLOCKS, "sparsity": 0.45, "calibration_val_fraction": 0.0}
+        prune_model(model, batches, PruningConfig(**settings, reconstruction_steps=4, distillation_steps=0))
+    gone = removed_from(model)
+    last = next(index for index in gone if index + 1 not in gone)
+    goal, weights = seen[gone[0] - 1]
+    wanted = torch.cat(block_outputs(dense, dense.model.layers[last], batches))
+    torch.testing.assert_close(torch.cat(goal), wanted, rtol=1e-4, atol=1e-4)
+    assert weights is importance[last]
 
 
 @pytest.mark.slow

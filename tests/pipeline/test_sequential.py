@@ -310,6 +310,22 @@ def test_calibration_leaves_mode_and_random_state() -> None:
     assert not any("forward" in vars(module) for module in model.modules()), "blocks have their own forward back"
 
 
+def test_nothing_is_tuned_at_sparsity_0() -> None:
+    config = PruningConfig(sparsity=0.0, num_calibration_samples=8)
+    assert config.reconstruction_steps
+    report = prune_model(build_model("llama"), random_batches(), config)
+    assert all(block["reconstruction"] is None for block in report.blocks)
+    assert "reconstruction" not in report.phases
+
+
+def test_operations_of_a_rounded_model() -> None:
+    config = PruningConfig(preset="fast", distillation_steps=1, num_calibration_samples=8, solver_precision="float32")
+    work = prune_model(build_model("llama").bfloat16(), random_batches(), config).work
+    for phase in ("forward", "reconstruction", "distillation"):
+        assert set(work[phase]) == {"bfloat16"}, phase
+    assert "float32" in work["local_solve"]
+
+
 def test_no_dropout() -> None:
     """Calibration and perplexity are in evaluation mode, as the trained model is used, also inside a Trainer."""
     config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", num_calibration_samples=8)

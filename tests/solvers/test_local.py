@@ -197,6 +197,21 @@ def test_admm_zeroes_dead_features() -> None:
         assert (admm(weight, gram, damping, Unstructured(0.5))[:, [2, 11]] == 0).all()
 
 
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_dead_inputs_leave_room_for_the_others(solver: str) -> None:
+    """Strong damping does not make inputs count that are always zero, as hidden units of zero rows are."""
+    weight, gram = problem(16, 40)
+    dead = torch.arange(0, 40, 3)
+    gram[dead] = gram[:, dead] = 0
+    inputs, patterns = InputStatistics(gram, 0.3), {"w": Unstructured(0.5)}
+    solved = solve_stacked({"w": weight}, inputs, patterns, LOCAL_SOLVERS[solver])["w"]
+    assert (solved[:, dead] == 0).all()
+    without = weight.clone()
+    without[:, dead] = 0
+    expected = solve_stacked({"w": without}, inputs, patterns, LOCAL_SOLVERS[solver])["w"]
+    torch.testing.assert_close(solved, expected)
+
+
 @pytest.mark.parametrize("rows", [7, 4])
 @pytest.mark.parametrize("nofm", [False, True])
 def test_admm_over_ranks(rows: int, nofm: bool) -> None:
