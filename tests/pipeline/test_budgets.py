@@ -156,6 +156,49 @@ def test_shares_of_0_remove_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_seconds_of_units_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only these modules move: three projections of units by 1, four of heads by a quarter, a block by 2."""
+    model, time = build_model("llama"), [0.0]
+
+    def moving(module: torch.nn.Module, seconds: float) -> Callable[..., Any]:
+        forward = module.forward
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            time[0] += seconds
+            return forward(*args, **kwargs)
+
+        return moved
+
+    context = make_context(model, PruningConfig(preset="paper", pattern={"latency": 0.6}))
+    with torch.no_grad():
+        cache = capture(context, calibration_batches(random_batches()), 8)
+        for layer in model.model.layers:
+            layer.forward = moving(layer, 2.0)
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.forward = moving(module, 1.0 if module in set(layer.mlp.modules()) else 0.25)
+        monkeypatch.setattr(shrinkage.time, "perf_counter", lambda: time[0])
+        assert shrinkage._seconds(context, cache) == [shrinkage.Cost(3, 1, 2)] * 3
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_latency_is_met_and_not_by_far(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PruningConfig(preset="paper", pattern={"latency": share}, round_to=16, num_calibration_samples=8)
+    context, batches = make_context(build_model("llama"), config), calibration_batches(random_batches())
+    monkeypatch.setattr(shrinkage, "_seconds", lambda context, sample: [shrinkage.Cost(8, 1, 1)] * 3)
+    with torch.no_grad():
+        found = choose_shrinkage(context, capture(context, batches, 8), batches)
+    layout = context.layout
+
+    def cost(units: int) -> float:
+        heads = layout.heads if found.heads is None else found.heads
+        return (3 - len(found.blocks)) * shrinkage.Cost(8, 1, 1).of(units / layout.units, heads / layout.heads)
+
+    units = layout.units if found.units is None else found.units
+    assert cost(units) <= share * 30
+    assert units == layout.units or cost(units + 16) > share * 30
+
+
 def test_damages_are_those_of_all_blocks_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the measured number: the divergence of a plain forward in which every block lacks its units, or its heads."""
     model, dense = build_model("llama"), build_model("llama")
