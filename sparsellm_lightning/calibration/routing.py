@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class ExpertTokens:
         weights: (n,) float32, of each token's squared error. Their mean over all ranks' fitted tokens is 1.
         chunks: tokens of each chunk, which lie in one window.
         fitted_chunks: number of chunks that are fitted: the first ones.
+        fitted_windows: tokens of each window that is fitted. Some may be empty.
         borrows: whether the statistics are partly those of all tokens.
     """
 
@@ -30,13 +31,18 @@ class ExpertTokens:
     weights: Tensor
     chunks: list[int]
     fitted_chunks: int
+    fitted_windows: list[int]
     borrows: bool
 
     def fitted(self) -> ExpertTokens:
         """The fitted tokens only."""
         chunks = self.chunks[: self.fitted_chunks]
         tokens = sum(chunks)
-        return ExpertTokens(self.x[:tokens], self.weights[:tokens], chunks, self.fitted_chunks, self.borrows)
+        return replace(self, x=self.x[:tokens], weights=self.weights[:tokens], chunks=chunks)
+
+    def chunks_of(self, windows: int) -> int:
+        """Number of chunks in the first ``windows`` windows."""
+        return sum(-(-window // CHUNK) for window in self.fitted_windows[:windows])
 
 
 class RoutedTokens:
@@ -95,8 +101,8 @@ class RoutedTokens:
             chunks += [min(CHUNK, len(x) - start) for start in range(0, len(x), CHUNK)]
             if index < self.fitted_windows:
                 fitted_chunks = len(chunks)
-        device = self.context.device
+        device, lengths = self.context.device, [len(x) for x in xs[: self.fitted_windows]]
         if not xs:  # a rank without windows
             features = self.experts.networks[expert].roles["up"].shape[1]
             xs, weights = [torch.empty(0, features, device=device)], [torch.empty(0, device=device)]
-        return ExpertTokens(torch.cat(xs), torch.cat(weights).to(device), chunks, fitted_chunks, borrows)
+        return ExpertTokens(torch.cat(xs), torch.cat(weights).to(device), chunks, fitted_chunks, lengths, borrows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from sparsellm_lightning.solvers import (
     check_finite,
     solve_locally,
 )
+
+ALTERNATION_TOKENS = 5  # tokens that carry auxiliaries, per hidden feature
 
 Alternate = Callable[..., Solution]
 """``solve_feed_forward`` with the arguments that are equal in every block."""
@@ -171,6 +173,7 @@ def _solve_experts(
             y = TokenBuffer(len(tokens.x), network.roles["down"].shape[0], cache.storage)
             for part in tokens.x.split(tokens.chunks):
                 y.add(feed_forward(part.to(context.device, torch.float32)))
+            windows = alternation_windows(context, tokens.fitted_windows, network.roles["down"].shape[1])
             with phase("alternation"):
                 solution = alternate(
                     feed_forward,
@@ -178,7 +181,7 @@ def _solve_experts(
                     y.filled(),
                     prune,
                     chunks=tokens.chunks,
-                    leading_chunks=None,
+                    leading_chunks=None if windows is None else tokens.chunks_of(windows),
                     fitted_chunks=tokens.fitted_chunks,
                     weights=tokens.weights,
                     name=name,
@@ -191,6 +194,24 @@ def _solve_experts(
         for iteration, error in enumerate(result.errors):
             if on_iteration is not None:
                 on_iteration(iteration, error)
+
+
+def alternation_windows(context: Context, tokens: Sequence[int], width: int) -> int | None:
+    """Number of this rank's windows that carry auxiliaries. None: all.
+
+    They are the first of all windows, for any number of ranks: window i belongs to rank ``i mod size``.
+
+    Args:
+        context: of the run. All ranks call this together.
+        tokens: of each of this rank's fitted windows.
+        width: hidden features of the network.
+    """
+    wanted = ALTERNATION_TOKENS * width
+    total, windows = context.ranks.total(sum(tokens), sum(number > 0 for number in tokens))
+    if wanted >= total:
+        return None
+    first = -(-wanted * windows // total)
+    return len(range(context.ranks.rank, first, context.ranks.size))
 
 
 def _mean(by_expert: list[list[float]]) -> list[float]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.models import size_of_sample
+from sparsellm_lightning.pipeline.block import ALTERNATION_TOKENS
 from sparsellm_lightning.pipeline.distil import STEP_TOKENS
 from sparsellm_lightning.pipeline.kept import memory_of_tuning
-from sparsellm_lightning.pipeline.sequential import ALTERNATION_TOKENS
 from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
 from sparsellm_lightning.runtime import Sizes
 
@@ -83,8 +83,8 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
             work["statistics"] += tokens * columns**2
             work["local_solve"] += columns**3 + sum(2 * p.size * columns for p in unit.projections)
         for network in networks:
-            seen = tokens * share
             columns, width = network.first[0].shape[1], network.roles["down"].shape[1]
+            seen = tokens * share if tokens * share >= width else tokens  # with fewer an expert borrows those of others
             local = columns**3 + width**3 + sum(2 * p.size * p.shape[1] for p in network.projections)
             weights = sum(p.size for p in network.projections)
             statistics = seen * (columns**2 + width**2 + 2 * (weights - network.roles["down"].size))

@@ -30,7 +30,7 @@ from sparsellm_lightning.calibration import (
 )
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.models import Shrinkage
-from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, solve_block
+from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, alternation_windows, solve_block
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.shrink import shrink_block
 from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
@@ -47,7 +47,6 @@ from sparsellm_lightning.solvers import (
     solve_feed_forward,
 )
 
-ALTERNATION_TOKENS = 5  # tokens that carry auxiliaries, per hidden feature
 WORTH_COMPILING = 2**29  # entries of a run's z and s steps from which compiling them (about ten seconds) pays
 
 OnIteration = Callable[[int, int, float], None]
@@ -78,7 +77,7 @@ def prune_blocks(
     """
     cache = capture(context, batches, fitted)
     check_finite_activations(context, cache.valid_tokens(), "in front of the first block")
-    windows = _alternation_windows(context, cache)
+    windows = alternation_windows(context, cache.windows[: cache.fitted], context.layout.widest[1])
     sizes = _sizes(context, cache, windows)
     placement = place(context.config.memory, sizes, context.device)
     cache.move_to(placement.activations)
@@ -301,20 +300,6 @@ def _alternation(context: Context, cache: ActivationCache, windows: int | None, 
 def _auxiliary_dtype(context: Context) -> torch.dtype:
     # The raw objective takes p into the weight step, where its rounding is not averaged out.
     return context.coarse_dtype if context.config.penalties.scale_free else torch.float32
-
-
-def _alternation_windows(context: Context, cache: ActivationCache) -> int | None:
-    """Number of this rank's windows that carry auxiliaries. None: all that are fitted.
-
-    They are the first of all windows, for any number of ranks: window i belongs to rank ``i mod size``.
-    """
-    wanted = ALTERNATION_TOKENS * context.layout.widest[1]
-    fitted = cache.windows[: cache.fitted]
-    tokens, windows = context.ranks.total(sum(fitted), sum(tokens > 0 for tokens in fitted))
-    if wanted >= tokens:
-        return None
-    first = -(-wanted * windows // tokens)
-    return len(range(context.ranks.rank, first, context.ranks.size))
 
 
 def _steps(context: Context, cache: ActivationCache) -> dict[tuple[Activation, bool], Entrywise]:

@@ -247,7 +247,7 @@ def test_calibration_from_a_sharded_train_loader(
     pruner = {"preset": "paper", "sparsity": 0.6, "num_calibration_samples": 24, "num_iterations": 2}
     pruner |= {"calibration_val_fraction": 0.0, "measure": False}
     options: dict[str, Any] = {"model": folder_of("llama"), "pruner": pruner}
-    options["constants"] = {"sparsellm_lightning.pipeline.sequential.ALTERNATION_TOKENS": 10**9}
+    options["constants"] = {"sparsellm_lightning.pipeline.block.ALTERNATION_TOKENS": 10**9}
     ranks(1).run("prune_from_train_loader", tmp_path / "one", **options)
     ranks(2).run("prune_from_train_loader", tmp_path / "two", strategy="ddp", **options)
     one, two = exported(tmp_path / "one"), exported(tmp_path / "two")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparsellm_lightning import PruningConfig, SparseLLMCallback, perplexity, pr
 from sparsellm_lightning.architecture import Experts, describe
 from sparsellm_lightning.calibration import RoutedTokens, capture, feed_forward_of
 from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.pipeline import block, sequential
 from sparsellm_lightning.pipeline.sequential import prune_blocks
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
@@ -120,6 +122,38 @@ def test_an_expert_that_no_token_reaches() -> None:
         matrix = p.matrix
         assert torch.isfinite(matrix).all()
         assert int((matrix == 0).sum()) == p.size // 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_experts_have_auxiliaries_of_the_first_windows(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as other networks, which memory is planned for: here about half a token a hidden feature."""
+    models = [build_model("mixtral") for _ in range(size)]
+    for model in models:
+        describe(model)  # its hooks are not made for ranks that are threads
+    width = experts_of(models[0]).networks[0].roles["down"].shape[1]
+    monkeypatch.setattr(block, "ALTERNATION_TOKENS", Fraction(1, 2))
+    solve, seen = sequential.solve_feed_forward, []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        chunks = options["chunks"]
+        seen.append((options["ranks"].rank, sum(chunks[: options["leading_chunks"]]), sum(chunks)))
+        return solve(*args, **options)
+
+    monkeypatch.setattr(sequential, "solve_feed_forward", noting)
+    config = PruningConfig(preset="paper", sparsity=0.5, num_iterations=3, calibration_val_fraction=0.0)
+
+    def work(ranks: Ranks) -> None:
+        windows = calibration_batches(random_batches(16, 32))[ranks.rank :: size]
+        list(prune_blocks(make_context(models[ranks.rank], config, ranks), windows, sum(b.windows for b in windows)))
+
+    on_ranks(size, work)
+    for index in range(0, len(seen), size):
+        together = sorted(seen, key=lambda entry: entry[0])  # by rank, in order of experts
+        parts = [together[rank * len(seen) // size + index // size] for rank in range(size)]
+        carrying, every = (sum(part[column] for part in parts) for column in (1, 2))
+        assert carrying < every
+        assert width / 2 - 32 <= carrying <= width / 2 + 2 * 32
+    assert all(p.matrix.isfinite().all() for p in experts_of(models[0]).projections)
 
 
 def test_local_solver_of_an_expert() -> None:

@@ -28,7 +28,9 @@ from transformers import BloomConfig, BloomForCausalLM
 from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
 from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
+from sparsellm_lightning.pipeline import block as block_pipeline
 from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.pipeline.block import alternation_windows
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
     InputStatistics,
@@ -393,20 +395,15 @@ def test_few_tokens_warn_with_both_numbers() -> None:
 def test_which_windows_carry_auxiliaries(
     tokens: int, expected: int | None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 windows of 64 tokens, window i on rank i mod size. The first windows of all ranks carry auxiliaries.
-
-    The model has 128 hidden features.
-    """
-    monkeypatch.setattr(sequential, "ALTERNATION_TOKENS", Fraction(tokens, 128))
+    """100 windows of 64 tokens, window i on rank i mod size. The first windows of all ranks carry auxiliaries."""
+    monkeypatch.setattr(block_pipeline, "ALTERNATION_TOKENS", Fraction(tokens, 128))
     model = build_model("llama")
     describe(model)  # its hooks are not made for ranks that are threads
 
     def work(ranks: Ranks) -> list[int] | None:
         mine = range(ranks.rank, 100, ranks.size)
-        # Two more windows are held out. They do not count.
-        hidden = [torch.zeros(len(mine) + 2, 64, 1)]
-        cache = ActivationCache(hidden, [], [None], torch.device("cpu"), fitted=len(mine))
-        count = sequential._alternation_windows(make_context(model, PruningConfig(preset="paper"), ranks), cache)
+        context = make_context(model, PruningConfig(preset="paper"), ranks)
+        count = alternation_windows(context, [64] * len(mine), 128)
         return None if count is None else list(mine[:count])
 
     results = on_ranks(size, work)
@@ -423,7 +420,7 @@ def test_alternation_tokens_reach_the_solver(trained, calibration, monkeypatch: 
     """
     errors = {}
     for per_feature in (5, 28, 10**6):
-        monkeypatch.setattr(sequential, "ALTERNATION_TOKENS", per_feature)
+        monkeypatch.setattr(block_pipeline, "ALTERNATION_TOKENS", per_feature)
         config = PruningConfig(preset="paper", sparsity=0.7, num_iterations=2, num_calibration_samples=64)
         report = prune_model(trained("llama"), calibration, config)
         errors[per_feature] = [block["errors"] for block in report.blocks]
