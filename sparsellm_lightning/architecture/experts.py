@@ -21,7 +21,7 @@ class Routing:
     """What an experts module is called with.
 
     Args:
-        hidden: (tokens, d); of a module that gets its tokens sorted by expert, (experts, tokens, d).
+        hidden: (tokens, d); of a module that gets its tokens sorted by expert, (experts, tokens, d), which may be sparse.
         chosen: (tokens, k) indices of the experts of each token. None: sorted by expert.
         weights: (tokens, k) weights of their outputs. None: sorted by expert.
     """
@@ -34,6 +34,7 @@ class Routing:
         """The input of an expert for every token, (tokens, d), and the weight of its output, (tokens,). 0: not routed there."""
         if self.chosen is None:
             x = self.hidden[expert]
+            x = x.to_dense() if x.is_sparse else x
             return x, x.any(-1).to(x.dtype)
         assert self.weights is not None
         return self.hidden, (self.weights * (self.chosen == expert)).sum(-1)

@@ -63,6 +63,9 @@ class RoutedTokens:
         self.windows: list[Routing] = []
 
         def see(routing: Routing) -> None:
+            if routing.chosen is None:  # each expert has every token, but those of others are zero
+                self.windows.append(Routing(routing.hidden.to_sparse(2).to(cache.storage)))
+                return
             tensors = (routing.hidden, routing.chosen, routing.weights)
             self.windows.append(Routing(*(None if t is None else moved(t.clone(), cache.storage) for t in tensors)))  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support.batches import random_batches
+from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import calibration_batches, make_context
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, perplexity, prune_model
 from sparsellm_lightning.architecture import Experts, describe
-from sparsellm_lightning.calibration import RoutedTokens, capture, feed_forward_of
+from sparsellm_lightning.calibration import RoutedTokens, capture, feed_forward_of, run_block
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.pipeline import block, sequential
 from sparsellm_lightning.pipeline.sequential import prune_blocks
@@ -89,6 +90,28 @@ def test_tokens_of_an_expert() -> None:
         torch.testing.assert_close(mine.x, x[chosen], rtol=1e-4, atol=1e-5)
         squares = weights[chosen, expert].square()
         torch.testing.assert_close(mine.weights, squares / squares.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_tokens_sorted_by_expert_are_stored_once() -> None:
+    """Llama 4's experts module gets every token for every expert: zeros, where the token is not routed there."""
+    model = tiny_model("llama4_text")
+    context = make_context(model, PruningConfig(preset="paper"))
+    block, experts = next((b, unit) for b in context.layout.blocks for unit in b.units if isinstance(unit, Experts))
+    batches = calibration_batches([{"input_ids": torch.arange(64).view(4, 16) % 16}])
+    seen: list[Tensor] = []
+    hook = experts.observed.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with hook, torch.no_grad():
+        cache = capture(context, batches, 4)
+        for before in context.layout.blocks[: block.index]:
+            cache.hidden = run_block(context, before, cache)
+        seen.clear()
+        tokens = RoutedTokens(context, block, cache, experts)
+    sorted_tokens = torch.cat([x.view(len(experts.networks), -1, x.shape[-1]) for x in seen], 1)
+    for expert in range(len(experts.networks)):
+        x = torch.cat([window.of(expert)[0] for window in tokens.windows])
+        assert torch.equal(x, sorted_tokens[expert])
+    stored = sum(window.hidden.values().numel() for window in tokens.windows)
+    assert stored == int(sorted_tokens.any(-1).sum()) * sorted_tokens.shape[-1] < sorted_tokens.numel()
 
 
 def test_an_expert_with_few_tokens_borrows_from_all() -> None:
