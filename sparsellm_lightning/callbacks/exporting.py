@@ -91,8 +91,9 @@ class Exporter:
                 f"{type(model).__name__}. Set pack to false."
             )
         with _failing_together(trainer):
+            tokenizer = _tokenizer(trainer, pl_module)
             if trainer.is_global_zero:  # a copy that another rank has received counts as changed
-                check_companions(model, _tokenizer(trainer, pl_module))
+                check_companions(model, tokenizer)
             if config.removed_shares:
                 check_shrinkable(layout, fixed_shrinkage(layout, config))
             check_adapters(model)

@@ -284,9 +284,12 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: no evaluation text, or one shorter than a window.
         """
-        # CausalLM counts tokens with labels. The loss of another module would be NaN in a batch without any.
-        counts = self.trainer is not None and isinstance(self.trainer.lightning_module, CausalLM)
-        ranks = self.trainer.world_size if self.trainer is not None and counts else 1
+        ranks = 1
+        if self.trainer is not None:
+            # These steps count tokens with labels. A mean loss would be NaN in a batch without any.
+            steps, module = ("validation_step", "test_step"), type(self.trainer.lightning_module)
+            counts = all(getattr(module, step, None) is getattr(CausalLM, step) for step in steps)
+            ranks = self.trainer.world_size if counts else 1
         return self._loader(self._consecutive_windows("test", self.max_eval_windows), ranks)
 
     def _get_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -79,6 +79,8 @@ def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
             with tempfile.TemporaryDirectory() as folder:
                 if companion is not None:
                     companion.save_pretrained(folder)
+        except OSError:  # of the disk
+            raise
         except Exception as error:  # of any class: JSON refuses some values, transformers others
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{name} must be valid to be exported: {cause}. Correct the model's.") from error

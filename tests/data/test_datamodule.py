@@ -616,10 +616,15 @@ def test_ranks_take_turns_among_windows_that_count(rank: int) -> None:
     assert taken[0].inputs["input_ids"].tolist() == ids[[[0, 3], [2, 4]][rank]].tolist()
 
 
+class OwnLoss(CausalLM):
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+
 def test_only_causal_lm_gets_windows_without_labels(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
     """The mean loss of a batch without labels is NaN in a module that takes transformers' own."""
     data = _module(tokenizer, source="files", train_files=text_file, test_files=text_file, max_eval_windows=5)
-    for module, windows in ((CausalLM("not loaded"), 6), (LightningModule(), 5)):
+    for module, windows in ((CausalLM("not loaded"), 6), (LightningModule(), 5), (OwnLoss("not loaded"), 5)):
         data.trainer = SimpleNamespace(world_size=3, lightning_module=module)  # type: ignore[assignment]
         rows = [row for batch in data.test_dataloader() for row in batch["labels"]]
         assert len(rows) == windows
