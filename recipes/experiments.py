@@ -174,12 +174,12 @@ def activations(runs: Runs) -> list[Row]:
     config = PruningConfig(preset="paper", sparsity=runs.options.sparsity)
     layout = describe(runs.model)
     inputs: dict[str, list[Tensor]] = {}
-    networks: list[Network] = [block.networks[0] for block in layout.blocks if block.networks][::4]
+    networks: dict[int, Network] = {block.index: block.networks[0] for block in layout.blocks[::4] if block.networks}
     hooks = [
         network.first[0].module.register_forward_pre_hook(
             lambda module, args, key=network.first[0].name: inputs.setdefault(key, []).append(args[0].flatten(0, 1))
         )
-        for network in networks
+        for network in networks.values()
     ]
     for batch in runs.windows(runs.options.windows):
         runs.model(input_ids=batch["input_ids"])
@@ -189,7 +189,7 @@ def activations(runs: Runs) -> list[Row]:
     pattern = Unstructured(config.requested_sparsity)
     rows: list[Row] = []
     for name in ("relu", "gelu", "silu"):
-        for index, network in enumerate(networks):
+        for index, network in networks.items():
             block = replace(feed_forward_of(context, network), activation=find_activation(name))
             x = torch.cat(inputs[network.first[0].name])
 
@@ -197,7 +197,7 @@ def activations(runs: Runs) -> list[Row]:
                 return {key: LOCAL_SOLVERS["sparsegpt"](weight, statistics, pattern) for key, weight in weights.items()}
 
             solution = solve_feed_forward(block, x, block(x), prune, iterations=config.num_iterations)
-            rows.append((name, 4 * index, min(solution.errors) / solution.errors[0]))
+            rows.append((name, index, min(solution.errors) / solution.errors[0]))
     return rows
 
 

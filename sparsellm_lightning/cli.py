@@ -130,12 +130,12 @@ class PruningTrainer(pl.Trainer):
             device, options = self.strategy.root_device, (tasks, tasks_folder, tasks_limit)
             found = {name: harness.evaluate_tasks(inside, model.to(device).tokenizer, *options)}
             if against is not None:
-                dense: torch.nn.Module = load_model(against).eval()
+                dense: torch.nn.Module = load_model(against, inside.dtype).eval()
                 found[against] = harness.evaluate_tasks(dense.to(device), load_tokenizer(against), *options)
             print(f"\n{format_table(harness.task_rows(found))}")
             folder = Path(name).expanduser()
             if (folder / REPORT_NAME).is_file():
-                print(f"written to {harness.save_tasks(folder, found)}")
+                print(f"written to {harness.save_tasks(folder, found, tasks_limit)}")
 
 
 def _harness(trainer: pl.Trainer) -> Any:

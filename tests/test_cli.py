@@ -44,7 +44,7 @@ def test_tasks_of_evaluate(tmp_path: Path, config: Path, model_dir: Path, monkey
         find_tasks=lambda tasks, folder: None,
         evaluate_tasks=lambda model, tokenizer, *options: asked.append((tokenizer.name_or_path, *options)) or {},
         task_rows=lambda found: [tuple(found)],
-        save_tasks=lambda folder, found: folder,
+        save_tasks=lambda folder, found, limit: folder,
     )
     monkeypatch.setattr("sparsellm_lightning.cli._harness", lambda trainer: harness)
     other = tmp_path / "other"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,15 +68,28 @@ def find_tasks(tasks: Sequence[str], folder: str | None = None) -> TaskManager:
     return manager
 
 
-def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]]) -> Path:
+def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], limit: int | None = None) -> Path:
     """Write ``tasks.json`` beside an export's report. Returns its path.
 
     Args:
         folder: of the export.
-        results: by model and task.
+        results: by model and task. Metrics that are not finite are written as null.
+        limit: examples of each task, written beside them. None: all.
     """
     path = folder / RESULTS_NAME
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    finite = {
+        model: {
+            task: {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}
+            for task, metrics in tasks.items()
+        }
+        for model, tasks in results.items()
+    }
+    content = {**finite, **({} if limit is None else {"examples of each task": limit})}
+    try:
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        warnings.warn(f"{path} is not written: {error}", stacklevel=2)
+        return path
     files = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["files"]
     add_to_report(folder, files=sorted({*files, RESULTS_NAME}))
     return path

@@ -144,7 +144,8 @@ def _refuse_constant(name: str) -> None:
 def _compare_tied(model: PreTrainedModel) -> Iterator[str]:
     head = model.get_output_embeddings()
     # transformers unties a head whose file holds another tensor than the embedding, and says so in a log message only.
-    if model.config.tie_word_embeddings and head is not None and head.weight is not model.get_input_embeddings().weight:
+    tied = getattr(model.config, "tie_word_embeddings", False)  # some configurations do not define it
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
         yield "the head: the configuration ties it to the embedding, the files hold two different tensors"
 
 

@@ -99,11 +99,16 @@ def _examples(report: PruningReport) -> str:
     if not report.examples:
         return ""
     lines = [
-        f"- *{json.dumps(example['prompt'])}*"
-        + "".join(f"\n  - {state}: {json.dumps(text)}" for state, text in example.items() if state != "prompt")
+        f"- *{_quoted(example['prompt'])}*"
+        + "".join(f"\n  - {state}: {_quoted(text)}" for state, text in example.items() if state != "prompt")
         for example in report.examples
     ]
     return "\n".join(["## How the models continue a text", "", *lines])
+
+
+def _quoted(value: Any) -> str:
+    """In JSON, which YAML reads, with letters of any script as they are."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def settings(report: PruningReport) -> str:
@@ -118,7 +123,7 @@ def settings(report: PruningReport) -> str:
     model = {"pretrained": report.model, **({"dtype": report.dtype} if report.dtype else {})}
     sections = {"model": model, "data": report.data, "pruner": {"preset": preset, **changed}}
     return "\n".join(
-        "\n".join([f"{section}:", *(f"  {name}: {json.dumps(value)}" for name, value in values.items())])
+        "\n".join([f"{section}:", *(f"  {name}: {_quoted(value)}" for name, value in values.items())])
         for section, values in sections.items()
         if values
     )

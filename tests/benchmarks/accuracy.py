@@ -342,7 +342,8 @@ def main() -> None:
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
         parts.append(markdown(seeds, title))
         picture = "accuracy.png" if len(options.models) == 1 else f"accuracy-{name}.png"
-        plot(seeds[0], title, texts[0]).savefig(options.out / picture, dpi=120)
+        shown = f"{title}: the first" if len(seeds) > 1 else title
+        plot(seeds[0], shown, texts[0]).savefig(options.out / picture, dpi=120)
     (options.out / "accuracy.md").write_text("\n".join(parts))
     if options.results:
         write_section(options.results, "accuracy", "\n".join(parts))

@@ -159,14 +159,14 @@ def main() -> None:
         train = text(job["model"], options.train_files).train_dataloader()
         job["train"] = save_windows(Path(job["model"]).with_name("train.pt"), train)
         folders = {row: options.out / row.replace(" %", "-percent").replace(",", "").replace(" ", "-") for row in ROWS}
-        wanted: dict[str, Job] = {"dense": job}
+        every, wanted = {"dense": job}, ["dense"]
         blocks = AutoConfig.from_pretrained(job["model"]).num_hidden_layers
-        for row in (row for row in options.rows if _blocks_of(row) < blocks):
+        for row in (row for row in ROWS if _blocks_of(row) < blocks):
             here = {**job, "row": row, "folder": str(folders[row]), "config": {**DISTILLED, **ROWS[row]}}
-            wanted[row] = here
-            if row in options.tuned:
-                wanted[f"{row}, fine-tuned"] = {**here, "steps": options.steps, "rate": options.rate}
-        known = complete(options.out / "budgets.json", wanted, __file__)
+            every |= {row: here, f"{row}, fine-tuned": {**here, "steps": options.steps, "rate": options.rate}}
+            if row in options.rows:
+                wanted += [row, *([f"{row}, fine-tuned"] if row in options.tuned else [])]
+        known = complete(options.out / "budgets.json", every, wanted, __file__)
         names = {job["model"]: "dense"} | {
             str(folder): row for row, folder in folders.items() if row in known and folder.exists()
         }

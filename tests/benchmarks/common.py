@@ -136,14 +136,18 @@ def _hash_of_content(model: Path, windows: Sequence[str]) -> str:
 
 
 def machine() -> str:
-    """The processor, its cores and torch's version (Linux)."""
+    """The processor, its cores, those that this process may use, and torch's version (Linux)."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines if ":" in line)
     named = {name.strip(): value.strip() for name, value in found.items()}
-    kind = ", ".join(f"{name} {named[name]}" for name in ("model name", "cpu family", "model") if name in named)
-    return f"{kind}, {os.cpu_count()} cores, torch {torch.__version__}"
+    kind = ", ".join(
+        f"{name} {named[name]}" for name in ("model name", "cpu family", "model", "CPU part") if name in named
+    )
+    used = min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+    threads = "" if used == os.cpu_count() else f" ({used} used)"
+    return f"{kind}, {os.cpu_count()} cores{threads}, torch {torch.__version__}"
 
 
 def peak_bytes() -> int:
@@ -165,27 +169,28 @@ def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
     return answer
 
 
-def complete(file: Path, wanted: Mapping[str, Job], script: str) -> dict[str, Job]:
-    """Answers of all jobs that ``file`` knows, by name, after those in ``wanted`` that it lacks were run one by one.
+def complete(file: Path, every: Mapping[str, Job], wanted: Iterable[str], script: str) -> dict[str, Job]:
+    """Answers that ``file`` knows to these jobs, by name, after those that are wanted and that it lacks were run one by one.
 
-    Answers for another model or other windows are left out. An answer for other settings, also of a preset, is replaced.
+    Answers to jobs of the same name with other settings, presets, models or windows are left out.
     """
     from sparsellm_lightning import PruningConfig
 
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
-    content = {job["content"] for job in wanted.values()}
-    for name, job in wanted.items():
+    settings = {}
+    for name, job in every.items():
         given = {key: value for key, value in job.items() if key not in PATHS}
         if "config" in given:
             given["config"] = asdict(PruningConfig(**given["config"]))
-        settings = hash_of(given)
-        if known.get(name, {}).get("settings") != settings:
-            found = run_job(script, job)
+        settings[name] = hash_of(given)
+    for name in wanted:
+        if known.get(name, {}).get("settings") != settings[name]:
+            found = run_job(script, every[name])
             kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
-            known[name] = {**kept, "settings": settings, "content": job["content"]}
+            known[name] = {**kept, "settings": settings[name]}
             file.write_text(json.dumps(known, indent=1))
             print(name, known[name], file=sys.stderr, flush=True)
-    return {name: answer for name, answer in known.items() if answer.get("content") in content}
+    return {name: answer for name, answer in known.items() if name in settings and answer["settings"] == settings[name]}
 
 
 def measure(job: Job, their_python: str = sys.executable) -> Job:
@@ -260,6 +265,8 @@ def their_job(job: Job) -> Job:
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     windows = torch.load(job["windows"])
+    for parameter in model.parameters():
+        parameter.sum()  # as in prune_job
     before = forget_peak()
     data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
     settings = {"pattern": "0:0", **job["config"]}
@@ -310,10 +317,11 @@ def scores(model: Any, texts: dict[str, str]) -> Job:
 def other_python(folder: Path) -> str:
     """The Python of a virtual environment with llm-compressor, made on first use."""
     python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    ready = folder / "ready"
+    if not ready.exists() or ready.read_text() != LLM_COMPRESSOR:
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", LLM_COMPRESSOR], check=True, stdout=sys.stderr)
-        (folder / "ready").touch()
+        ready.write_text(LLM_COMPRESSOR)
     return str(python)
 
 

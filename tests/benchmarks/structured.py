@@ -114,7 +114,16 @@ def flap(model: Any, windows: Tensor, share: float) -> None:
 
 def shortgpt(model: Any, windows: Tensor, count: int) -> None:
     """ShortGPT: the blocks whose output is most like their input leave, all at once."""
-    states = [model.model(input_ids=batch, output_hidden_states=True).hidden_states for batch in windows.split(8)]
+    # The last of transformers' hidden states may be that behind the final norm.
+    seen: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in model.model.layers]
+    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+    for batch in windows.split(8):
+        model.model(input_ids=batch)
+    for hook in hooks:
+        hook.remove()
+    per_batch = len(model.model.layers) + 1
+    states = [seen[start : start + per_batch] for start in range(0, len(seen), per_batch)]
     influences = []
     for index in range(len(model.model.layers)):
         cosines = [torch.cosine_similarity(s[index], s[index + 1], dim=-1).flatten() for s in states]
@@ -156,8 +165,8 @@ def main() -> None:
     texts = [TEST_TEXT, PYTHON_DOCS] if options.train_files else [PYTHON_DOCS]
     with prepared(options, texts) as job:
         every = cells(AutoConfig.from_pretrained(job["model"]).num_hidden_layers)
-        wanted = {name: {**job, **every[name]} for name in ("dense", *(options.cells or every))}
-        known = complete(options.out / "structured.json", wanted, __file__)
+        jobs = {name: {**job, **cell} for name, cell in every.items()}
+        known = complete(options.out / "structured.json", jobs, ("dense", *(options.cells or every)), __file__)
     dense = ", ".join(f"{value:.1f} on {name}" for name, value in known["dense"]["perplexity"].items())
     parts = (
         f"### Without units or blocks\n\nDense: {dense}. In brackets: ln(perplexity / dense) on the first text.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.cli import sparsellm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsellm_lightning.models import load_model, load_tokenizer
-from sparsellm_lightning.models.tasks import evaluate_tasks, find_tasks, task_rows
+from sparsellm_lightning.models.tasks import evaluate_tasks, find_tasks, save_tasks, task_rows
 
 QUESTIONS = [
     ("The assert", ["statement", "zebra"], 0),
@@ -70,6 +71,19 @@ def test_accuracy(folder: Path, model_dir: Path) -> None:
 def test_recovered_share() -> None:
     rows = task_rows({"sparse": {"a": {"acc": 0.3}}, "dense": {"a": {"acc": 0.4}}})
     assert rows == [("task", "metric", "sparse", "dense", "recovered"), ("a", "acc", "0.3000", "0.4000", "75.0 %")]
+
+
+def test_results_beside_the_report(tmp_path: Path) -> None:
+    """Few examples are named, a metric that is not a number is null, and a folder that is read-only costs no results."""
+    (tmp_path / "pruning_report.json").write_text('{"files": []}')
+    save_tasks(tmp_path, {"a": {"t": {"acc": 0.5, "other": math.nan}}}, limit=20)
+    written = json.loads((tmp_path / "tasks.json").read_text())
+    assert written == {"a": {"t": {"acc": 0.5, "other": None}}, "examples of each task": 20}
+    assert json.loads((tmp_path / "pruning_report.json").read_text())["files"] == ["tasks.json"]
+    (tmp_path / "tasks.json").unlink()
+    (tmp_path / "tasks.json").mkdir()
+    with pytest.warns(UserWarning, match="is not written"):
+        save_tasks(tmp_path, {})
 
 
 def test_unknown_tasks_are_refused(folder: Path) -> None:

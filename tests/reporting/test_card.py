@@ -34,6 +34,7 @@ def test_card(settings: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")
         report = prune_model(build_model("llama"), random_batches(), config)
     report.perplexity = {"dense": 10.0, "pruned": 20.0}
+    report.data, report.examples = {"train_files": "текст-😀.txt"}, [{"prompt": "Привет", "dense": "мир"}]
     card = model_card(report, ["layers.png"])
     assert "| pruned | 20.00 | 0.693 |" in card
     assert "| dense | 10.00 |  |" in card
@@ -44,6 +45,8 @@ def test_card(settings: dict[str, Any]) -> None:
     block = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
     assert block is not None
     assert PruningConfig(**yaml.safe_load(block[1])["pruner"]) == config
+    assert yaml.safe_load(block[1])["data"] == report.data
+    assert '- *"Привет"*\n  - dense: "мир"' in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
