@@ -55,7 +55,10 @@ class Examination:
     @property
     def _heads(self) -> int | None:
         """Number of query heads that the configuration names."""
-        heads = getattr(self.seen.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        try:
+            heads = getattr(self.seen.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        except RuntimeError:  # transformers refuses to name one where layers differ
+            heads = None
         return heads if isinstance(heads, int) else None
 
     def block(self) -> Block:
@@ -138,7 +141,7 @@ class Examination:
             first = proof.up if proof.gate is None or proof.up.order < proof.gate.order else proof.gate
             units.append((first.order, self._network(proof, first)))
         for order, experts in self.seen.experts.values():
-            scale = effect_on_block(self.seen.run, experts.observed, self.seen.model.dtype)
+            scale = effect_on_block(self.seen.run, experts.observed)
             networks = [replace(network, scale=scale) for network in experts.networks]
             units.append((order, replace(experts, networks=networks)))
         return [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
@@ -219,7 +222,7 @@ class Examination:
 
     def _network(self, proof: Proof, first: Call) -> Network:
         output = self.seen.outermost(proof.down.module)
-        scale = effect_on_block(self.seen.run, output, self.seen.model.dtype)
+        scale = effect_on_block(self.seen.run, output)
         return Network(proof.roles(), proof.activation, first.module, output, scale)
 
     def _parts(self, call: Call) -> tuple[int, ...]:

@@ -180,7 +180,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 Run = Callable[[], Tensor]
 
 
-def effect_on_block(run: Run, output: nn.Module, dtype: torch.dtype) -> float | None:
+def effect_on_block(run: Run, output: nn.Module) -> float | None:
     """The factor with which a change of a module's output changes the block's output. None if there is no such factor.
 
     ::
@@ -190,7 +190,6 @@ def effect_on_block(run: Run, output: nn.Module, dtype: torch.dtype) -> float | 
     Args:
         run: returns the block's output, (batch, sequence, d).
         output: the module whose output is y.
-        dtype: of the model, for the tolerance.
     """
     before = run()
     generator = torch.Generator().manual_seed(0)
@@ -210,7 +209,8 @@ def effect_on_block(run: Run, output: nn.Module, dtype: torch.dtype) -> float | 
         hook.remove()
     change = after.float() - before.float()
     factor = float((change * noise).sum() / noise.square().sum())
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    # Of what the block computes in, which FSDP may choose other than that of the weights.
+    tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 5e-2
     if not float((change - factor * noise).norm()) <= tolerance * max(abs(factor), 1e-3) * float(noise.norm()):
         return None
     if abs(factor) < tolerance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class Observation:
     experts: dict[str, tuple[int, Experts]] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     returned: dict[nn.Module, Any] = field(default_factory=dict)
+    _calls_of_experts: Counter[str] = field(default_factory=Counter)
     _proving: bool = False
     _clock: Iterator[int] = field(default_factory=itertools.count)
 
@@ -190,7 +192,7 @@ class Observation:
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             self.dense[self.names[module]] = NO_TENSOR
-        elif parametrize.is_parametrized(module) or not is_product(module, x, y):
+        elif parametrize.is_parametrized(module) or _computes_its_weight(module) or not is_product(module, x, y):
             self.dense[self.names[module]] = "it computes more than a product with its weight"
 
     def _see_linear(self, child: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -202,6 +204,9 @@ class Observation:
             self.count[name] += 1
             x = args[0] if args else None
             if self.count[name] > 1 or name in self.dense or not isinstance(x, Tensor) or not isinstance(y, Tensor):
+                return
+            if x.dim() < 2:
+                self.dense[name] = "it has no row for each token"
                 return
             leading = tuple(size for size in x.shape[:-1] if size > 1)
             by_token = leading in (self.inside, (WINDOWS * self.positions,))
@@ -222,8 +227,16 @@ class Observation:
 
     def _see_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = self.names[module]
+        self._calls_of_experts[name] += 1
+        if self._calls_of_experts[name] > 1:  # on parts of the tokens
+            if self.experts.pop(name, None) is not None:
+                self.dense[name] = "a forward calls it more than once"
+            return
         routing = routing_of(module, args, kwargs)
         if routing is not None and isinstance(output, Tensor):
+            if routing.hidden.shape[-2] != WINDOWS * self.positions:
+                self.dense[name] = "it has no row for each token"
+                return
             found = prove_experts(name, module, routing, output, self.activations)
             if found is not None:
                 self.experts[name] = (next(self._clock), found)
@@ -258,3 +271,8 @@ class Observation:
         if self._proving:
             return
         self.returned[module] = None if module in self.returned else output
+
+
+def _computes_its_weight(module: nn.Module) -> bool:
+    """Whether a hook makes the weight from other parameters before each forward, as torch's older prune and weight_norm do."""
+    return "weight" not in module._parameters and any(name.startswith("weight_") for name in module._parameters)

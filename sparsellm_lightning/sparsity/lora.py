@@ -266,7 +266,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
         key = f"{prefix}base_layer.{getattr(layer, 'parameter_name', 'weight')}"
         weight = base[key]
-        for adapter in layer.active_adapters:
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
             if adapter in layer.lora_A and adapter not in layer.merged_adapters:
                 a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
                 delta = _product(layer, a, b) * layer.scaling[adapter]

@@ -224,6 +224,41 @@ def test_find_model() -> None:
         find_model(Holder(head=nn.Linear(2, 2)))
 
 
+def test_layers_that_are_left_dense_by_their_calls() -> None:
+    """A vector's layer, a weight that a hook computes, and experts that see parts of the tokens: each with its reason."""
+    model = build_model("mixtral")
+    first, second, third = model.model.layers
+    first.mix, first.vector = nn.Linear(64, 64), nn.Parameter(torch.randn(64))
+    attention = first.self_attn.forward
+    first.self_attn.forward = lambda *args, **kwargs: (first.mix(first.vector), attention(*args, **kwargs))[1]
+    nn.utils.prune.l1_unstructured(second.self_attn.o_proj, "weight", 0.1)
+    mixture = third.mlp.forward
+    third.mlp.forward = lambda hidden: torch.cat([mixture(part.contiguous()) for part in hidden.split(4, 1)], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = describe(model).blocks
+    assert found[0].dense["model.layers.0.mix"] == "it has no row for each token"
+    assert "more than a product" in found[1].dense["model.layers.1.self_attn.o_proj"]
+    assert "no row for each token" in found[2].dense["model.layers.2.mlp.experts"]
+    assert not any(isinstance(unit, Experts) for unit in found[2].units)
+    assert any(isinstance(unit, Experts) for unit in found[1].units)
+
+
+def test_configurations_with_other_heads_by_layer() -> None:
+    """transformers refuses to name one number for all."""
+
+    class Ambiguous(type(build_model("llama").config)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> object:
+            if name == "num_attention_heads" and super().__getattribute__("__dict__").get("by_layer"):
+                raise RuntimeError("ambiguous")
+            return super().__getattribute__(name)
+
+    model = build_model("llama")
+    model.config.__class__ = Ambiguous
+    model.config.__dict__["by_layer"] = True
+    assert len(list(describe(model).projections())) == 3 * 7
+
+
 def test_weights_that_cannot_be_pruned_are_refused() -> None:
     tied = build_model("llama")
     tied.model.layers[2].mlp.up_proj.weight = tied.model.layers[1].mlp.up_proj.weight

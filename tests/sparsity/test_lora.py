@@ -24,7 +24,7 @@ from sparsellm_lightning import (
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.distributed import StrategyAdapter
-from sparsellm_lightning.sparsity import keep_zeros, linear_layers, merged_state, zero_shares
+from sparsellm_lightning.sparsity import add_adapters, keep_zeros, linear_layers, merged_state, zero_shares
 
 peft = pytest.importorskip("peft")
 
@@ -115,6 +115,18 @@ def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
         assert (weight[zeros[key]] == 0).all(), key
     for key, value in merged.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_that_are_switched_off_are_not_merged(trained) -> None:
+    model = trained("llama")
+    dense = {name: weight.clone() for name, weight in weights(model).items()}
+    add_adapters(model, LoraOptions(rank=4))
+    disturb_adapters(model)
+    for layer in model.modules():
+        if hasattr(layer, "lora_B"):
+            layer.enable_adapters(False)
+    merged = merged_state(model, model.state_dict())
+    assert all(torch.equal(merged[f"{name}.weight"], weight) for name, weight in dense.items())
 
 
 def test_sparse_finetuning_masks_adapters(trained, ids: Tensor) -> None:
