@@ -24,6 +24,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import Activation
 
 NO_TENSOR = "it takes or returns no single tensor"
+_NO_ROWS = "it has no row for each token"
 WINDOWS, TOKENS = 2, 11  # of the probe. Two windows, so that (batch, sequence) is told from (sequence, batch)
 
 
@@ -206,7 +207,7 @@ class Observation:
             if self.count[name] > 1 or name in self.dense or not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 return
             if x.dim() < 2:
-                self.dense[name] = "it has no row for each token"
+                self.dense[name] = _NO_ROWS
                 return
             leading = tuple(size for size in x.shape[:-1] if size > 1)
             by_token = leading in (self.inside, (WINDOWS * self.positions,))
@@ -235,7 +236,7 @@ class Observation:
         routing = routing_of(module, args, kwargs)
         if routing is not None and isinstance(output, Tensor):
             if routing.hidden.shape[-2] != WINDOWS * self.positions:
-                self.dense[name] = "it has no row for each token"
+                self.dense[name] = _NO_ROWS
                 return
             found = prove_experts(name, module, routing, output, self.activations)
             if found is not None:

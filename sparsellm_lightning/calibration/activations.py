@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -15,6 +15,11 @@ from torch import Tensor
 from sparsellm_lightning.solvers import CHUNK, Ranks, moved
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def chunks_in(windows: Iterable[int]) -> int:
+    """Number of chunks of at most :data:`~sparsellm_lightning.solvers.CHUNK` tokens, each inside one of these windows."""
+    return sum(-(-tokens // CHUNK) for tokens in windows)
 
 
 @dataclass
@@ -136,7 +141,7 @@ class ActivationCache:
 
     def chunks_of(self, windows: int) -> int:
         """Number of :meth:`chunks` in the first ``windows`` windows."""
-        return sum(-(-window // CHUNK) for window in self.windows[:windows])
+        return chunks_in(self.windows[:windows])
 
     def valid_tokens(self) -> Iterator[Tensor]:
         """The hidden states without padding, (tokens, d), batch by batch."""

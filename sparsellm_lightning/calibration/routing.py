@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, Experts, Routing
-from sparsellm_lightning.calibration.activations import ActivationCache
+from sparsellm_lightning.calibration.activations import ActivationCache, chunks_in
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.calibration.forward import observe_routing
 from sparsellm_lightning.solvers import CHUNK, moved
@@ -42,7 +42,7 @@ class ExpertTokens:
 
     def chunks_of(self, windows: int) -> int:
         """Number of chunks in the first ``windows`` windows."""
-        return sum(-(-window // CHUNK) for window in self.fitted_windows[:windows])
+        return chunks_in(self.fitted_windows[:windows])
 
 
 class RoutedTokens:

@@ -18,6 +18,24 @@ from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import check_device
 
 
+def check_together(config: PruningConfig, measure: bool, baseline: bool, pack: bool, push_to_hub: str | None) -> None:
+    """Refuse options of :class:`~sparsellm_lightning.SparseLLMCallback` that exclude each other.
+
+    Raises:
+        UserError: such options.
+    """
+    if baseline and (config.removes or not measure):
+        raise UserError(
+            "baseline compares perplexity with SparseGPT's, which makes zeros: it needs measure, and a pattern that is "
+            f"unstructured or N:M, got measure {measure} and pattern {config.pattern_name}. Leave out baseline."
+        )
+    if pack and push_to_hub is not None:
+        raise UserError(
+            "pack writes files that load_model reads from a folder, not from the hub, but push_to_hub is set. Set pack to "
+            "false, or leave push_to_hub out."
+        )
+
+
 def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
     """Refuse a Trainer under which pruning would not run, or which does not fit to what follows pruning.
 

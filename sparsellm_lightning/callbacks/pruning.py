@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, check_trainer
+from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, check_together, check_trainer
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
@@ -34,17 +34,9 @@ from sparsellm_lightning.models import (
     tokenizer_of,
 )
 from sparsellm_lightning.pipeline import prune_model
-from sparsellm_lightning.reporting import (
-    PruningReport,
-    layer_rows,
-    report_of_sparse,
-)
+from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import (
-    SPARSE,
-    has_adapters,
-    left_out_biases,
-)
+from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +106,7 @@ class SparseLLMCallback(SparseFinetuning):
         self.push_to_hub = push_to_hub
         self.measure = measure
         self.baseline = baseline
-        if baseline and (self.config.removes or not measure):
-            raise UserError(
-                "baseline compares perplexity with SparseGPT's, which makes zeros: it needs measure, and a pattern that is "
-                f"unstructured or N:M, got measure {measure} and pattern {self.config.pattern_name}. Leave out baseline."
-            )
-        if pack and push_to_hub is not None:
-            raise UserError(
-                "pack writes files that load_model reads from a folder, not from the hub, but push_to_hub is set. Set pack to "
-                "false, or leave push_to_hub out."
-            )
+        check_together(self.config, measure, baseline, pack, push_to_hub)
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
