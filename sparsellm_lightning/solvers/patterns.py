@@ -103,7 +103,7 @@ class Unstructured(Pattern):
         else:
             rows = self.rows
             largest = -(-rows // self.ranks.size) if self.first_row is None else rows
-        return round(self.sparsity * rows * scores.shape[1]), rows, largest
+        return round(self.sparsity * (rows * scores.shape[1])), rows, largest
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def test_unstructured(kind: str, sparsity: float) -> None:
     assert torch.equal(per_row, torch.stack(expected))
 
 
+def test_the_number_of_pruned_weights_is_rounded_once() -> None:
+    """0.7 of 3 rows, of 35 columns each, is a little below 73.5 in floating point; 0.7 of 105 weights is 73.5."""
+    assert int((~Unstructured(0.7).select(make_scores("random", 3, 35))).sum()) == round(0.7 * 105) == 74
+
+
 @pytest.mark.parametrize("count", [1, 2, 4_000, 9_999])
 def test_many_scores(count: int) -> None:
     """A partition sorts few scores as a whole, so that a wrong place in it shows only among many."""
