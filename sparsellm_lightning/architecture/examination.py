@@ -80,7 +80,8 @@ class Examination:
         found: list[Proof] = []
         taken: set[str] = set()
         for call in self._prunable():
-            proof = prove(call, [c for c in self._prunable() if c.name not in taken], self.seen.activations)
+            others = [c for c in self._prunable() if c.name not in taken]
+            proof = prove(call, others, self.seen.activations, self._holder(call))
             if proof is not None:
                 found.append(proof)
                 taken |= proof.calls
@@ -99,7 +100,8 @@ class Examination:
             )
         activations = self.seen.activations if row.activation is None else [find_activation(row.activation)]
         assert row.down is not None
-        proof = prove(by_name[row.down], [by_name[path] for path in wanted], activations)
+        down = by_name[row.down]
+        proof = prove(down, [by_name[path] for path in wanted], activations, self._holder(down))
         named = None if row.gate is None else by_name[row.gate]
         if proof is None or proof.up is not by_name[row.up or ""] or proof.gate is not named:
             raise UserError(
@@ -107,6 +109,11 @@ class Examination:
                 "down and activation with register_architecture."
             )
         return proof
+
+    def _holder(self, call: Call) -> nn.Module | None:
+        """The module that holds a linear layer."""
+        wanted = call.name.rpartition(".")[0]
+        return next((module for module, name in self.seen.names.items() if name == wanted), None)
 
     def _prunable(self) -> list[Call]:
         return [call for call in self.seen.calls if self.seen.count[call.name] == 1]
@@ -223,7 +230,7 @@ class Examination:
     def _network(self, proof: Proof, first: Call) -> Network:
         output = self.seen.outermost(proof.down.module)
         scale = effect_on_block(self.seen.run, output)
-        return Network(proof.roles(), proof.activation, first.module, output, scale)
+        return Network(proof.roles(), proof.activation, first.module, output, scale, up_limit=proof.up_limit)
 
     def _parts(self, call: Call) -> tuple[int, ...]:
         """Row counts of queries, keys and values in a layer that gives all three, one behind the other.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture.feed_forward import Rows, close, fused_rows
+from sparsellm_lightning.architecture.feed_forward import Rows, clamp, clamped, close, fused_rows, stated_number
 from sparsellm_lightning.architecture.layout import Experts, Network, Projection
 from sparsellm_lightning.solvers import Activation
 
@@ -73,12 +73,12 @@ def prove_experts(
         output: what it returned.
         activations: to try, in this order.
     """
-    alpha, limit = (_number(module, name, f"swiglu_{name}") for name in ("alpha", "limit"))
+    alpha, limit = (stated_number(module, name, f"swiglu_{name}") for name in ("alpha", "limit"))
     tried: list[tuple[Activation, float, float | None]] = [(activation, 0.0, None) for activation in activations]
     if limit is not None and math.isfinite(limit):  # the probe's tokens may be too small to show it
-        tried = [(_clamped(activation, limit), 0.0, limit) for activation in activations] + tried
+        tried = [(clamped(activation, limit), 0.0, limit) for activation in activations] + tried
     if limit is not None and alpha is not None:  # GPT-OSS, MiniMax-M3
-        tried.insert(0, (_clamped(_swish(alpha), limit), 1.0, limit))
+        tried.insert(0, (clamped(_swish(alpha), limit), 1.0, limit))
     for first in _layouts(name, module, routing.hidden.shape[-1]):
         for activation, offset, bound in tried:
             more = (offset, bound) if "gate" in first[0] else ()
@@ -99,7 +99,7 @@ def _evaluate(network: Network, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, p.matrix, bias)
 
     up = linear("up", x)
-    up = (up if network.up_limit is None else up.clamp(-network.up_limit, network.up_limit)) + network.up_offset
+    up = clamp(up, network.up_limit) + network.up_offset
     hidden = network.activation(linear("gate", x)) * up if "gate" in network.roles else network.activation(up)
     return linear("down", hidden)
 
@@ -158,22 +158,6 @@ def _shape(stored: Tensor, transposed: bool) -> tuple[int, int]:
     return (stored.shape[2], stored.shape[1]) if transposed else (stored.shape[1], stored.shape[2])
 
 
-def _number(module: nn.Module, *names: str) -> float | None:
-    """The first of a module's attributes that is a number."""
-    found = (getattr(module, name, None) for name in names)
-    return next((float(value) for value in found if isinstance(value, (int, float))), None)
-
-
 @cache  # equal activations are one object, for which steps are compiled once
 def _swish(alpha: float) -> Activation:
     return Activation(f"swish of {alpha:g} t", lambda t: t * torch.sigmoid(alpha * t))
-
-
-@cache
-def _clamped(activation: Activation, limit: float) -> Activation:
-    def derivatives(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, first, second = activation.expand(t.clamp(max=limit))
-        return value, first * (t < limit), second * (t < limit)
-
-    name = f"{activation.name}, clamped at {limit:g}"
-    return Activation(name, lambda t: activation(t.clamp(max=limit)), derivatives if activation.derivatives else None)

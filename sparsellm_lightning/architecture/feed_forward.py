@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Proof:
         up, down: their calls.
         gate: likewise, or None.
         up_rows, gate_rows: rows of the matrices in a fused layer, whose call is both ``up`` and ``gate``.
+        up_limit: ``up`` is clamped to ± this. None: it is not.
     """
 
     activation: Activation
@@ -75,6 +77,7 @@ class Proof:
     gate: Call | None = None
     up_rows: Rows = None
     gate_rows: Rows = None
+    up_limit: float | None = None
 
     @property
     def calls(self) -> set[str]:
@@ -101,13 +104,16 @@ def activations_of(config: PretrainedConfig) -> list[Activation]:
     return [a for a in found if not (isinstance(a.function, nn.Module) and any(True for _ in a.function.parameters()))]
 
 
-def prove(down: Call, calls: Sequence[Call], activations: Sequence[Activation]) -> Proof | None:
+def prove(
+    down: Call, calls: Sequence[Call], activations: Sequence[Activation], holder: nn.Module | None
+) -> Proof | None:
     """The feed-forward network that ends in ``down``, or None.
 
     Args:
         down: the candidate.
         calls: all calls in the block.
         activations: to try, in this order.
+        holder: the module that calls the layers. If it has a ``limit``, gate and up are clamped by it (DeepSeek-V4).
     """
     if not down.by_token or not down.x.any():
         return None
@@ -115,22 +121,50 @@ def prove(down: Call, calls: Sequence[Call], activations: Sequence[Activation]) 
     before = [call for call in calls if call.order < down.order and call.by_token]
     single, double = ([call for call in before if call.y.shape[1] == factor * width] for factor in (1, 2))
     few = slice(0, 2)  # tokens that rule out most candidates
-    for activation in activations:
+    limit = None if holder is None else stated_number(holder, "limit", "swiglu_limit")
+    tried: list[tuple[Activation, float | None]] = [(activation, None) for activation in activations]
+    if limit is not None and math.isfinite(limit):  # the probe's tokens may be too small to show it
+        tried = [(clamped(activation, limit), limit) for activation in activations] + tried
+    for activation, bound in tried:
         for gate in single:
             gated = activation(gate.y.float())
-            if _equal(gated[few], down.x[few]) and _equal(gated, down.x):
+            if bound is None and _equal(gated[few], down.x[few]) and _equal(gated, down.x):
                 return Proof(activation, gate, down)  # not gated: the one before is up
             for up in single:
                 if up is gate or not same(up, gate):
                     continue
-                if _equal(gated[few] * up.y[few].float(), down.x[few]) and _equal(gated * up.y.float(), down.x):
-                    return Proof(activation, up, down, gate)
+                value = clamp(up.y.float(), bound)
+                if _equal(gated[few] * value[few], down.x[few]) and _equal(gated * value, down.x):
+                    return Proof(activation, up, down, gate, up_limit=bound)
         for call in double:
             for gate_rows, up_rows in fused_rows(width):
                 gate_y, up_y = call.y[:, slice(*gate_rows)].float(), call.y[:, slice(*up_rows)].float()
-                if _equal(activation(gate_y) * up_y, down.x):
-                    return Proof(activation, call, down, call, up_rows, gate_rows)
+                if _equal(activation(gate_y) * clamp(up_y, bound), down.x):
+                    return Proof(activation, call, down, call, up_rows, gate_rows, bound)
     return None
+
+
+def clamp(up: Tensor, limit: float | None) -> Tensor:
+    """``up`` in ± limit. None: as it is."""
+    return up if limit is None else up.clamp(-limit, limit)
+
+
+def stated_number(module: nn.Module, *names: str) -> float | None:
+    """The first of a module's attributes that is a number."""
+    found = (getattr(module, name, None) for name in names)
+    return next((float(value) for value in found if isinstance(value, (int, float))), None)
+
+
+@cache
+def clamped(activation: Activation, limit: float) -> Activation:
+    """``φ(min(t, limit))``. Equal ones are one object, for which steps are compiled once."""
+
+    def derivatives(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, first, second = activation.expand(t.clamp(max=limit))
+        return value, first * (t < limit), second * (t < limit)
+
+    name = f"{activation.name}, clamped at {limit:g}"
+    return Activation(name, lambda t: activation(t.clamp(max=limit)), derivatives if activation.derivatives else None)
 
 
 def fused_rows(width: int) -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:

@@ -17,8 +17,9 @@ from sparsellm_lightning.architecture.layout import Experts, Network
 from sparsellm_lightning.solvers import Activation
 
 
-def listed_experts(mixture: nn.Module) -> tuple[str, list[nn.Module]] | None:
-    """Name and modules of a module's list of experts: two or more of one class, with equal linear layers, two or more each."""
+def listed_experts(mixture: nn.Module) -> dict[str, list[nn.Module]]:
+    """A module's lists of experts, by name: two or more modules of one class, with equal linear layers, two or more each."""
+    found: dict[str, list[nn.Module]] = {}
     for name, child in mixture.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             modules = list(child.values() if isinstance(child, nn.ModuleDict) else child)
@@ -27,8 +28,8 @@ def listed_experts(mixture: nn.Module) -> tuple[str, list[nn.Module]] | None:
                 for expert in modules
             ]
             if len(modules) > 1 and len(shapes[0]) > 1 and all(shape == shapes[0] for shape in shapes):
-                return name, modules
-    return None
+                found[name] = modules
+    return found
 
 
 def routing_in(experts: Experts, args: Sequence[Any], kwargs: dict[str, Any]) -> Routing | None:
@@ -112,6 +113,8 @@ def prove_listed(
 ) -> Experts | None:
     """The experts of a mixture, if each is a feed-forward network and the mixture adds up their weighted outputs.
 
+    None too if every token goes to all of them with the same weights: shared experts are networks as any other.
+
     Args:
         names: of all modules.
         mixture: the module that calls the experts.
@@ -123,19 +126,22 @@ def prove_listed(
     routing = listed_routing(mixture, experts, args, kwargs)
     if routing is None:
         return None
-    assert routing.chosen is not None
+    weights = torch.stack([routing.of(index)[1] for index in range(len(experts))])
+    if close(weights, weights[:, :1].expand_as(weights)):
+        return None
     networks, total = [], torch.zeros_like(routing.hidden, dtype=torch.float32)
-    for index, expert in enumerate(experts):
+    for expert, weight in zip(experts, weights, strict=True):
         found = _network(names, expert, routing.hidden, activations)
         if found is None:
             return None
         network, y = found
         networks.append(network)
-        total += y.float() * routing.of(index)[1].float()[:, None]
+        total += y.float() * weight.float()[:, None]
     with _giving_zeros(experts, []):
         others = hidden_states(mixture.forward(*args, **kwargs)).flatten(0, -2)
     if not close(total + others.float(), output.flatten(0, -2)):
         return None
+    assert routing.chosen is not None
     return Experts(networks, mixture, routing.chosen.shape[1] / len(experts), listed=True)
 
 
@@ -170,7 +176,7 @@ def _network(
             if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in names[module]:
                 hooks.callback(module.register_forward_hook(see).remove)
         output = expert(x)
-    proof = prove(calls[-1], calls, activations) if calls else None
+    proof = prove(calls[-1], calls, activations, expert) if calls else None
     if proof is None or not torch.equal(proof.up.x, x) or not torch.equal(output, calls[-1].y):
         return None
-    return Network(proof.roles(), proof.activation, proof.up.module, expert, None), output
+    return Network(proof.roles(), proof.activation, proof.up.module, expert, None, up_limit=proof.up_limit), output

@@ -181,7 +181,7 @@ class Observation:
                     hooks.callback(child.register_forward_hook(self._see_experts, with_kwargs=True).remove)
                 elif any(True for _ in child.children()) and child is not self.module:
                     hooks.callback(child.register_forward_hook(self._see_module).remove)
-                    if listed_experts(child) is not None:
+                    if listed_experts(child):
                         hooks.callback(child.register_forward_hook(self._see_mixture, with_kwargs=True).remove)
             yield
 
@@ -245,27 +245,28 @@ class Observation:
 
     def _see_mixture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Prove experts that are modules, and forget the calls of their layers. Sharded weights are whole in the forward."""
-        listed = listed_experts(module)
-        if self._proving or listed is None:
+        if self._proving:
             return
-        name, modules = listed
-        if any(self.names.get(inside) in self.dense for expert in modules for inside in expert.modules()):
-            return  # they are more than their weights
-        self._proving = True
-        try:
-            found = prove_listed(self.names, module, modules, (args, kwargs, hidden_states(output)), self.activations)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # modules of another kind, which cannot be called so
-            return
-        finally:
-            self._proving = False
-        if found is not None:
-            self.experts[f"{self.names[module]}.{name}"] = (next(self._clock), found)
-            inside = {m for expert in modules for m in expert.modules()}
-            self.calls = [call for call in self.calls if call.module not in inside]
-            for p in found.projections:
-                self.count.pop(self.names[p.module], None)
+        for name, modules in listed_experts(module).items():
+            if any(self.names.get(inside) in self.dense for expert in modules for inside in expert.modules()):
+                continue  # they are more than their weights
+            self._proving = True
+            try:
+                found = prove_listed(
+                    self.names, module, modules, (args, kwargs, hidden_states(output)), self.activations
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # modules of another kind, which cannot be called so
+                continue
+            finally:
+                self._proving = False
+            if found is not None:
+                self.experts[f"{self.names[module]}.{name}"] = (next(self._clock), found)
+                inside = {m for expert in modules for m in expert.modules()}
+                self.calls = [call for call in self.calls if call.module not in inside]
+                for p in found.projections:
+                    self.count.pop(self.names[p.module], None)
 
     def _see_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Of a module that is called twice, the second call is not known to be like the first.

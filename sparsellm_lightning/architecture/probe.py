@@ -147,7 +147,8 @@ def _warn_of_other_links(
 ) -> None:
     """Warn of what a block takes from the blocks before it besides the hidden states that the last of them returns.
 
-    Calibration calls the blocks one after the other, each with the arguments of a forward in which blocks do not compute.
+    Refuse it where the block does not run without. Calibration calls the blocks one after the other, each with the arguments
+    of a forward in which blocks do not compute.
     """
     for (before, block), (first, second) in zip(pairwise(blocks), pairwise(calls), strict=True):
         if not _equal(hidden_of(second.args, second.kwargs), hidden_states(first.returned)):
@@ -175,16 +176,28 @@ def _warn_of_other_links(
                 f"Decoder blocks must need nothing from each other but hidden states, but a forward of {type(model).__name__} "
                 f"in which they only pass these on fails: {type(error).__name__}: {error}"
             ) from error
+    warned = False
     for block, call, alone in zip(blocks, calls, passing, strict=True):
         others = [name for name in call.kwargs if name != "hidden_states"]
         differing = [name for name in others if not _equal(call.kwargs[name], alone.kwargs.get(name))]
         differing += [] if _equal(call.args[1:], alone.args[1:]) else ["an argument without a name"]
-        if differing:
+        if not differing:
+            continue
+        try:
+            alone.again(block.module)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"A decoder block must run on hidden states alone, but {block.name} of {type(model).__name__} needs "
+                f"{differing[0]} from the blocks before it: {type(error).__name__}: {error}. Such blocks are not supported."
+            ) from error
+        if not warned:
             rank_zero_warn(
                 f"{block.name} of {type(model).__name__} gets more than hidden states from the blocks before it: "
                 f"{differing[0]}. Calibration goes without, so that the result may be worse."
             )
-            break
+            warned = True
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -55,11 +56,22 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, all device
 
 
 def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs."""
+    """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs.
+
+    What trains in a unit must have one dtype, so that modules of another (routers that stay float32) become units too.
+    """
     for block in decoder_blocks(model):
+        if len(_trained_dtypes(block.parameters())) > 1:
+            for module in block.modules():
+                if module is not block and _trained_dtypes(module.parameters(recurse=False)) - {model.dtype}:
+                    fully_shard(module, mesh=mesh)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _trained_dtypes(parameters: Iterable[nn.Parameter]) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in parameters if parameter.requires_grad}
 
 
 def load_sharded(
@@ -93,9 +105,12 @@ def load_sharded(
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise message[0]
-    cls, config, generation_config, model_dtype, buffers = message[1]
+    cls, config, generation_config, model_dtype, others, buffers = message[1]
     with torch.device("meta"):
         model: PreTrainedModel = cls(copy.deepcopy(config)).to(model_dtype)
+    for name, dtype in others.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
     model.tie_weights()
     model.generation_config = generation_config
     for name, buffer in buffers.items():
@@ -111,5 +126,5 @@ def load_sharded(
 
 
 def _description(model: PreTrainedModel) -> tuple[Any, ...]:
-    buffers = dict(model.named_buffers())
-    return type(model), model.config, model.generation_config, model.dtype, buffers
+    others = {name: p.dtype for name, p in model.named_parameters() if p.dtype != model.dtype}
+    return type(model), model.config, model.generation_config, model.dtype, others, dict(model.named_buffers())

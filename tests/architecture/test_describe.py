@@ -316,6 +316,15 @@ def test_links_between_blocks_that_calibration_leaves_out(model_type: str, more:
         describe(tiny_model(model_type, **more))
 
 
+def test_blocks_that_do_not_run_without_those_before_are_refused() -> None:
+    """GLM's sparse attention may take the tokens that an earlier block has chosen."""
+    model = tiny_model("glm_moe_dsa", indexer_types=["full", "shared"])
+    with pytest.raises(
+        UserError, match=r"layers\.1 of GlmMoeDsaForCausalLM needs prev_topk_indices from the blocks before"
+    ):
+        describe(model)
+
+
 @pytest.mark.parametrize("model_type", ["dbrx", "jetmoe"])
 def test_routers_of_experts_that_are_not_found_stay_dense(model_type: str) -> None:
     layout = describe(tiny_model(model_type))
@@ -407,6 +416,18 @@ def test_experts_are_known_where_they_clamp(model_type: str) -> None:
         for index, network in enumerate(found.networks):
             total += feed_forward_of(context, network)(x) * (weights * (chosen == index)).sum(1, keepdim=True)
     torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_shared_experts_are_known_where_they_clamp() -> None:
+    model = tiny_model("deepseek_v4")
+    network = next(unit for block in describe(model).blocks for unit in block.units if isinstance(unit, Network))
+    shared = model.get_submodule(network.roles["down"].name.rpartition(".")[0])
+    x = 1000 * torch.randn(32, network.roles["up"].shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = shared(x)
+        assert float((shared.up_proj(x)).abs().max()) > shared.limit
+        found = feed_forward_of(make_context(model, PruningConfig(preset="paper")), network)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_activations_with_parameters_are_not_tried() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, prune_model
 from sparsellm_lightning.architecture import Experts, Network, describe, routing_in
+from sparsellm_lightning.architecture.examination import ROUTES
 
 
 def experts_of(model: PreTrainedModel) -> Experts:
@@ -76,6 +78,30 @@ def test_routing_in_another_default_dtype() -> None:
     assert expected is not None
     assert found is not None
     assert torch.equal(found.weights, expected.weights)
+
+
+class Sharing(nn.Module):
+    """A mixture with shared experts, which come first and see all tokens."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.shared_experts = nn.ModuleList(copy.deepcopy(expert) for expert in list(mixture.experts)[:2])
+        self.experts, self.gate, self.mixture = mixture.experts, mixture.gate, [mixture]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((expert(x) for expert in self.shared_experts), self.mixture[0](x))
+
+
+def test_shared_experts_in_a_list_of_their_own() -> None:
+    model = with_listed_experts(build_model("mixtral"))
+    for layer in model.model.layers:
+        layer.mlp = Sharing(layer.mlp)
+    block = describe(model).blocks[0]
+    kinds = {type(unit): unit for unit in block.units}
+    assert {network.output for network in block.networks} == {e.w2 for e in model.model.layers[0].mlp.shared_experts}
+    assert [network.output for network in kinds[Experts].networks] == list(model.model.layers[0].mlp.experts)
+    assert kinds[Experts].share == 0.5
+    assert block.dense == {"model.layers.0.mlp.gate": ROUTES}
 
 
 def test_experts_that_see_other_inputs_stay_dense() -> None:

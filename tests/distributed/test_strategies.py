@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import jobs
 from support.batches import random_batches
-from support.models import build_model
+from support.classes import tiny_model
+from support.models import VOCABULARY, build_model
 from support.pool import JobFailed, RankPool
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model, verify_export
 from sparsellm_lightning.architecture import describe
@@ -307,6 +309,22 @@ def test_precisions(
     assert model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert report["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.002)
     assert report["perplexity"]["pruned"] == pytest.approx(alone(**options)[1]["perplexity"]["pruned"], rel=0.05)
+
+
+def test_parameters_that_stay_float32(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, ranks: Callable[[int], RankPool]
+) -> None:
+    """DeepSeek's routers do in models of bfloat16."""
+    folder = tmp_path / "model"
+    tiny_model("deepseek_v3", vocab_size=VOCABULARY).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = {"model": str(folder), "pruner": {"preset": "paper", "sparsity": 0.5, "num_calibration_samples": 4}}
+    ranks(2).run("prune", tmp_path, strategy="fsdp2", **options)
+    assert exported(tmp_path)[1]["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.002)
+    given, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    routers = {name for name in given if name.endswith("mlp.gate.weight")}
+    assert routers == {name for name in given if saved[name].dtype == torch.float32 and saved[name].dim() == 2}
+    assert all(torch.equal(saved[name], given[name].float()) for name in routers)
 
 
 def test_fsdp1_needs_several_processes(
