@@ -46,7 +46,8 @@ class PruningTrainer(pl.Trainer):
     """A Trainer with the methods ``prune`` and ``evaluate``, which LightningCLI turns into subcommands.
 
     Args:
-        max_epochs: stop after so many. Without a limit on epochs, steps or time: 1 (Lightning's Trainer takes 1000).
+        max_epochs: stop after so many. Without a limit or a minimum of epochs, steps or time: 1
+            (Lightning's Trainer takes 1000).
         max_steps: stop after so many optimizer steps. -1: no limit.
         max_time: stop after so long, such as ``00:12:00:00`` (days to seconds).
     """
@@ -59,7 +60,8 @@ class PruningTrainer(pl.Trainer):
         max_time: str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if max_epochs is None and max_steps == -1 and max_time is None:
+        least = kwargs.get("min_epochs") or kwargs.get("min_steps")
+        if max_epochs is None and max_steps == -1 and max_time is None and not least:
             max_epochs = 1
         super().__init__(*args, max_epochs=max_epochs, max_steps=max_steps, max_time=max_time, **kwargs)
 
@@ -260,10 +262,12 @@ class SparseLLMCLI(LightningCLI):
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):
-    """Saves the resolved configuration in the logger's folder, if there is a logger."""
+    """Saves the resolved configuration in the folder that the first logger has made for the run, if it has made one."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.loggers:
+        if (
+            trainer.loggers and trainer.loggers[0].log_dir is not None
+        ):  # others write to the working directory, or nowhere
             super().setup(trainer, pl_module, stage)
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.config import PRESETS, Method, PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.errors import UserError
@@ -79,6 +80,10 @@ def sweep(
         for variant in variants or ["balanced"]
         for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
     }
+    if data.source == "self":
+        raise UserError(
+            "sweep prunes one model many times, but windows of source self are written in a Trainer's fit. Set another source."
+        )
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out must be a folder, but {out} is a file. Choose another name.")
@@ -91,6 +96,9 @@ def sweep(
         evaluation = data.val_dataloader()
         if isinstance(evaluation, list):
             raise UserError("sweep compares perplexities, but there is no evaluation text. Set data.test_files.")
+        data.calibration_dataloader(1)  # refuses what is missing
+        for config in configs.values():
+            describe(loaded, config)
         dense = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.state_dict().items()}
         with showing(True):
             if ("dense", 0.0) not in rows:
@@ -152,7 +160,11 @@ def _identity(model: str, data: TextDataModule, settings: dict[str, Any]) -> dic
     text: dict[str, Any] = {name: value for name, value in data.settings.items() if name not in others}
     text["files"] = {split: [str(path.resolve()) for path in paths] for split, paths in data.texts.files.items()}
     text["tokenizer"] = getattr(data.tokenizer, "name_or_path", "")
-    return {"model": model, "data": text, "settings": settings}
+    source = Path(model).expanduser()
+    files = [*(path for paths in data.texts.files.values() for path in paths), *([source] if source.is_file() else [])]
+    files += sorted(source.glob("*")) if source.is_dir() else []
+    stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
+    return {"model": model, "data": text, "settings": settings, "changed": stamps}
 
 
 def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Row]:

@@ -11,12 +11,14 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
 from sparsellm_lightning import UserError
-from sparsellm_lightning.cli import main
+from sparsellm_lightning.cli import PruningTrainer, SaveConfigBesideLogs, main
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.shorthand import expanded
 from sparsellm_lightning.solvers import Penalties
@@ -114,6 +116,22 @@ def test_fit_without_a_limit_trains_one_epoch(tmp_path: Path, model_dir: Path) -
     assert (tmp_path / "lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt").is_file()
     assert "epoch=0-step=2.ckpt" in run.stdout, "the end says where the result is"
     assert "pruner.export_dir" in run.stdout
+
+
+@pytest.mark.parametrize("least", [{"min_epochs": 3}, {"min_steps": 3}])
+def test_a_minimum_is_no_limit(least: dict[str, int]) -> None:
+    assert PruningTrainer(logger=False).max_epochs == 1
+    assert (PruningTrainer(logger=False, **least).max_epochs or 1000) > 3
+
+
+@pytest.mark.parametrize(("folder", "saved"), [("logs/version_0", True), (None, False)])
+def test_the_configuration_is_saved_in_the_folder_of_a_run(folder: str | None, saved: bool) -> None:
+    """Not in the working directory, where loggers without such a folder write: the user's own file may be there."""
+    trainer: Any = SimpleNamespace(loggers=[SimpleNamespace(log_dir=folder)])
+    save: Any = SaveConfigBesideLogs.__new__(SaveConfigBesideLogs)
+    with mock.patch("lightning.pytorch.cli.SaveConfigCallback.setup") as setup:
+        save.setup(trainer, None, "fit")
+    assert setup.called == saved
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])

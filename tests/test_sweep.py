@@ -73,6 +73,8 @@ def test_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
         sweep("no-such-model", [0.5], ["fast"], str(tmp_path / "out"), settings={"windows": 8, "baseline": True})
     with pytest.raises(UserError, match=r"penalties\.beta must be positive"):
         sweep("no-such-model", [0.5], ["fast"], str(tmp_path / "out"), settings={"penalties": {"beta": -1.0}})
+    with pytest.raises(UserError, match="windows of source self are written in a Trainer's fit"):
+        sweep("no-such-model", [0.5], ["fast"], str(tmp_path / "out"), TextDataModule("self"))
     with pytest.raises(UserError, match="sparsity must be in"):
         sweep("no-such-model", [1.5], ["fast"], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -107,6 +109,15 @@ def test_another_text_needs_another_folder(tmp_path: Path, model_dir: Path) -> N
     for data in (of("b"), of("a", text_field="other"), of("a", seed=1)):
         with pytest.raises(UserError, match="another model, text or settings"):
             sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)
+    (tmp_path / "a" / "text.txt").write_text("c " * 3000)
+    with pytest.raises(UserError, match="another model, text or settings"):
+        sweep(str(model_dir), [0.5], ["magnitude"], out, of("a"), SETTINGS)
+
+
+def test_refused_before_the_dense_model_is_measured(tmp_path: Path, model_dir: Path) -> None:
+    settings = {**SETTINGS, "ignore": ["no-such-layer"]}
+    with mock.patch.object(module, "perplexity", side_effect=AssertionError("measured")), pytest.raises(UserError):
+        sweep(str(model_dir), [0.5], ["magnitude"], str(tmp_path / "out"), text(model_dir), settings)
 
 
 @pytest.mark.parametrize(

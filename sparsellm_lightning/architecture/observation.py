@@ -227,6 +227,8 @@ class Observation:
         return see
 
     def _see_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._proving:
+            return
         name = self.names[module]
         self._calls_of_experts[name] += 1
         if self._calls_of_experts[name] > 1:  # on parts of the tokens

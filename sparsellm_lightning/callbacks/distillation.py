@@ -22,7 +22,7 @@ from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_s
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import kept_in_float32, load_model, pretrained_of
 from sparsellm_lightning.solvers import kl_divergence
-from sparsellm_lightning.sparsity import MANY_ZEROS, SPARSE, linear_layers, zero_shares
+from sparsellm_lightning.sparsity import linear_layers, pruned_before
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
@@ -155,8 +155,7 @@ class Distillation(pl.Callback):
             else:
                 teacher = load_model(path, self.teacher_dtype)
             adapter = StrategyAdapter() if mesh is None else adapter_for(trainer)
-            shares = zero_shares(linear_layers(teacher), adapter) if self.teacher is None else {}
-            if any(MANY_ZEROS <= share < 1 for share in shares.values()):
+            if self.teacher is None and pruned_before(linear_layers(teacher), adapter):
                 raise UserError(
                     f"Distillation needs a dense teacher, but {path}, the model that is trained, is already sparse. Give "
                     "teacher: the path or hub id of the dense model."
@@ -168,8 +167,8 @@ class Distillation(pl.Callback):
                     "Distillation cannot copy a model that is sharded over ranks. Give teacher: the path or hub id of the "
                     "dense model."
                 )
-            shares = zero_shares(linear_layers(pl_module), adapter_for(trainer))
-            if resumed(trainer) is not None or any(SPARSE <= share < 1 for share in shares.values()):
+            pruned = pruned_before(linear_layers(pl_module), adapter_for(trainer))
+            if resumed(trainer) is not None or pruned:
                 raise UserError(
                     "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
                     "may have pruned it. Give teacher: the path or hub id of the dense model."

@@ -96,12 +96,14 @@ class Measurer:
 
         Args:
             trainer, model: of the run. All ranks call this together.
-            tokenizer: that turns tokens into text. None: there are no examples.
+            tokenizer: that turns tokens into text. None: there are no examples, as with a context that is too short.
             state: of the model, ``dense``, ``pruned`` or ``finetuned``.
             known: examples of other states, which get this one too.
         """
         batches, _ = validation_batches(trainer)
         if tokenizer is None or batches is None or model.get_output_embeddings() is None:
+            return []
+        if 0 < (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) < PROMPTS[1] + CONTINUED:
             return []
         if self._prompts is None:
             with isolate_rng():

@@ -36,7 +36,7 @@ from sparsellm_lightning.models import (
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases
+from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases, pruned_before
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +353,8 @@ class SparseLLMCallback(SparseFinetuning):
         adapter = adapter_for(trainer)
         layout = adapter.describe(self._model(pl_module), self.config)
         held = [p for p in layout.projections() if p.pruned]
+        known = {id(p.parameter) for p in held}
+        held += pruned_before([p for p in layout.projections() if id(p.parameter) not in known], adapter)
         if "blocks" in self.config.removes:
             held += left_out_biases(layout, adapter)
         if is_sparse_already(pl_module):  # whose zeros may be in other layers too

@@ -64,11 +64,12 @@ def generate_windows(
     mine = range(rank, rank + size * -(-count // size), size)
     windows = []
     with adapter.ranks.failing_together("Generation"), adapter.calibrating(model):
+        cached = _follows_cache(model, adapter)
         for first in range(0, len(mine), batch_size):
             generators = [_generator(f"{seed}/{i}", start.device) for i in mine[first : first + batch_size]]
             prompts = start.expand(len(generators), 1)
             windows.append(
-                torch.cat([prompts, _sample(model, prompts, length - 1, generators, temperature, adapter)], 1)
+                torch.cat([prompts, _sample(model, prompts, length - 1, generators, temperature, adapter, cached)], 1)
             )
         together = torch.stack(adapter.ranks.gather(torch.cat(windows)), dim=1)  # (share, ranks, length)
         adapter.finish(model)
@@ -136,11 +137,12 @@ def rewrite_windows(
     # Cached casts of gathered shards would add up to the whole model.
     cast = torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split)
     with explained, cast:
+        cached = _follows_cache(model, adapter)
         for first in tracked(range(0, len(prompts), at_once), "Writing windows", "part"):
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
-            sampled = _sample(model, some, new, generators, 1.0, adapter)
+            sampled = _sample(model, some, new, generators, 1.0, adapter, cached)
             written.append(torch.cat([some, sampled], 1)[:, -size:])
             count(2 * len(some) * (body * (room - 1) + head * new), autocast if lower else model.dtype)
     return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
@@ -167,14 +169,13 @@ def _sample(
     generators: list[torch.Generator],
     temperature: float,
     adapter: StrategyAdapter,
+    cached: bool,
 ) -> Tensor:
     """The next tokens after prompts: (batch, length) after (batch, at least 1). Each row has its own generator."""
-    cache = DynamicCache(config=model.config)
-    room = prompts.shape[1] + length
-    cache.layers = [_InPlace(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = _cache(model, prompts.shape[1] + length) if cached else None
     tokens = [prompts]
     while len(tokens) <= length:
-        logits = adapter.next_logits(model, tokens[-1], cache)
+        logits = adapter.next_logits(model, torch.cat(tokens, 1) if cache is None else tokens[-1], cache)
         # Sampling by exponential clocks: the token with the smallest clock / chance wins. Inverting the distribution function
         # would be far more sensitive to rounding. float64, because a rare token wins with a time below float32's resolution.
         # Row by row, because a row fits into the processor's cache.
@@ -185,6 +186,35 @@ def _sample(
             winners.append(clocks.reciprocal_().mul_(chances).argmax(-1, keepdim=True))
         tokens.append(torch.stack(winners))
     return torch.cat([prompts[:, :0], *tokens[1:]], 1)
+
+
+def _cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """An empty cache for so many tokens."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_InPlace(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _follows_cache(model: PreTrainedModel, adapter: StrategyAdapter) -> bool:
+    """Whether a model gives the same logits token by token, with an ordinary cache, as for all tokens together.
+
+    Some have caches of their own, or none, and ignore what they are given. Two windows, because some keep the state of the
+    one before.
+    """
+    for ids in torch.tensor([[[1, 2, 3]], [[3, 1, 2]]], device=device_of(model)):
+        try:
+            whole = adapter.next_logits(model, ids, None)
+            cache = _cache(model, ids.shape[1])
+            stepwise = [adapter.next_logits(model, token, cache) for token in ids.split(1, dim=1)][-1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        tolerance = 1e-2 if whole.dtype in (torch.float32, torch.float64) else 1e-1
+        whole, stepwise = whole.float(), stepwise.float()
+        if not float((stepwise - whole).norm()) <= tolerance * float((whole - whole.mean()).norm()):
+            return False
+    return True
 
 
 class _InPlace(DynamicLayer):
@@ -233,7 +263,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 def _context(model: PreTrainedModel) -> float:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if context is None else context
+    return context if context and context > 0 else math.inf
 
 
 def _first_token(model: PreTrainedModel) -> int:

@@ -93,21 +93,23 @@ class StrategyAdapter:
             logits: Tensor = model(**inputs, use_cache=False).logits
         return logits
 
-    def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache | None) -> Tensor:
         """Logits of the token after ``ids``, (batch, vocabulary).
 
         Args:
             model: with a language-model head.
             ids: (batch, new) tokens that are not in the cache.
-            cache: keys and values of the tokens before. Those of ``ids`` are added in place.
+            cache: keys and values of the tokens before. Those of ``ids`` are added in place. None: ``ids`` are all tokens.
         """
         # The argument's old name goes in transformers 5.40, the new one came after 5.20.
         known = inspect.signature(model.forward).parameters
-        options: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options["cache" if "cache" in known else "past_key_values"] = cache
         if "logits_to_keep" in known:
             options["logits_to_keep"] = 1
         with self.forward_context():
-            logits: Tensor = self._through_root(lambda: model(input_ids=ids, use_cache=True, **options)).logits
+            logits: Tensor = self._through_root(lambda: model(input_ids=ids, **options)).logits
         return logits[:, -1]
 
     def _through_root(self, call: Callable[[], Any]) -> Any:

@@ -66,6 +66,8 @@ class FSDP2Adapter(ShardedAdapter):
             yield
         finally:
             for module, setting in zip(modules, settings, strict=True):
+                # A unit inside the block whose forward was stopped stays gathered otherwise, and what is written to it is lost.
+                module.set_reshard_after_forward(True, recurse=False)
                 module.reshard()
                 module.set_reshard_after_forward(setting, recurse=False)
 

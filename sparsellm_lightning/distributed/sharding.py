@@ -14,10 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import decoder_blocks
+from sparsellm_lightning.errors import UserError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -58,16 +59,40 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, all device
 def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs.
 
-    What trains in a unit must have one dtype, so that modules of another (routers that stay float32) become units too.
+    What trains in a unit must have one dtype, so that modules with another one (routers that stay float32) become units too.
+
+    Raises:
+        UserError: a module holds parameters of several dtypes.
     """
-    for block in decoder_blocks(model):
-        if len(_trained_dtypes(block.parameters())) > 1:
-            for module in block.modules():
-                if module is not block and _trained_dtypes(module.parameters(recurse=False)) - {model.dtype}:
-                    fully_shard(module, mesh=mesh)
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for root in (*decoder_blocks(model), model):
+        if len(_trained_dtypes(p for module in _outside_units(root) for p in module.parameters(recurse=False))) > 1:
+            _shard_other_dtypes(root, model.dtype, mesh)
+        fully_shard(root, mesh=mesh)
     return model
+
+
+def _shard_other_dtypes(root: nn.Module, dtype: torch.dtype, mesh: DeviceMesh) -> None:
+    """Make units of the modules inside that hold parameters of other dtypes, and of what is inside these."""
+    for module in reversed(_outside_units(root)):  # children first
+        own = _trained_dtypes(module.parameters(recurse=False))
+        if len(own) > 1:
+            names = ", ".join(f"{name} ({p.dtype})" for name, p in module.named_parameters(recurse=False))
+            raise UserError(
+                f"FSDP2 shards parameters of one dtype together, but {type(module).__name__} holds {names}, in a model of "
+                f"{dtype}. Set model.dtype to float32."
+            )
+        if own - {dtype}:
+            for child in reversed(_outside_units(module)):
+                if child is not root and any(True for _ in child.parameters(recurse=False)):
+                    fully_shard(child, mesh=mesh)
+
+
+def _outside_units(root: nn.Module) -> list[nn.Module]:
+    """A module and those inside it, without what other units hold. Parents come before their children."""
+    found = [root]
+    for child in root.children():
+        found += [] if isinstance(child, FSDPModule) else _outside_units(child)
+    return found
 
 
 def _trained_dtypes(parameters: Iterable[nn.Parameter]) -> set[torch.dtype]:

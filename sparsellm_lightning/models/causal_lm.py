@@ -143,7 +143,10 @@ class CausalLM(pl.LightningModule):
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.lr_scheduler(optimizer)
+        planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
+        if planned is not None and steps > planned:
+            raise UserError(
+                f"model.lr_scheduler plans total_steps {planned}, but trainer.max_steps is {steps}. Set both to one number."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -163,6 +163,16 @@ def export_model(
     return target
 
 
+def replace_text(path: Path, content: str) -> None:
+    """Write a file beside its place, then rename it, so that a full disk leaves the earlier one and nothing else."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        new.write_text(content, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def add_to_report(folder: str | Path, **entries: Any) -> None:
     """Add entries to an export's report. Nothing happens if the folder is no export; one that is read-only gives a warning."""
     path = Path(folder).expanduser() / REPORT_NAME
@@ -170,9 +180,7 @@ def add_to_report(folder: str | Path, **entries: Any) -> None:
         return
     try:
         content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, allow_nan=False)
-        new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        new.write_text(content + "\n", encoding="utf-8")
-        new.replace(path)
+        replace_text(path, content + "\n")
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} does not get {', '.join(entries)}: {error}", stacklevel=2)
 

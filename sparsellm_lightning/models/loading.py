@@ -57,6 +57,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
             loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
+        _note_untied(model)
         return model
 
     if gguf_file is None:
@@ -68,6 +69,20 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         extra["quantization_config"] = gguf_config(dequantize=True)
     with _without_progress_bars():
         return or_user_error(pretrained, lambda: load(**extra))
+
+
+def _note_untied(model: PreTrainedModel) -> None:
+    """Say in the configuration that head and embeddings are not tied, if the files hold two that differ.
+
+    ``transformers`` leaves them untied then, but not a model that is built anew from its configuration.
+    """
+    weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    embedding, head = weights
+    if embedding is None or head is None or embedding is head or torch.equal(embedding, head):
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
@@ -109,6 +124,9 @@ def load_tokenizer(pretrained: str | Path) -> PreTrainedTokenizerBase:
 
     def load() -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)  # nosec B615
+        # Some classes make an empty tokenizer where there are no files.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise UserError(f"{pretrained} has no tokenizer. Set data.tokenizer to the model or folder that has one.")
         return tokenizer
 
     return or_user_error(pretrained, load)

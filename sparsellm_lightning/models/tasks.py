@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models.export import REPORT_NAME, add_to_report
+from sparsellm_lightning.models.export import REPORT_NAME, add_to_report, replace_text
 
 RESULTS_NAME = "tasks.json"
 
@@ -86,7 +86,7 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
     }
     content = {**finite, **({} if limit is None else {"examples of each task": limit})}
     try:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         warnings.warn(f"{path} is not written: {error}", stacklevel=2)
         return path

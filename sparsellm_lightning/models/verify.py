@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection, describe
 from sparsellm_lightning.config import PruningConfig
@@ -63,7 +63,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         model = load_exported(path).eval()
     except UserError as error:
         return [*found, str(error)]
-    found += _compare_tied(model)
+    found += _compare_tied(model, AutoConfig.from_pretrained(path, trust_remote_code=False))  # nosec B615
     ignored = (report.get("config") or {}).get("ignore", ())
     found += _compare_sparsity(describe(model, PruningConfig(ignore=tuple(ignored))), report)
     if batches is not None and not found and model.get_output_embeddings() is not None:
@@ -141,10 +141,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
-def _compare_tied(model: PreTrainedModel) -> Iterator[str]:
+def _compare_tied(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
     head = model.get_output_embeddings()
-    # transformers unties a head whose file holds another tensor than the embedding, and says so in a log message only.
-    tied = getattr(model.config, "tie_word_embeddings", False)  # some configurations do not define it
+    # The configuration of the file: that of a loaded model says whether its head is tied indeed.
+    tied = getattr(config, "tie_word_embeddings", False)  # some configurations do not define it
     if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
         yield "the head: the configuration ties it to the embedding, the files hold two different tensors"
 

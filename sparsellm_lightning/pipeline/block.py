@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -199,19 +201,25 @@ def _solve_experts(
 def alternation_windows(context: Context, tokens: Sequence[int], width: int) -> int | None:
     """Number of this rank's windows that carry auxiliaries. None: all.
 
-    They are the first of all windows, for any number of ranks: window i belongs to rank ``i mod size``.
+    They are the first of all windows that have enough tokens together, for any number of ranks: window i belongs to rank
+    ``i mod size``.
 
     Args:
         context: of the run. All ranks call this together.
         tokens: of each of this rank's fitted windows.
         width: hidden features of the network.
     """
-    wanted = ALTERNATION_TOKENS * width
-    total, windows = context.ranks.total(sum(tokens), sum(number > 0 for number in tokens))
-    if wanted >= total:
+    ranks, wanted = context.ranks, ALTERNATION_TOKENS * width
+    rounds = ranks.largest(len(tokens))
+    if not rounds:
         return None
-    first = -(-wanted * windows // total)
-    return len(range(context.ranks.rank, first, context.ranks.size))
+    of_rank = ranks.gather_counts(*tokens, *[0] * (rounds - len(tokens)))
+    # An expert may have no token of some windows.
+    sums = list(accumulate(of_rank[i % ranks.size][i // ranks.size] for i in range(rounds * ranks.size)))
+    if wanted >= sums[-1]:
+        return None
+    first = bisect_left(sums, wanted) + 1
+    return len(range(ranks.rank, first, ranks.size))
 
 
 def _mean(by_expert: list[list[float]]) -> list[float]:

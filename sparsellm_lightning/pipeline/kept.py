@@ -16,6 +16,7 @@ from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.solvers import Ranks
+from sparsellm_lightning.sparsity import pruned_before
 
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
@@ -38,7 +39,7 @@ class KeptParameters:
 
     Args:
         context: of the run.
-        blocks: pruned. Their zeros stay zero.
+        blocks: pruned. Their zeros stay zero, also those of projections that are ignored and were pruned before.
         learning_rate: in units of each parameter's scale.
         steps: that are planned.
         storage: of the vectors. None: the model's device.
@@ -67,10 +68,12 @@ class KeptParameters:
             if id(parameter) in weights or "lora_" not in name
         }
         self.parameters = [parameter for key, parameter in found.items() if everywhere[key] == inside[key]]
-        pruned = {id(p.parameter) for p in projections if p.pruned}
+        held = {id(p.parameter) for p in projections if p.pruned}
+        ignored = [p for p in projections if id(p.parameter) not in held]
+        held |= {id(p.parameter) for p in pruned_before(ignored, self.adapter)}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.kept = [
-            _positions(local).to(self.storage) if id(parameter) in pruned else None
+            _positions(local).to(self.storage) if id(parameter) in held else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
         self.values = [self._kept_of(index, local) for index, local in enumerate(self.locals)]

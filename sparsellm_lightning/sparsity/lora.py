@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.sparsity.masks import MANY_ZEROS
 
 # Name parts of modules that are left out of states.
 _WRAPPED = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
@@ -242,7 +243,7 @@ def _masked(layer: Any, adapter: str, weight: Tensor) -> Tensor:
 
 
 def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state with its LoRA adapters merged (masked by the zeros) and removed.
+    """A model's state with its LoRA adapters merged (masked by the zeros of sparse layers) and removed.
 
     Args:
         model: with adapters. Read for their names, their scales and whether they are merged already.
@@ -266,13 +267,22 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         own = {key: plain.pop(key) for key in list(plain) if key.startswith(f"{prefix}lora_")}
         key = f"{prefix}base_layer.{getattr(layer, 'parameter_name', 'weight')}"
         weight = base[key]
+        kept = weight != 0
+        # As in training. Adapters that were loaded again have no mask yet.
+        masked = _is_masked(layer) or float(kept.float().mean()) <= 1 - MANY_ZEROS
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             if adapter in layer.lora_A and adapter not in layer.merged_adapters:
                 a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
                 delta = _product(layer, a, b) * layer.scaling[adapter]
-                base[key] = weight = (weight + delta * (weight != 0)).to(weight.dtype)
+                base[key] = weight = (weight + (delta * kept if masked else delta)).to(weight.dtype)
         plain |= {prefix + key.removeprefix(f"{prefix}base_layer."): value for key, value in base.items()}
     return plain
+
+
+def _is_masked(layer: Any) -> bool:
+    """Whether :func:`keep_zeros` has masked the adapters of a layer."""
+    kinds = {type(kind).__name__ for kind in (layer, *getattr(layer, "lora_variant", {}).values())}
+    return bool(kinds & {"MaskedLora", "MaskedParameter"})
 
 
 def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:

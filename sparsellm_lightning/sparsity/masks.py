@@ -209,6 +209,13 @@ def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[
     return {p.name: zeros[p.name] / max(p.size, 1) for p in layers}
 
 
+def pruned_before(projections: Sequence[Projection], adapter: StrategyAdapter) -> list[Projection]:
+    """The parameters with :data:`MANY_ZEROS`, but not zeros only. All ranks call this together."""
+    layers = whole_parameters(projections)
+    shares = zero_shares(layers, adapter)
+    return [p for p in layers if MANY_ZEROS <= shares[p.name] < 1]
+
+
 def sparse_layers(layers: Sequence[Projection], shares: dict[str, float], adapter: StrategyAdapter) -> list[Projection]:
     """The layers whose zeros are to be kept in training.
 

@@ -83,25 +83,29 @@ def test_routing_in_another_default_dtype() -> None:
 class Sharing(nn.Module):
     """A mixture with shared experts, which come first and see all tokens."""
 
-    def __init__(self, mixture: nn.Module) -> None:
+    def __init__(self, mixture: nn.Module, shared: nn.ModuleList) -> None:
         super().__init__()
-        self.shared_experts = nn.ModuleList(copy.deepcopy(expert) for expert in list(mixture.experts)[:2])
+        self.shared_experts = nn.ModuleList(copy.deepcopy(expert) for expert in list(shared)[:2])
         self.experts, self.gate, self.mixture = mixture.experts, mixture.gate, [mixture]
 
     def forward(self, x: Tensor) -> Tensor:
         return sum((expert(x) for expert in self.shared_experts), self.mixture[0](x))
 
 
-def test_shared_experts_in_a_list_of_their_own() -> None:
-    model = with_listed_experts(build_model("mixtral"))
+@pytest.mark.parametrize("listed", [True, False])
+def test_shared_experts_in_a_list_of_their_own(listed: bool) -> None:
+    """Beside routed experts as a list, or in three dimensions."""
+    mixtral = build_model("mixtral")
+    model = with_listed_experts(mixtral)
+    shared = model.model.layers[0].mlp.experts
+    model = model if listed else mixtral
     for layer in model.model.layers:
-        layer.mlp = Sharing(layer.mlp)
+        layer.mlp = Sharing(layer.mlp, shared)
     block = describe(model).blocks[0]
-    kinds = {type(unit): unit for unit in block.units}
     assert {network.output for network in block.networks} == {e.w2 for e in model.model.layers[0].mlp.shared_experts}
-    assert [network.output for network in kinds[Experts].networks] == list(model.model.layers[0].mlp.experts)
-    assert kinds[Experts].share == 0.5
-    assert block.dense == {"model.layers.0.mlp.gate": ROUTES}
+    (experts,) = (unit for unit in block.units if isinstance(unit, Experts))
+    assert (len(experts.networks), experts.share, experts.listed) == (4, 0.5, listed)
+    assert block.dense == ({"model.layers.0.mlp.gate": ROUTES} if listed else {})
 
 
 def test_experts_that_see_other_inputs_stay_dense() -> None:

@@ -529,6 +529,14 @@ def test_a_sparse_pretrained_is_no_teacher(tmp_path: Path, sparse: PreTrainedMod
         trainer(SparseFinetuning(), Distillation(), max_steps=1).fit(module, DataLoader(ids, batch_size=4))
 
 
+def test_a_dense_model_with_some_zeros_is_a_teacher(trained, ids: Tensor) -> None:
+    """Some 4-bit files have 10 %."""
+    model = trained("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.flatten()[::10] = 0
+    trainer(pruner(), Distillation(), max_steps=1).fit(OwnModule(model), DataLoader(ids, batch_size=8))
+
+
 @pytest.mark.parametrize("weights", [{"logit_weight": 1.0}, {"logit_weight": 0.0, "feature_weight": 1.0}])
 def test_a_mask_that_is_given_by_position_counts(
     trained, sparse: PreTrainedModel, ids: Tensor, weights: dict[str, float]

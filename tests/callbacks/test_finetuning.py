@@ -373,6 +373,33 @@ def test_layers_that_are_dense_stay_free(ids: Tensor) -> None:
     assert int(moved.sum()) > 0.9 * moved.numel()
 
 
+def test_ignored_layers_that_were_pruned_before(trained, loader: DataLoader[Any]) -> None:
+    model = trained("llama")
+    attention = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    with torch.no_grad():
+        for weight in attention:
+            weight[:, ::2] = 0
+    before = [weight.detach().clone() for weight in attention]
+    callback = pruner(ignore=["*.self_attn.*"])
+    trainer(callback, max_steps=2).fit(Module(model, Mixing), loader)
+    assert callback.report.mask_check["layers"] == 12
+    for now, weight in zip(attention, before, strict=True):
+        assert torch.equal(now == 0, weight == 0)
+        assert not torch.equal(now, weight)
+
+
+def test_schedulers_that_end_before_the_run(model_dir: Path) -> None:
+    """Torch would raise after all pruning and training."""
+    module = CausalLM(
+        str(model_dir),
+        optimizer=lambda p: torch.optim.SGD(p, lr=8e-4),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=2),
+    )
+    data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16)
+    with pytest.raises(UserError, match=r"plans total_steps 2, but trainer\.max_steps is 3"):
+        trainer(pruner(), max_steps=3).fit(module, data)
+
+
 def test_frozen_layers_are_left_alone(ids: Tensor) -> None:
     model = build_model("llama")
     prune_by_hand(model)

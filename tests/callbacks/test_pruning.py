@@ -18,10 +18,17 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from support.models import build_model
+from support.models import VOCABULARY, build_model
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from sparsellm_lightning import (
     CausalLM,
@@ -391,6 +398,20 @@ def test_figures_reach_loggers(tmp_path: Path, trained, ids: torch.Tensor) -> No
     assert float(run.callback_metrics["prune/perplexity/pruned"]) == pytest.approx(report.perplexity["pruned"])
     assert float(run.callback_metrics["prune/sparsity"]) == pytest.approx(0.6, abs=1e-3)
     assert yaml.safe_load((tmp_path / "run" / "hparams.yaml").read_text())["pruner"]["sparsity"] == 0.6
+
+
+def test_no_examples_where_the_context_is_too_short(tmp_path: Path, tokenizer: Any) -> None:
+    """Positions are learned: token 33 has none."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pruner = SparseLLMCallback(
+        preset="paper", method="magnitude", num_calibration_samples=4, export_dir=str(tmp_path / "out")
+    )
+    data = TextDataModule(sequence_length=32, batch_size=4, max_eval_windows=4)
+    trainer(pruner).fit(CausalLM(str(tmp_path / "model")), data)
+    assert pruner.report.examples == []
+    assert pruner.report.perplexity["pruned"] > 0
 
 
 def test_report_names_texts_and_shows_examples(tmp_path: Path, model_dir: Path, text: TextDataModule) -> None:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.training import trainer
 from torch import Tensor
@@ -53,6 +54,17 @@ def test_same_as_without_a_cache(trained: Trained, name: str) -> None:
     windows = generate_windows(model, 3, 40, seed=5, batch_size=2)
     assert windows.dtype == torch.int64
     assert windows.tolist() == [_naive(model, index, 40, seed=5) for index in range(3)]
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "rwkv"])
+def test_models_without_an_ordinary_cache(model_type: str) -> None:
+    """They ignore the one that they are given."""
+    more = {"rescale_every": 0} if model_type == "rwkv" else {}
+    model = tiny_model(model_type, vocab_size=VOCABULARY, bos_token_id=0, **more)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # otherwise all tokens are about equally likely
+    assert generate_windows(model, 2, 12).tolist() == [_naive(model, index, 12, seed=0) for index in range(2)]
 
 
 def test_temperature(trained: Trained) -> None:

@@ -262,11 +262,12 @@ def test_shards_that_are_refused(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
 ) -> None:
     for said in ranks(2).run("refusals_of_fsdp2", tmp_path, model=folder_of("llama")):
-        assert len(said) == 3, said
-        whole, other_dimension, elsewhere = said
+        assert len(said) == 4, said
+        whole, other_dimension, elsewhere, dtypes = said
         assert "model.layers.0 is not" in whole
         assert "Shard(dim=1)" in other_dimension
         assert "q_proj lies on cpu. Leave CPUOffloadPolicy out" in elsewhere
+        assert "Linear holds weight (torch.bfloat16), scale (torch.float32), in a model of torch.bfloat16" in dtypes
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
@@ -311,20 +312,23 @@ def test_precisions(
     assert report["perplexity"]["pruned"] == pytest.approx(alone(**options)[1]["perplexity"]["pruned"], rel=0.05)
 
 
+@pytest.mark.parametrize("model_type", ["flint", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_parameters_that_stay_float32(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, ranks: Callable[[int], RankPool]
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, ranks: Callable[[int], RankPool], model_type: str
 ) -> None:
-    """DeepSeek's routers do in models of bfloat16."""
+    """DeepSeek's routers do in models of bfloat16, and an offset of Flint, which stands beside other layers."""
     folder = tmp_path / "model"
-    tiny_model("deepseek_v3", vocab_size=VOCABULARY).to(torch.bfloat16).save_pretrained(folder)
+    tiny_model(model_type, vocab_size=VOCABULARY).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     options = {"model": str(folder), "pruner": {"preset": "paper", "sparsity": 0.5, "num_calibration_samples": 4}}
     ranks(2).run("prune", tmp_path, strategy="fsdp2", **options)
     assert exported(tmp_path)[1]["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.002)
     given, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    routers = {name for name in given if name.endswith("mlp.gate.weight")}
-    assert routers == {name for name in given if saved[name].dtype == torch.float32 and saved[name].dim() == 2}
-    assert all(torch.equal(saved[name], given[name].float()) for name in routers)
+    routers = {name for name in given if name.endswith(("mlp.gate.weight", "softmax_offset"))}
+    assert routers
+    for name in routers:
+        assert saved[name].dtype == torch.float32
+        assert torch.equal(saved[name], given[name].float())
 
 
 def test_fsdp1_needs_several_processes(

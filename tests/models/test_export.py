@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -226,6 +227,14 @@ def test_an_export_that_cannot_be_changed_keeps_its_report(model: PreTrainedMode
     export_model(model, tmp_path / "out", report=lambda: {"run": 1})
     report = tmp_path / "out" / REPORT_NAME
     add_to_report(tmp_path / "out", speed=[])
+    assert json.loads(report.read_text())["speed"] == []
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with (
+        mock.patch.object(Path, "replace", side_effect=OSError("no space left")),
+        pytest.warns(UserWarning, match="no space left"),
+    ):
+        add_to_report(tmp_path / "out", speed=[1])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert json.loads(report.read_text())["speed"] == []
     report.write_text("{")
     with pytest.warns(UserWarning, match=f"{REPORT_NAME} does not get speed"):

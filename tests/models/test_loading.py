@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsellm_lightning import CausalLM
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model, load_tokenizer
+from sparsellm_lightning.models.smaller import rebuilt
 
 
 def _tiny_llama() -> LlamaForCausalLM:
@@ -183,6 +185,25 @@ def test_gguf_is_dense_tied_and_saved(tmp_path: Path) -> None:
         logits = model(tokens).logits
         assert torch.equal(logits, reloaded(tokens).logits)
     assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+def test_a_head_that_the_files_hold_beside_the_embeddings(tmp_path: Path) -> None:
+    """Though the configuration says that it is tied. Models that are built anew keep it."""
+    model = _tiny_llama()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    loaded = load_model(tmp_path)
+    again = rebuilt(loaded, loaded.state_dict())
+    for each in (loaded, again):
+        assert torch.equal(each.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(each.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_folder_whose_class_makes_an_empty_tokenizer(tmp_path: Path) -> None:
+    build_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no tokenizer\. Set data\.tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_earlier_name_of_the_dtype(tmp_path: Path) -> None:

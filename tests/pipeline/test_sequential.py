@@ -413,6 +413,22 @@ def test_which_windows_carry_auxiliaries(
         assert sorted(window for windows in results for window in windows) == list(range(expected))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_windows_without_tokens_of_an_expert_carry_no_auxiliaries(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first windows have none. The fewest leading windows that have 100 tokens end with number 5."""
+    monkeypatch.setattr(block_pipeline, "ALTERNATION_TOKENS", 1)
+    model = build_model("llama")
+    describe(model)  # its hooks are not made for ranks that are threads
+    tokens = [0, 0, 0, 0, 64, 64, 64, 64]
+
+    def work(ranks: Ranks) -> list[int]:
+        mine = range(ranks.rank, len(tokens), ranks.size)
+        context = make_context(model, PruningConfig(preset="paper"), ranks)
+        return list(mine[: alternation_windows(context, [tokens[i] for i in mine], 100)])
+
+    assert sorted(window for windows in on_ranks(size, work) for window in windows) == list(range(6))
+
+
 def test_alternation_tokens_reach_the_solver(trained, calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens with auxiliaries change the result, until all carry them. They do not change the first iteration.
 

@@ -395,6 +395,24 @@ def test_ignored_projections(ignore: str, target: Any, monkeypatch: pytest.Monke
             assert all(torch.equal(t, dense[f"{block.name}.{key}"]) for key, t in block.module.state_dict().items())
 
 
+@pytest.mark.parametrize("steps", ["reconstruction_steps", "distillation_steps"])
+def test_zeros_of_ignored_projections(steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that an earlier run has pruned."""
+    tune_with(monkeypatch, learning_rate=2e-3)
+    model = build_model("llama")
+    before = {}
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name:
+            parameter.data[:, ::2] = 0
+            before[name] = parameter.detach().clone()
+    settings: dict[str, Any] = {"preset": "paper", "method": "magnitude", "ignore": ["*.self_attn.*"], steps: 2}
+    prune_model(model, random_batches(), PruningConfig(**settings))
+    for name, dense in before.items():
+        now = model.get_parameter(name)
+        assert torch.equal(now == 0, dense == 0)
+        assert not torch.equal(now, dense)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_left_out(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other token ids in the padding give bit-equal weights."""

@@ -117,6 +117,24 @@ def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
         torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_zeros_of_layers_without_a_mask(trained, ids: Tensor, share: float) -> None:
+    """Few zeros, as in some 4-bit files, are filled as in training. Many are those of a sparse layer, loaded again."""
+    model = trained("llama")
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights(model).values():
+        weight.masked_fill_(torch.rand(weight.shape, generator=generator) < share, 0)
+    zeros = {name: weight == 0 for name, weight in weights(model).items()}
+    plain = copy.deepcopy(model)
+    add_adapters(model, LoraOptions(rank=4))
+    disturb_adapters(model)
+    plain.load_state_dict(merged_state(model, model.state_dict()))
+    filled = any(bool((weight[zeros[name]] != 0).any()) for name, weight in weights(plain).items())
+    assert filled == (share < 0.2)
+    if filled:
+        torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_that_are_switched_off_are_not_merged(trained) -> None:
     model = trained("llama")
     dense = {name: weight.clone() for name, weight in weights(model).items()}

@@ -42,7 +42,7 @@ from sparsellm_lightning import (
     perplexity,
 )
 from sparsellm_lightning.architecture import describe
-from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor
+from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor, shard_blocks
 from sparsellm_lightning.distributed.fsdp2 import FSDP2Adapter
 
 
@@ -396,6 +396,12 @@ def refusals_of_fsdp2(job: Job) -> list[str]:
             adapter.check(layout)
         except UserError as error:
             said.append(str(error))
+    model = AutoModelForCausalLM.from_pretrained(job.options["model"], dtype=torch.bfloat16)
+    model.model.layers[1].mlp.up_proj.scale = torch.nn.Parameter(torch.ones(3))
+    try:
+        shard_blocks(model, mesh)
+    except UserError as error:
+        said.append(str(error))
     return said
 
 
