@@ -260,7 +260,7 @@ class Observation:
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # modules of another kind, which cannot be called so
-                continue
+                found = None
             finally:
                 self._proving = False
             if found is not None:
