@@ -134,17 +134,20 @@ def rewrite_windows(
     base: PreTrainedModel = model.base_model  # type: ignore[assignment]
     head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
     body = base.num_parameters(exclude_embeddings=True)
+    computed = autocast if lower else model.dtype
     # Cached casts of gathered shards would add up to the whole model.
     cast = torch.autocast(device_of(model).type, autocast, lower, cache_enabled=not adapter.weights_are_split)
     with explained, cast:
         cached = _follows_cache(model, adapter)
+        count(2 * (12 * body + 8 * head), computed)  # its tokens and logits
+        tokens = room - 1 if cached else sum(range(room - new, room))
         for first in tracked(range(0, len(prompts), at_once), "Writing windows", "part"):
             some = prompts[first : first + at_once].to(device_of(model))
             rows = range(first, first + len(some))
             generators = [_generator(f"{names[row // parts]}/{row % parts}", some.device) for row in rows]
             sampled = _sample(model, some, new, generators, 1.0, adapter, cached)
             written.append(torch.cat([some, sampled], 1)[:, -size:])
-            count(2 * len(some) * (body * (room - 1) + head * new), autocast if lower else model.dtype)
+            count(2 * len(some) * (body * tokens + head * new), computed)
     return torch.cat(written).view(number, parts * size)[:, :length].to(windows.device)
 
 
