@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.architecture.feed_forward import Rows, clamp, clamped, close, fused_rows, stated_number
+from sparsellm_lightning.architecture.feed_forward import (
+    Rows,
+    clamp,
+    clamped,
+    close,
+    fused_rows,
+    stated_number,
+    with_limit,
+)
 from sparsellm_lightning.architecture.layout import Experts, Network, Projection
 from sparsellm_lightning.solvers import Activation
 
@@ -74,9 +81,7 @@ def prove_experts(
         activations: to try, in this order.
     """
     alpha, limit = (stated_number(module, name, f"swiglu_{name}") for name in ("alpha", "limit"))
-    tried: list[tuple[Activation, float, float | None]] = [(activation, 0.0, None) for activation in activations]
-    if limit is not None and math.isfinite(limit):  # the probe's tokens may be too small to show it
-        tried = [(clamped(activation, limit), 0.0, limit) for activation in activations] + tried
+    tried = [(activation, 0.0, bound) for activation, bound in with_limit(activations, limit)]
     if limit is not None and alpha is not None:  # GPT-OSS, MiniMax-M3
         tried.insert(0, (clamped(_swish(alpha), limit), 1.0, limit))
     for first in _layouts(name, module, routing.hidden.shape[-1]):

@@ -122,10 +122,7 @@ def prove(
     single, double = ([call for call in before if call.y.shape[1] == factor * width] for factor in (1, 2))
     few = slice(0, 2)  # tokens that rule out most candidates
     limit = None if holder is None else stated_number(holder, "limit", "swiglu_limit")
-    tried: list[tuple[Activation, float | None]] = [(activation, None) for activation in activations]
-    if limit is not None and math.isfinite(limit):  # the probe's tokens may be too small to show it
-        tried = [(clamped(activation, limit), limit) for activation in activations] + tried
-    for activation, bound in tried:
+    for activation, bound in with_limit(activations, limit):
         for gate in single:
             gated = activation(gate.y.float())
             if bound is None and _equal(gated[few], down.x[few]) and _equal(gated, down.x):
@@ -147,6 +144,14 @@ def prove(
 def clamp(up: Tensor, limit: float | None) -> Tensor:
     """``up`` in ± limit. None: as it is."""
     return up if limit is None else up.clamp(-limit, limit)
+
+
+def with_limit(activations: Sequence[Activation], limit: float | None) -> list[tuple[Activation, float | None]]:
+    """Activations to try, each with the limit of ``up``. Clamped ones first: the probe's tokens may be too small to show it."""
+    plain: list[tuple[Activation, float | None]] = [(activation, None) for activation in activations]
+    if limit is None or not math.isfinite(limit):
+        return plain
+    return [(clamped(activation, limit), limit) for activation in activations] + plain
 
 
 def stated_number(module: nn.Module, *names: str) -> float | None:
