@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from jsonargparse import auto_cli, set_parsing_settings
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -110,6 +111,12 @@ class PruningTrainer(pl.Trainer):
             raise UserError(
                 f"against must be another model than the one that is measured, got {against}. Leave it out."
             )
+        left = self._checkpoint_connector._hpc_resume_path
+        if left is not None and SLURMEnvironment.detect():
+            raise UserError(
+                f"Under SLURM Lightning would evaluate {left}, which a requeued job left, in place of {name}. Move that file, "
+                "or set trainer.default_root_dir to another folder."
+            )
         harness = _harness(self) if tasks else None
         if harness is not None:
             harness.find_tasks(tasks, tasks_folder)
@@ -178,11 +185,12 @@ def show_report(trainer: pl.Trainer) -> None:
         print(f"{pruner.report.table()}\n")
         if pruner.report.work:  # empty for a model that was sparse already
             print(f"{pruner.report.phase_table()}\n")
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        saving = trainer.checkpoint_callback
+        checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
         if pruner.export_dir is not None:
             print(f"written to {pruner.export_dir}")
         elif checkpoint:
-            print(f"The last checkpoint is {checkpoint}. A folder for transformers is written with pruner.export_dir.")
+            print(f"A checkpoint is {checkpoint}. A folder for transformers is written with pruner.export_dir.")
         else:
             print("The model was not written anywhere, because pruner.export_dir is not set.")
 

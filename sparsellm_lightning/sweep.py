@@ -19,7 +19,6 @@ from sparsellm_lightning.models import load_model, load_tokenizer, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import format_table, save_sweep
 from sparsellm_lightning.runtime import claimed, showing, to_best_device
-from sparsellm_lightning.solvers import Penalties
 
 TABLE, SETTINGS = "sweep.csv", "sweep.json"
 
@@ -84,12 +83,12 @@ def sweep(
         raise UserError(
             "sweep prunes one model many times, but windows of source self are written in a Trainer's fit. Set another source."
         )
-    folder = Path(out)
+    folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out must be a folder, but {out} is a file. Choose another name.")
     if not isinstance(data.tokenizer, PreTrainedTokenizerBase):
         data.tokenizer = load_tokenizer(data.tokenizer or model)
-    with claimed(out, "out"):
+    with claimed(folder, "out"):
         rows = _known(folder, _identity(model, data, settings or {}))
         loaded = load_model(model).eval()
         to_best_device(loaded)
@@ -134,8 +133,6 @@ def _config(variant: str, sparsity: float, settings: dict[str, Any]) -> PruningC
     if twice:
         raise UserError(f"settings must leave {', '.join(twice)} to variants and sparsities. Leave it out.")
     try:
-        if isinstance(settings.get("penalties"), dict):
-            settings = {**settings, "penalties": Penalties(**settings["penalties"])}
         return PruningConfig(**settings, **chosen)
     except (TypeError, AttributeError) as error:  # no parser has seen their types
         raise UserError(

@@ -15,13 +15,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
 from sparsellm_lightning import UserError
 from sparsellm_lightning.cli import PruningTrainer, SaveConfigBesideLogs, main
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.shorthand import expanded
-from sparsellm_lightning.solvers import Penalties
 
 TEXT = ("--data.sequence_length", 64, "--data.max_eval_windows", 2)
 
@@ -213,10 +213,20 @@ def test_fit_from_files(tmp_path: Path, config: Path) -> None:
     assert report["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.002)
 
 
+def test_under_slurm_no_other_model_is_evaluated(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would load the checkpoint that it has left in the working folder when the job was requeued."""
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    run = sparsellm("evaluate", "--model.pretrained", model_dir, *TEXT, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "hpc_ckpt_1.ckpt, which a requeued job left" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pruner.sparsity", "70"], r"sparsity must be in [0, 1), got 70"),
         (["--pruner.pattern", "4:2", "--pruner.sparsity", "null"], "kept:group"),
         (["--model.pretrained", "./nowhere"], "does not exist"),
         (["--data.sequence_length", "1000000"], "1000000"),
@@ -245,25 +255,6 @@ def test_help_names_the_settings(tmp_path: Path) -> None:
     assert "--pruner.reconstruction_steps RECONSTRUCTION_STEPS Adam steps that tune each block" in shown
     for name in ("sparsity", "preset", "penalties.beta", "ignore", "finetune", "export_dir"):
         assert f"--pruner.{name}" in shown
-
-
-def test_settings_reach_the_config(config: Path) -> None:
-    pruner = pruner_of(
-        instantiate(
-            *("prune", "--config", config, "--pruner.sparsity", "0.75", "--pruner.preset", "fast"),
-            *("--pruner.penalties.beta", "3", "--pruner.ignore", "[down_proj, layers.0.*]"),
-            *("--pruner.reconstruction_steps", "5", "--pruner.alternation_blocks", "[0, -1]"),
-            *("--pruner.export_dir", "somewhere"),
-        )
-    )
-    found = pruner.config
-    assert (found.sparsity, found.preset, found.reconstruction_steps) == (0.75, "fast", 5)
-    assert (found.num_iterations, found.num_calibration_samples) == (2, 16), "the config file's"
-    assert (found.method, found.damping) == ("sparsegpt", 0.1), "the preset's"
-    assert found.penalties == Penalties(beta=3.0)
-    assert found.ignore == ("down_proj", "layers.0.*")
-    assert found.alternation_blocks == [0, -1]
-    assert pruner.export_dir == "somewhere"
 
 
 def commands(recipe: Path) -> list[list[str]]:

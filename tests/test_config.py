@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.cli import instantiate, pruner_of
 
 from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError
-from sparsellm_lightning.cli import PruningTrainer, SparseLLMCLI, main
+from sparsellm_lightning.cli import main
 from sparsellm_lightning.config import PRESETS
-from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.models import CausalLM
+from sparsellm_lightning.data import synthetic
+from sparsellm_lightning.pipeline import distil
 from sparsellm_lightning.solvers import SINGLE, NofM, Penalties, Ranks, Unstructured
 
 NAN, INF = float("nan"), float("inf")
@@ -52,6 +54,37 @@ def test_a_preset_sets_its_values(preset: Any) -> None:
     assert config.preset == preset
     assert decided(config) == PRESETS[preset]
     assert SparseLLMCallback(preset=preset).config == config
+
+
+def test_the_settings_of_a_report_are_accepted() -> None:
+    config = PruningConfig(preset="best", penalties=Penalties(beta=2.0), ignore=["down_proj"], pattern="2:4")
+    assert PruningConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_where_blocks_leave_the_others_are_fitted_to_the_dense_model() -> None:
+    for pattern in ("blocks", {"neurons": 0.2, "blocks": 1}, {"parameters": 0.7}):
+        assert PruningConfig(preset="fast", pattern=pattern).target == "model"
+        assert PruningConfig(preset="fast", pattern=pattern, target="block").target == "block"
+    assert PruningConfig(preset="fast", pattern="neurons").target == "block"
+
+
+def test_numbers_in_the_help_are_those_of_the_code() -> None:
+    shown = " ".join(str(PruningConfig.__doc__).split())
+    assert f"continues each {synthetic.PROMPT} tokens" in shown
+    assert f"about {distil.STEP_TOKENS} tokens" in shown
+    assert f"first {100 * (1 - distil.OWN_SHARE):.0f} %" in shown
+
+
+def test_what_patterns_without_sparsity_ask_for() -> None:
+    """Of several shares the largest, of a number of blocks all, of a budget what does not stay."""
+    for pattern, share in (
+        ({"neurons": 0.25, "heads": 0.5, "blocks": 0}, 0.5),
+        ({"blocks": 3}, 1),
+        ({"latency": 0.7}, 0.3),
+    ):
+        assert PruningConfig(pattern=pattern).requested_sparsity == pytest.approx(share)
+    with pytest.raises(UserError, match=r"keep some of 128 hidden units, but .* keep 128"):
+        PruningConfig(pattern="neurons", sparsity=0.1).kept("neurons", 128)
 
 
 def test_the_default_preset_is_balanced() -> None:
@@ -288,19 +321,6 @@ def test_blocks_outside_the_model_are_refused(blocks: list[int], outside: str) -
 ARGUMENTS = ["prune", "--model.pretrained=none", "--trainer.accelerator=cpu", "--trainer.logger=false"]
 
 
-def from_command_line(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> PruningConfig:
-    """The settings of the callback that the command line makes. Nothing is pruned."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(PruningTrainer, "prune", lambda self, model, datamodule: None)
-    cli = SparseLLMCLI(
-        *(CausalLM, TextDataModule),
-        trainer_class=PruningTrainer,
-        auto_configure_optimizers=False,
-        args=[*ARGUMENTS, *arguments],
-    )
-    return next(c for c in cli.trainer.callbacks if isinstance(c, SparseLLMCallback)).config  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("arguments", "settings"),
     [
@@ -321,31 +341,33 @@ def from_command_line(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments:
         ),
     ],
 )
-def test_command_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: str, settings: dict[str, Any]
-) -> None:
-    assert from_command_line(monkeypatch, tmp_path, *arguments.split()) == PruningConfig(**settings)
+def test_command_line(arguments: str, settings: dict[str, Any]) -> None:
+    assert pruner_of(instantiate(*ARGUMENTS, *arguments.split())).config == PruningConfig(**settings)
 
 
-def test_configuration_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(
-        "pruner: {preset: best, reconstruction_steps: 5, alternation_blocks: first_half, penalties: {alpha: 0.5}}\n"
+def test_configuration_files(tmp_path: Path) -> None:
+    """They stack, later ones win, and the command line wins over all."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "pruner: {preset: best, sparsity: 0.6, reconstruction_steps: 5, alternation_blocks: first_half, "
+        "penalties: {alpha: 0.5}}\n"
     )
-    config = from_command_line(monkeypatch, tmp_path, "--config", "config.yaml", "--pruner.reconstruction_steps", "6")
-    expected = {"alternation_blocks": "first_half", "penalties": Penalties(alpha=0.5), "reconstruction_steps": 6}
-    assert config == PruningConfig(preset="best", **expected)
+    second.write_text("pruner: {sparsity: 0.7, reconstruction_steps: 7}\n")
+    files = ("--config", first, "--config", second)
+    config = pruner_of(instantiate(*ARGUMENTS, *files, "--pruner.reconstruction_steps", "6")).config
+    expected: dict[str, Any] = {"alternation_blocks": "first_half", "penalties": Penalties(alpha=0.5)}
+    assert config == PruningConfig(preset="best", sparsity=0.7, reconstruction_steps=6, **expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ("--pruner.preset good", "pruner.preset"),
-        ("--pruner.no_such_setting 8", "pruner.no_such_setting"),
         ("--pruner.reconstruction_steps -1", "reconstruction_steps must be an integer of at least 0, got -1"),
     ],
 )
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], arguments: str, named: str) -> None:
-    """jsonargparse refuses unknown names and wrong types. The settings refuse other wrong values. Both print a message."""
+    """jsonargparse refuses wrong types. The settings refuse other wrong values. Both print a message."""
     with pytest.raises(SystemExit) as caught:
         main([*ARGUMENTS, *arguments.split()])
     assert caught.value.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,7 @@ def choose_blocks(
                 divergences[block.index] = probe.divergence(block, {*removed, block.index})
                 probe.advance(block)
         probe.rewind()
-        best = min(divergences, key=lambda index: divergences[index])
+        best = min(divergences, key=lambda index: (math.isnan(divergences[index]), divergences[index]))  # NaN: overflow
         removed[best] = divergences[best]
     return removed
 

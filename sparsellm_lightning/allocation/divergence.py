@@ -34,10 +34,8 @@ class OutputProbe:
     """
 
     def __init__(self, context: Context, batches: Sequence[CalibrationBatch]) -> None:
-        if not context.layout.predicts:
-            why = "has no language-model head"
-            if context.layout.model.get_output_embeddings() is not None:
-                why = "has hidden states that are of no token"
+        why = context.layout.why_not_predicting
+        if why is not None:
             raise UserError(
                 f"allocation kl, pattern blocks and budgets compare next-token distributions, but "
                 f"{type(context.layout.model).__name__} {why}. Use another allocation or pattern."

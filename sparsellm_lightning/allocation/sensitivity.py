@@ -32,7 +32,7 @@ from sparsellm_lightning.calibration import (
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.runtime import tracked
-from sparsellm_lightning.solvers import Gram, InputStatistics, check_finite
+from sparsellm_lightning.solvers import Gram, InputStatistics
 
 STATISTICS_TOKENS = 4096  # tokens, over all ranks, of the statistics for local errors and outliers
 DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning later blocks partly repairs it
@@ -132,7 +132,8 @@ class BlockStatistics:
         sample.hidden = run_block(context, block, sample, inputs=observers)
         self.shared: dict[str, InputStatistics] = {}
         for group, gram in zip(groups, grams, strict=True):
-            self.shared |= dict.fromkeys((p.name for p in group), self._of(gram, group[0].name))
+            statistics = gram.statistics(context.config.damping, context.ranks, group[0].name)
+            self.shared |= dict.fromkeys((p.name for p in group), statistics)
 
     def __getitem__(self, name: str) -> InputStatistics:
         """Those of a projection's input. Of an expert's, they are computed anew."""
@@ -146,12 +147,7 @@ class BlockStatistics:
         for x, weights in zip(tokens.x.split(tokens.chunks), tokens.weights.split(tokens.chunks), strict=True):
             x = x.to(self.context.device, torch.float32)
             gram.add((feed_forward.hidden(x) if down else x) * weights.sqrt()[:, None])
-        return self._of(gram, name)
-
-    def _of(self, gram: Gram, name: str) -> InputStatistics:
-        mean = gram.mean(self.context.ranks)
-        check_finite(mean, name)
-        return InputStatistics(mean, self.context.config.damping, name)
+        return gram.statistics(self.context.config.damping, self.context.ranks, name)
 
 
 def _outlier_ratios(context: Context, cache: ActivationCache) -> Iterator[float]:

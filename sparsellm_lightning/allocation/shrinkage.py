@@ -149,7 +149,7 @@ def _head_parameters(block: Block) -> int:
 
 
 def _seconds(context: Context, sample: ActivationCache) -> list[Cost]:
-    """Median seconds of a forward of each block over one batch, mean over ranks."""
+    """Median seconds of a forward of each block over one batch, summed over ranks: only their ratios count."""
     one, found = sample.part(range(min(len(sample.hidden), 1))), []  # a rank may have no windows
     for block in context.layout.blocks:
         of_units = {p.module for network in block.networks for p in network.projections}
@@ -264,7 +264,7 @@ class _Part:
         """Damage by number of groups. The probe is in front of the first block. Weights are restored."""
         if self.removed and self.alone:
             adapter = self.context.adapter
-            dense = [(p, adapter.whole(p).cpu()) for p, _ in self.removed]
+            dense = [(p, adapter.whole(p).to(p.parameter.dtype).cpu()) for p, _ in self.removed]
             self._write(self.removed)
             self.curve *= probe.divergence(self.context.layout.blocks[0]) / self.alone
             self._write(dense)

@@ -1,6 +1,7 @@
 """What a model's decoder blocks and their projections are: found by looking, with a table of exceptions."""
 
 from sparsellm_lightning.architecture.blocks import (
+    context_of,
     decoder_blocks,
     device_of,
     evaluating,
@@ -9,6 +10,7 @@ from sparsellm_lightning.architecture.blocks import (
     patched_forward,
     unwrapped,
     unwrapped_names,
+    vocabulary_of,
 )
 from sparsellm_lightning.architecture.discovery import describe
 from sparsellm_lightning.architecture.examination import ROUTES
@@ -40,6 +42,7 @@ __all__ = [
     "Projection",
     "Routing",
     "Unit",
+    "context_of",
     "decoder_blocks",
     "describe",
     "device_of",
@@ -52,4 +55,5 @@ __all__ = [
     "routing_in",
     "unwrapped",
     "unwrapped_names",
+    "vocabulary_of",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,19 +81,25 @@ def _weights(blocks: Any) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and compiled modules run eagerly, because hooks inside a compiled block never fire.
+    """Evaluation mode. Compiled modules run eagerly, because hooks inside a compiled block never fire.
 
-    Training modes are restored at the end.
+    Mixtures give no router logits: the loss that is computed from them fails if blocks do not run. Training modes and
+    configurations are restored at the end.
     """
     modes = {module: module.training for module in model.modules()}
-    stance = getattr(torch.compiler, "set_stance", None)
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    routed = [config for config in configs if getattr(config, "output_router_logits", False)]
     model.eval()
     try:
-        with stance("force_eager") if stance else nullcontext():
+        for config in routed:
+            config.output_router_logits = False
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for config in routed:
+            config.output_router_logits = True
 
 
 @contextmanager
@@ -117,6 +124,19 @@ def hidden_states(returned: Any) -> Tensor:
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter."""
     return next(module.parameters()).device
+
+
+def context_of(model: PreTrainedModel) -> float:
+    """Most tokens of a window: those that the model has positions for. Infinity, if nothing limits them."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if found is not None and found > 0 else math.inf  # XLNet has -1
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of tokens that the model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    found: int | None = getattr(embeddings, "num_embeddings", None)
+    return model.config.get_text_config().vocab_size if found is None else found
 
 
 def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:

@@ -34,8 +34,8 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, tuple[Architecture | None, list[Block
 def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: RunModel = run_base) -> DecoderLayout:
     """Find a model's blocks and projections, and check that the settings can be applied to them.
 
-    The first call for a model probes it: one forward of 22 tokens, and a few of each block. Later calls only look up the
-    modules, which may have been wrapped since.
+    The first call for a model probes it by forwards of 22 tokens, two of the model and a few of each block. Later calls only
+    look up the modules, which may have been wrapped since.
 
     Args:
         model: any causal language model of ``transformers``.
@@ -43,8 +43,8 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
         run: calls the model so that its blocks run. A sharded model needs its strategy's.
 
     Raises:
-        UserError: a model that cannot be pruned block by block, an ``ignore`` pattern that matches nothing, columns that do not
-            divide by the N:M group, or block indices outside the model.
+        UserError: a model that cannot be pruned block by block, or has nothing to prune; an ``ignore`` pattern that matches
+            nothing; columns that do not divide by the N:M group; block indices outside the model.
     """
     config = config or PruningConfig()
     row = ARCHITECTURES.get(model.config.model_type)
@@ -63,6 +63,7 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
         _check_heads(layout, config)
     config.kept("blocks", len(layout.blocks))
     config.alternates_in(len(layout.blocks))
+    _check_some_pruned(layout, config)
     return layout
 
 
@@ -72,8 +73,7 @@ def _modules(block: Block) -> Iterator[nn.Module]:
         yield block.replay.module
     for unit in block.units:
         yield unit.observed
-        networks = [unit] if isinstance(unit, Network) else unit.networks if isinstance(unit, Experts) else []
-        for network in networks:
+        for network in unit.networks:
             yield network.observed
             yield network.output
         for p in unit.projections:
@@ -167,6 +167,17 @@ def _check_weights(model: PreTrainedModel) -> None:
                 f"Pruning needs weights in memory, but {name} is on the meta device (without data, or offloaded to disk). Load "
                 "the model without device_map."
             )
+
+
+def _check_some_pruned(layout: DecoderLayout, config: PruningConfig) -> None:
+    """Refuse a model in which nothing would be pruned."""
+    if not any(p.pruned for p in layout.projections()):
+        reasons = sorted({reason for block in layout.blocks for reason in block.dense.values()})
+        why = f"ignore names all: {', '.join(config.ignore)}" if config.ignore else "; ".join(reasons)
+        raise UserError(
+            f"Pruning needs a linear layer in a decoder block, but {type(layout.model).__name__} has none that can be pruned"
+            f"{f' ({why})' if why else ''}. Change ignore, or give a model of plain linear layers."
+        )
 
 
 def _check_untied(layout: DecoderLayout) -> None:

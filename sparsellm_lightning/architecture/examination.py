@@ -42,7 +42,7 @@ LARGE = 0.1  # smallest share of a block's parameters from which one that is not
 
 @dataclass
 class Examination:
-    """Of one block that was observed. Each feed-forward network takes one more forward, in which its output is disturbed.
+    """Of one block that was observed. Each feed-forward network takes two more forwards, in which its output is disturbed.
 
     Args:
         index: of the block.

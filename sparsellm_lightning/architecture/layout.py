@@ -85,13 +85,13 @@ class Projection:
         return "bias" if self.parameter_name == "weight" else f"{self.parameter_name}_bias"
 
 
-def linear_projection(name: str, module: nn.Module, pruned: bool = True, parts: tuple[int, ...] = ()) -> Projection:
+def linear_projection(name: str, module: nn.Module, parts: tuple[int, ...] = ()) -> Projection:
     """The projection of a whole ``nn.Linear`` or ``Conv1D``."""
     # From the module's attributes, because the parameter of a sharded module may be a flat piece.
     layer: Any = module
     transposed = isinstance(module, Conv1D)
     shape = (layer.nf, layer.nx) if transposed else (layer.out_features, layer.in_features)
-    return Projection(name, module, pruned, shape, transposed=transposed, parts=parts)
+    return Projection(name, module, True, shape, transposed=transposed, parts=parts)
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ class Linears:
     """
 
     projections: list[Projection]
+
+    @property
+    def networks(self) -> list[Network]:
+        """The feed-forward networks in it: none."""
+        return []
 
     @property
     def observed(self) -> nn.Module:
@@ -132,6 +137,11 @@ class Network:
     scale: float | None
     up_offset: float = 0.0
     up_limit: float | None = None
+
+    @property
+    def networks(self) -> list[Network]:
+        """The feed-forward networks in it: itself."""
+        return [self]
 
     @property
     def projections(self) -> list[Projection]:
@@ -323,7 +333,14 @@ class DecoderLayout:
     @property
     def predicts(self) -> bool:
         """Whether hidden states behind the last block give the next-token distribution of each token."""
-        return self.model.get_output_embeddings() is not None and not any(b.added_positions for b in self.blocks)
+        return self.why_not_predicting is None
+
+    @property
+    def why_not_predicting(self) -> str | None:
+        """What the model has or lacks, for a message, if it gives no next-token distribution of each token."""
+        if self.model.get_output_embeddings() is None:
+            return "has no language-model head"
+        return "has hidden states that are of no token" if any(b.added_positions for b in self.blocks) else None
 
     def projections(self) -> Iterator[Projection]:
         """The projections of all blocks, in order."""
@@ -353,9 +370,4 @@ class DecoderLayout:
     @property
     def networks(self) -> list[Network]:
         """The feed-forward networks of all blocks, experts included."""
-        return [
-            network
-            for block in self.blocks
-            for unit in block.units
-            for network in ([unit] if isinstance(unit, Network) else unit.networks if isinstance(unit, Experts) else [])
-        ]
+        return [network for block in self.blocks for unit in block.units for network in unit.networks]

@@ -45,7 +45,7 @@ class BlockCall:
 
     def end(self, returned: Any) -> None:
         """Note what the block returned."""
-        pair = isinstance(returned, (tuple, list)) and type(returned) in (tuple, list) and returned
+        pair = type(returned) in (tuple, list) and returned
         self.returned = type(returned)([copied(returned[0]), *returned[1:]]) if pair else copied(returned)
 
     def again(self, module: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""One short forward of a model, and two of each decoder block, that show what is inside."""
+"""Short forwards of a model, and of each of its decoder blocks, that show what is inside."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sparsellm_lightning.architecture.blocks import (
     hidden_states,
     patched_forward,
     unwrapped_names,
+    vocabulary_of,
 )
 from sparsellm_lightning.architecture.examination import Examination
 from sparsellm_lightning.architecture.feed_forward import activations_of
@@ -215,11 +216,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:
     """Token ids, none of which has a meaning of its own (padding, image)."""
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
     special = set(_special_ids(model.config.to_dict()))
     ids: list[int] = []
     generator = torch.Generator().manual_seed(0)
-    for candidate in torch.randint(vocabulary, (4096,), generator=generator).tolist():
+    for candidate in torch.randint(vocabulary_of(model), (4096,), generator=generator).tolist():
         if candidate not in special:
             ids.append(candidate)
     return torch.tensor(ids[: WINDOWS * TOKENS], device=device_of(model)).view(WINDOWS, TOKENS)

@@ -17,9 +17,9 @@ from sparsellm_lightning.solvers import CHUNK, Ranks, moved
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def chunks_in(windows: Iterable[int]) -> int:
-    """Number of chunks of at most :data:`~sparsellm_lightning.solvers.CHUNK` tokens, each inside one of these windows."""
-    return sum(-(-tokens // CHUNK) for tokens in windows)
+def chunks_in(windows: Iterable[int]) -> list[int]:
+    """Tokens of each chunk that the solver visits: a window, or parts of ``CHUNK`` tokens of a longer window."""
+    return [min(CHUNK, window - start) for window in windows for start in range(0, window, CHUNK)]
 
 
 @dataclass
@@ -135,12 +135,8 @@ class ActivationCache:
             for start, fitted in zip(starts, self.fitted_by_batch(), strict=False)
         ]
 
-    def chunks(self) -> list[int]:
-        """Tokens of each chunk that the solver visits: a window, or parts of ``CHUNK`` tokens of a longer window."""
-        return [min(CHUNK, window - start) for window in self.windows for start in range(0, window, CHUNK)]
-
-    def chunks_of(self, windows: int) -> int:
-        """Number of :meth:`chunks` in the first ``windows`` windows."""
+    def chunks(self, windows: int | None = None) -> list[int]:
+        """The chunks (:func:`chunks_in`) of the first ``windows`` windows. None: of all."""
         return chunks_in(self.windows[:windows])
 
     def valid_tokens(self) -> Iterator[Tensor]:

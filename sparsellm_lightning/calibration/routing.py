@@ -11,7 +11,7 @@ from sparsellm_lightning.architecture import Block, Experts, Routing
 from sparsellm_lightning.calibration.activations import ActivationCache, chunks_in
 from sparsellm_lightning.calibration.context import Context
 from sparsellm_lightning.calibration.forward import observe_routing
-from sparsellm_lightning.solvers import CHUNK, moved
+from sparsellm_lightning.solvers import moved
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ExpertTokens:
 
     def chunks_of(self, windows: int) -> int:
         """Number of chunks in the first ``windows`` windows."""
-        return chunks_in(self.fitted_windows[:windows])
+        return len(chunks_in(self.fitted_windows[:windows]))
 
 
 class RoutedTokens:
@@ -101,7 +101,7 @@ class RoutedTokens:
                 x, weight = x[chosen], square[chosen] * (routed / energy)
             xs.append(x)
             weights.append(weight)
-            chunks += [min(CHUNK, len(x) - start) for start in range(0, len(x), CHUNK)]
+            chunks += chunks_in([len(x)])
             if index < self.fitted_windows:
                 fitted_chunks = len(chunks)
         device, lengths = self.context.device, [len(x) for x in xs[: self.fitted_windows]]

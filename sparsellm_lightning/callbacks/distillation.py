@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_
 from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import kept_in_float32, load_model, pretrained_of
+from sparsellm_lightning.models import check_dtype, kept_in_float32, load_model, pretrained_of
 from sparsellm_lightning.solvers import kl_divergence
 from sparsellm_lightning.sparsity import linear_layers, pruned_before
 
@@ -80,7 +81,7 @@ class Distillation(pl.Callback):
 
     def __init__(
         self,
-        teacher: str | PreTrainedModel | None = None,
+        teacher: str | Path | PreTrainedModel | None = None,
         temperature: float = 1.0,
         task_weight: float = 0.5,
         logit_weight: float = 0.5,
@@ -148,7 +149,7 @@ class Distillation(pl.Callback):
 
     def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedModel:
         source = pretrained_of(pl_module) if self.teacher is None else self.teacher
-        if isinstance(source, str):
+        if isinstance(source, (str, Path)):
             path, mesh = source, pl_module.device_mesh
             if mesh is not None:
                 teacher = load_sharded(lambda: load_model(path, self.teacher_dtype), mesh["data_parallel"])
@@ -174,7 +175,7 @@ class Distillation(pl.Callback):
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
                 )
             source = copy.deepcopy(find_model(pl_module, self.model_attribute))
-        dtype = source.dtype if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
+        dtype = source.dtype if self.teacher_dtype == "auto" else check_dtype(self.teacher_dtype)
         if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()) and self.teacher_dtype != "auto":
             source = copy.deepcopy(source) if source is self.teacher else source
             with kept_in_float32(source):

@@ -20,7 +20,7 @@ class KeepZeros(TrainerCallback):
     them, run ``trainer.train()`` inside ``holding_zeros(model)`` instead of using the callback.
 
     Raises:
-        UserError: under DeepSpeed, which trains copies of the weights.
+        UserError: under DeepSpeed, which trains copies of the weights, and FSDP, of which each process holds pieces.
     """
 
     def __init__(self) -> None:
@@ -29,6 +29,10 @@ class KeepZeros(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):  # of accelerate's configuration
             raise UserError("KeepZeros does not reach DeepSpeed's copies of the weights. Leave deepspeed out.")
+        if getattr(args, "fsdp", None):
+            raise UserError(
+                "KeepZeros needs whole weights, which FSDP shards. Leave fsdp out, or use SparseFinetuning."
+            )
         self._held.close()
         assert model is not None
         self._held.enter_context(holding_zeros(model))

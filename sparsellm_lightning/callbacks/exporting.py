@@ -93,7 +93,7 @@ class Exporter:
         with _failing_together(trainer):
             tokenizer = _tokenizer(trainer, pl_module)
             if trainer.is_global_zero:  # a copy that another rank has received counts as changed
-                check_companions(model, tokenizer)
+                check_companions(model, tokenizer, Path(self.folder))
             if config.removed_shares:
                 check_shrinkable(layout, fixed_shrinkage(layout, config))
             check_adapters(model)

@@ -50,7 +50,6 @@ class SparseFinetuning(pl.Callback):
         self._handles: list[Any] = []
         self._random_state: torch.Tensor | None = None
         self._resumes = True  # whether a state that is loaded is of the run that goes on
-        self._checkpoint: Any = None  # that holds this state
         self.checks = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -137,7 +136,6 @@ class SparseFinetuning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Evaluation loads checkpoints too, and Lightning's tuners load their own.
-        self._checkpoint = trainer.ckpt_path
         self._resumes = trainer.state.fn == TrainerFn.FITTING and resumed(trainer) is not None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsellm_lightning.architecture import context_of
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
@@ -103,7 +104,7 @@ class Measurer:
         batches, _ = validation_batches(trainer)
         if tokenizer is None or batches is None or model.get_output_embeddings() is None:
             return []
-        if 0 < (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) < PROMPTS[1] + CONTINUED:
+        if PROMPTS[1] + CONTINUED > context_of(model):
             return []
         if self._prompts is None:
             with isolate_rng():
@@ -142,9 +143,7 @@ def _noting_windows(batches: Iterable[Any], seen: list[tuple[int, int]]) -> Iter
     torch.manual_seed(0)  # the random state is restored after the measurement
     for batch in batches:
         windows, length = token_input(model_inputs(batch)).shape[:2]
-        if (
-            isinstance(batch, Mapping) and "labels" in batch
-        ):  # windows without labels make up an even share of the ranks
-            windows = int((batch["labels"] != IGNORED).any(1).sum())
+        if isinstance(batch, Mapping) and "labels" in batch:  # windows without any make up an even share of the ranks
+            windows = int((batch["labels"].view(windows, -1) != IGNORED).any(1).sum())
         seen.append((windows, length))
         yield batch

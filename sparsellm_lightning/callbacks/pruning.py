@@ -19,9 +19,9 @@ from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, 
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
+from sparsellm_lightning.callbacks.interruptions import allow_checkpoints, ending_on_sigterm, forbid_checkpoints
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
-from sparsellm_lightning.callbacks.signals import ending_on_sigterm
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of
 from sparsellm_lightning.distributed import adapter_for
@@ -110,7 +110,6 @@ class SparseLLMCallback(SparseFinetuning):
         self.model_attribute = model_attribute
         self.report: PruningReport | None = None
         self._restored = False  # whether the report comes from the checkpoint of this run
-        self._unfinished = False  # whether pruning has begun and not ended
         self._trained = False  # whether this fit has begun to train
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
         self._profile = Profile()
@@ -119,10 +118,11 @@ class SparseLLMCallback(SparseFinetuning):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        allow_checkpoints(trainer)
         keep_in_conversions(trainer.precision_plugin)
         if stage != "fit":
             return
-        self._restored = self._unfinished = self._trained = False
+        self._restored = self._trained = False
         self._profile = Profile()
         self._measurer = Measurer(self._profile)
         if is_sparse_already(pl_module) and (self.schedule is not None or self.baseline):
@@ -236,25 +236,19 @@ class SparseLLMCallback(SparseFinetuning):
 
     def state_dict(self) -> dict[str, Any]:
         report = None if self.report is None else self.report.to_dict()
-        return super().state_dict() | {"report": report, "unfinished": self._unfinished}
+        return super().state_dict() | {"report": report}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if not self._resumes:
             return
-        if state_dict.get("unfinished"):
-            raise UserError(
-                f"ckpt_path must be a checkpoint from before or after pruning, but {self._checkpoint} was saved during it, "
-                "with a half pruned model. Start without it; if Lightning found it itself, delete it. With resume_dir, "
-                "finished blocks are not solved again."
-            )
         report = state_dict["report"]
         self.report = None if report is None else PruningReport(**report)
         self._restored = True
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, or prune further, and hold the zeros."""
-        self._unfinished = True
+        forbid_checkpoints(trainer)
         with ending_on_sigterm():
             try:
                 self.report = self._pruned_report(trainer, pl_module)
@@ -264,7 +258,7 @@ class SparseLLMCallback(SparseFinetuning):
                     kept = f"Finished blocks are in {self.resume_dir}. Start the same command again to go on."
                 log.warning("Pruning was interrupted. %s", kept)
                 raise
-        self._unfinished = False
+        allow_checkpoints(trainer)
         renew_averages(trainer.callbacks, pl_module)  # type: ignore[attr-defined]  # which are of the dense model
         self._hold(trainer, pl_module)
 

@@ -156,6 +156,8 @@ class PruningConfig:
             if not (value is None and name in PRESETS[self.preset]):  # which is replaced by the preset's
                 object.__setattr__(self, name, integer(name, value, least))
         object.__setattr__(self, "seed", integer("seed", self.seed))
+        if isinstance(self.penalties, dict):  # as a report has them
+            object.__setattr__(self, "penalties", Penalties(**self.penalties))
         weights: dict[str, Any] = {name: float(getattr(self.penalties, name)) for name in ("alpha", "beta", "gamma")}
         object.__setattr__(self, "penalties", replace(self.penalties, **weights))
         if self.memory != "auto":

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,10 +95,12 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     data = datamodule_of(trainer)
     loader = getattr(data, "calibration_dataloader", None)
     if loader is None:
-        assert trainer.train_dataloader is not None
-        batches = trainer.train_dataloader
-        fresh = _Fresh(batches) if isinstance(batches, DataLoader) else batches
-        return fresh, _is_sharded(batches), "training dataloader"
+        combined = trainer.fit_loop._combined_loader
+        assert combined is not None
+        fresh = [_Fresh(loader) if isinstance(loader, DataLoader) else loader for loader in combined.flattened]
+        # Of several loaders batches in turn, so that each has its part.
+        batches = fresh[0] if len(fresh) == 1 else (b for one in zip_longest(*fresh) for b in one if b is not None)
+        return batches, _is_sharded(combined.flattened), "training dataloader"
     accepted = inspect.signature(loader).parameters
     wanted = {"num_samples": num_samples, "seed": seed}
     source = str(getattr(data, "calibration_text", type(data).__name__))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from sparsellm_lightning.architecture import device_of
+from sparsellm_lightning.architecture import context_of, device_of, vocabulary_of
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.runtime import explaining_memory, format_bytes, tracked
@@ -110,10 +110,10 @@ def rewrite_windows(
     """
     _check_head(model)
     number, length = windows.shape
-    parts = -(-length // int(max(min(PROMPT, _context(model) / 2), 1)))
+    parts = -(-length // int(max(min(PROMPT, context_of(model) / 2), 1)))
     size = -(-length // parts)
     if from_random_tokens:
-        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
+        vocabulary = vocabulary_of(model)
         cpu = torch.device("cpu")
         drawn = [torch.randint(vocabulary, (parts, 1), generator=_generator(name, cpu)) for name in names]
         prompts, new = torch.cat(drawn), size - 1
@@ -248,7 +248,7 @@ def _check(model: PreTrainedModel, count: int, length: int, batch_size: int, tem
             f"{count}, {length}, {batch_size} and {temperature}. Correct these."
         )
     _check_head(model)
-    context = _context(model)
+    context = context_of(model)
     if length > context:
         raise UserError(
             f"generated windows must fit into the model's context of {context} tokens, got length {length}. "
@@ -262,11 +262,6 @@ def _check_head(model: PreTrainedModel) -> None:
             f"generation needs a language-model head, which {type(model).__name__} has not. Calibrate it on text alone: with "
             "another source than self, and continuations 0."
         )
-
-
-def _context(model: PreTrainedModel) -> float:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context if context and context > 0 else math.inf
 
 
 def _first_token(model: PreTrainedModel) -> int:

@@ -47,7 +47,8 @@ class StrategyAdapter:
 
     def describe(self, model: PreTrainedModel, config: PruningConfig | None = None) -> DecoderLayout:
         """The model's structure, probed by forwards that the strategy allows. All ranks call this together."""
-        layout = describe(model, config, self.run_model)
+        with fastest_float32(device_of(model)):  # the probe compares results
+            layout = describe(model, config, self.run_model)
         self.finish(model)  # the probe's forward may have left parameters gathered
         return layout
 

@@ -51,6 +51,12 @@ class FSDP1Adapter(ShardedAdapter):
                     f"Every decoder block must be wrapped on its own, but {block.name} is not: pruning it would gather the "
                     "whole model. Pass FSDPStrategy(auto_wrap_policy={DecoderLayerClass})."
                 )
+            inside = [unit for unit in FullyShardedDataParallel.fsdp_modules(block.module) if unit is not block.module]
+            if inside:  # torch leaves a unit gathered whose forward ends early
+                raise UserError(
+                    f"Decoder blocks must be wrapped as a whole, but {type(inside[0].module).__name__} inside {block.name} is "
+                    "wrapped too. Name the decoder layer's class alone in FSDPStrategy's auto_wrap_policy."
+                )
         self.check_visible()
 
     def check_visible(self) -> None:

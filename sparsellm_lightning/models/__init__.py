@@ -23,7 +23,7 @@ from sparsellm_lightning.models.export import (
 )
 from sparsellm_lightning.models.head import Forward, decoder_output, head_in, logits_at
 from sparsellm_lightning.models.hub import check_hub, upload
-from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.models.loading import check_dtype, load_model, load_tokenizer
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import (
     Shrinkage,
@@ -50,6 +50,7 @@ __all__ = [
     "can_sample",
     "check_checkpoint",
     "check_companions",
+    "check_dtype",
     "check_export_dir",
     "check_hub",
     "check_inputs",

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +35,8 @@ class CausalLM(pl.LightningModule):
             ``pretrained`` names. To resume a run, use ``ckpt_path`` instead.
         dtype: of the weights: ``auto`` (the checkpoint's, float32 for GGUF), ``float32``, ``bfloat16``, ...
         optimizer: takes the parameters, returns an optimizer.
-        lr_scheduler: takes the optimizer, returns a scheduler, which is stepped after every optimizer step.
+        lr_scheduler: takes the optimizer, returns a scheduler, which is stepped after every optimizer step
+            (``lightning.pytorch.cli.ReduceLROnPlateau``: after every epoch).
         lora: low-rank adapters that train instead of the weights. ``--model.lora.rank 16`` is enough to ask for them.
 
     Raises:
@@ -144,6 +145,8 @@ class CausalLM(pl.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return LightningCLI.configure_optimizers(self, optimizer, scheduler)
         planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
         if planned is not None and steps > planned:
             raise UserError(

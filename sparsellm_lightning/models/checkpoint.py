@@ -35,7 +35,7 @@ _UNREADABLE = (
 
 def is_checkpoint(path: str) -> bool:
     """Whether this is a Lightning checkpoint: a ``.ckpt`` file, or the folder of a sharded one."""
-    return path.endswith(".ckpt") or (Path(path) / ".metadata").is_file()
+    return path.endswith(".ckpt") or (Path(path).expanduser() / ".metadata").is_file()
 
 
 def check_checkpoint(path: str) -> None:
@@ -74,10 +74,11 @@ def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
     Raises:
         UserError: there is no such checkpoint, it belongs to another model, or reading it would execute code.
     """
-    if not Path(path).exists():
+    at = Path(path).expanduser()
+    if not at.exists():
         raise UserError(f"weights looks like a checkpoint, but {path} does not exist. Correct the path.")
     try:
-        state = _read_sharded(Path(path)) if Path(path).is_dir() else torch.load(path, "cpu", weights_only=True)
+        state = _read_sharded(at) if at.is_dir() else torch.load(at, "cpu", weights_only=True)
         model.load_state_dict(
             {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
         )

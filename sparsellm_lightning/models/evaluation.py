@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
+from sparsellm_lightning.architecture import context_of, device_of, vocabulary_of
 from sparsellm_lightning.distributed import StrategyAdapter, token_input
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
@@ -69,7 +70,6 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         UserError: token ids that are not (batch, sequence) integers of the vocabulary, empty windows, or windows longer than
             the model's context.
     """
-    config = model.config.get_text_config()
     ids = inputs.get("input_ids")
     if ids is not None:
         shape = tuple(ids.shape)
@@ -78,7 +78,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
                 f"Token ids must be integers of shape (batch, sequence), at least one token long, got {ids.dtype} of shape "
                 f"{shape}. Have the dataloader give such batches."
             )
-        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", config.vocab_size)
+        vocabulary = vocabulary_of(model)
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if low < 0 or high >= vocabulary:
             raise UserError(
@@ -86,11 +86,10 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
                 "that belongs to the model."
             )
     length = token_input(inputs).shape[1]
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and 0 < context < length:  # XLNet has -1: no limit
+    if length > context_of(model):
         raise UserError(
-            f"Windows must fit into the model's context of {context} tokens, got windows of {length}. Use shorter windows "
-            "(data.sequence_length)."
+            f"Windows must fit into the model's context of {context_of(model)} tokens, got windows of {length}. Use shorter "
+            "windows (data.sequence_length)."
         )
 
 
@@ -118,13 +117,19 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and those behind padding on the left.
 
     Raises:
-        UserError: the batch has neither.
+        UserError: the batch has neither, or not one label for each token.
     """
     labels = batch["labels"] if "labels" in batch else batch.get("input_ids")
     if labels is None:
         raise UserError(
             f"Perplexity needs labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader add labels, "
             "or set measure to false."
+        )
+    shape = token_input(batch).shape[:2]
+    if labels.shape != shape:
+        raise UserError(
+            f"Perplexity needs a label for each token, got labels of shape {tuple(labels.shape)} for tokens of shape "
+            f"{tuple(shape)}. Leave the labels out, or set measure to false."
         )
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
@@ -193,7 +198,7 @@ def perplexity(
         sharded: whether the batches are this rank's own share already.
     """
     adapter = adapter or StrategyAdapter()
-    device = next(model.parameters()).device
+    device = device_of(model)
     metric = new_metric(over_ranks=adapter.ranks.size > 1).to(device)
     rank, size = (0, 1) if sharded else (adapter.ranks.rank, adapter.ranks.size)
     with adapter.ranks.failing_together("Evaluation"), adapter.calibrating(model):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsellm_lightning.architecture import device_of
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models.evaluation import model_inputs
 
@@ -38,11 +39,9 @@ def continued(model: PreTrainedModel, prompts: Tensor, count: int, adapter: Stra
         adapter: of the strategy the model runs under. None: a single device. All ranks call this together.
     """
     adapter = adapter or StrategyAdapter()
-    tokens = prompts.to(next(model.parameters()).device)
+    tokens = prompts.to(device_of(model))
     with adapter.ranks.failing_together("Generation"), adapter.calibrating(model):
         for _ in range(count):
-            logits = adapter.logits(model, {"input_ids": tokens})
-            assert logits is not None
-            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+            tokens = torch.cat([tokens, adapter.next_logits(model, tokens, None).argmax(-1, keepdim=True)], 1)
     adapter.finish(model)
     return tokens[:, prompts.shape[1] :].cpu()

@@ -67,8 +67,8 @@ def check_export_dir(export_dir: str | Path, overwrite: bool) -> None:
         ) from error
 
 
-def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse configurations and a tokenizer that transformers would fail to save, after the run.
+def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Refuse configurations and a tokenizer that transformers would fail to save, after the run, in ``folder``.
 
     Raises:
         UserError: such a one.
@@ -76,9 +76,9 @@ def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     generation = getattr(model, "generation_config", None) if model.can_generate() else None
     for name, companion in (("config", model.config), ("generation_config", generation), ("tokenizer", tokenizer)):
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(dir=folder.parent) as trial:
                 if companion is not None:
-                    companion.save_pretrained(folder)
+                    companion.save_pretrained(trial)
         except OSError:  # of the disk
             raise
         except Exception as error:  # of any class: JSON refuses some values, transformers others

@@ -72,12 +72,18 @@ def head_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]
     if dtype is None or head is None:
         yield
         return
-    weight = head.weight
-    head.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    with with_weight(head, head.weight.detach().to(dtype)):
+        yield
+
+
+@contextmanager
+def with_weight(head: nn.Linear, weight: Tensor) -> Iterator[None]:
+    """The head has another weight inside this context."""
+    own, head.weight = head.weight, nn.Parameter(weight, requires_grad=False)
     try:
         yield
     finally:
-        head.weight = weight
+        head.weight = own
 
 
 @contextmanager

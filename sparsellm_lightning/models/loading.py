@@ -45,7 +45,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         UserError: there is no such model, it lacks weights, transformers does not know it as a causal language model, it needs
             code from the hub, or ``dtype`` is not a floating-point dtype.
     """
-    dtype = _check_dtype(kwargs.pop("torch_dtype", dtype))  # its earlier name in transformers
+    dtype = check_dtype(kwargs.pop("torch_dtype", dtype))  # its earlier name in transformers
     _refuse_remote_code(kwargs)
     source, gguf_file = locate(pretrained)
 
@@ -143,7 +143,7 @@ def _from_packed(folder: str, **options: Any) -> Any:
     return loaded
 
 
-def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto":
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype

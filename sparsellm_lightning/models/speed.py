@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsellm_lightning.architecture import context_of, vocabulary_of
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.loading import load_model
 from sparsellm_lightning.runtime import best_device
@@ -60,7 +61,7 @@ class Speed:
 
 @torch.no_grad()
 def measure_speed(
-    names: Sequence[str], prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5, dtype: str = "auto"
+    names: Sequence[str], prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5
 ) -> list[Speed]:
     """Measure models, one after the other within every repetition.
 
@@ -72,7 +73,6 @@ def measure_speed(
         prompt_tokens: length of the prompt of the prefill.
         new_tokens: number of tokens generated.
         repeats: repetitions. One more comes before them and is not counted.
-        dtype: as for :func:`~sparsellm_lightning.load_model`.
 
     Raises:
         UserError: no such model, or more tokens than its context holds.
@@ -83,10 +83,9 @@ def measure_speed(
     device = best_device()
     found, models = [], []
     for name in names:
-        model = load_model(name, dtype).eval().to(device)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and 0 < context < max(prompt_tokens, _PROMPT + new_tokens):
-            raise UserError(f"{name} holds {context} tokens. Lower prompt_tokens or new_tokens.")
+        model = load_model(name).eval().to(device)
+        if max(prompt_tokens, _PROMPT + new_tokens) > context_of(model):
+            raise UserError(f"{name} holds {context_of(model)} tokens. Lower prompt_tokens or new_tokens.")
         tensors = [*model.parameters(), *model.buffers()]
         found.append(
             Speed(
@@ -105,7 +104,7 @@ def measure_speed(
             found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))
     for repetition in range(repeats + 1):
         for speed, model in zip(found, models, strict=True):
-            load = _seconds(partial(load_model, speed.name, dtype), device)
+            load = _seconds(partial(load_model, speed.name), device)
             prefill = prompt_tokens / _seconds(partial(_prefill, model, prompt_tokens), device)
             decode = new_tokens / _seconds(partial(_decode, model, new_tokens), device)
             if repetition:
@@ -154,9 +153,8 @@ def _decode(model: PreTrainedModel, tokens: int) -> None:
 
 
 def _ids(model: PreTrainedModel, tokens: int) -> Tensor:
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
+    return torch.randint(vocabulary_of(model), (1, tokens), generator=generator).to(model.device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

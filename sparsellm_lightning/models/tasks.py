@@ -26,7 +26,6 @@ def evaluate_tasks(
     tasks: Sequence[str],
     folder: str | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
     """Metrics by task, such as ``{"arc_easy": {"acc": 0.61}}``.
 
@@ -35,13 +34,12 @@ def evaluate_tasks(
         tasks: names that ``lm_eval ls tasks`` lists, or of tasks in ``folder``.
         folder: with YAML files of further tasks.
         limit: examples of each task. None: all.
-        batch_size: requests at once.
 
     Raises:
         UserError: see :func:`find_tasks`.
     """
     manager = find_tasks(tasks, folder)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     found: Any = simple_evaluate(
         wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
     )

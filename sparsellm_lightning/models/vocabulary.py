@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.models.head import plain_head
+from sparsellm_lightning.models.head import plain_head, with_weight
 
 LIKELY = 32  # likeliest tokens of each position that are in the sample
 OTHERS = 4096  # tokens that are drawn from the others
@@ -96,14 +96,8 @@ def can_sample(model: PreTrainedModel, logits: Callable[[], Tensor]) -> bool:
     return whole.shape[-1] == len(head.weight) and gives(slice(1, None)) and gives(slice(len(head.weight) // 2, None))
 
 
-@contextmanager
-def _rows_in_head(model: PreTrainedModel, rows: Tensor | slice) -> Iterator[None]:
+def _rows_in_head(model: PreTrainedModel, rows: Tensor | slice) -> AbstractContextManager[None]:
     """The head has these rows of its weight only."""
     head = plain_head(model)
     assert head is not None
-    weight = head.weight
-    head.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
-    try:
-        yield
-    finally:
-        head.weight = weight
+    return with_weight(head, head.weight.detach()[rows])

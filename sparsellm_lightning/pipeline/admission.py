@@ -49,8 +49,7 @@ def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: S
         del needed["allocation"]
     dropped = {name: value for name, value in needed.items() if getattr(config, name) == preset[name] != value}
     if dropped and adapter.ranks.rank == 0:
-        headless = layout.model.get_output_embeddings() is None
-        why = "has no language-model head" if headless else "has hidden states that are of no token"
+        why = layout.why_not_predicting
         warnings.warn(
             f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(layout.model).__name__} {why}.",
             stacklevel=3,

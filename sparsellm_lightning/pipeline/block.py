@@ -29,7 +29,6 @@ from sparsellm_lightning.solvers import (
     Prune,
     Solution,
     TokenBuffer,
-    check_finite,
     solve_locally,
 )
 
@@ -99,9 +98,7 @@ def calibrate(context: Context, block: Block, cache: ActivationCache, unit: Line
 
     observe_input(context, block, cache, unit, see)
     with phase("statistics"):
-        mean = gram.mean(context.ranks)
-    check_finite(mean, first.name)
-    return InputStatistics(mean, context.config.damping, first.name)
+        return gram.statistics(context.config.damping, context.ranks, first.name)
 
 
 def _solve_linears(
@@ -133,7 +130,7 @@ def _solve_network(
     prune = _pruner(context, solver, network, feed_forward)
     name = f"{block.name}: "
     if alternate is None:
-        chunks = cache.chunks()[: cache.chunks_of(cache.fitted)]
+        chunks = cache.chunks(cache.fitted)
         x = fitted_input(context, block, network, cache)
         solution = _solve_locally(context, feed_forward, x, prune, chunks=chunks, name=name)
     else:

@@ -26,7 +26,7 @@ from sparsellm_lightning.models import (
     logits_at,
     positions_together,
 )
-from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, in_random_order, memory_of_tuning
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
@@ -267,13 +267,7 @@ class Distiller:
     def _choices(self, batches: Sequence[CalibrationBatch], mine: Sequence[int]) -> Iterator[list[int]]:
         """Those of the indices ``mine``, of this rank's batches, for each step: each once, in random order, then again."""
         together = batches_of_a_step(self.ranks, [batches[index].tokens for index in mine], STEP_TOKENS)
-        generator = torch.Generator().manual_seed(self.context.config.seed)
-        queue: list[int] = []
-        while True:
-            while mine and len(queue) < together:
-                queue += [mine[i] for i in torch.randperm(len(mine), generator=generator).tolist()]
-            chosen, queue = queue[:together], queue[together:]
-            yield chosen
+        return in_random_order(mine, together, torch.Generator().manual_seed(self.context.config.seed))
 
     def _has_weights(self, block: Block) -> bool:
         """False for a block that was left out, which must go on passing hidden states through."""

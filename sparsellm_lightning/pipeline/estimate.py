@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears, Network
+from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.models import size_of_sample
 from sparsellm_lightning.pipeline.block import ALTERNATION_TOKENS
@@ -40,7 +40,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
         window: tokens of one window.
     """
     operations = {"forward": 0.0, "statistics": 0.0, "local_solve": 0.0, "alternation": 0.0, "reconstruction": 0.0}
-    alternating = config.alternates_in(len(layout.blocks)) if config.method == "sparsellm" else set()
+    alternating = config.alternates_in(len(layout.blocks))
     # Tokens for which the dense blocks' outputs are computed: all for the alternation, otherwise those that tuning uses.
     followed = 0.0
     if alternating and config.target == "model":
@@ -65,7 +65,8 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
         operations["distillation"] = seen * (3.0 * forward + head_work)
         memory = sum(memory_of_tuning(layout.blocks, config))
     done = {phase: work for phase, work in operations.items() if work}
-    return Estimate(done, _sizes(layout, config, tokens), memory)
+    auxiliary_tokens = min(tokens, ALTERNATION_TOKENS * layout.widest[1]) if alternating and config.alternates else 0
+    return Estimate(done, sizes_of_block(layout, config, tokens, auxiliary_tokens), memory)
 
 
 def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alternates: bool) -> dict[str, float]:
@@ -76,13 +77,12 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
     for unit in block.units:
         until = block.forward_work(window, until=unit.observed)
         passes += until - replayed if until > replayed else until
-        networks = unit.networks if isinstance(unit, Experts) else [unit] if isinstance(unit, Network) else []
         share = unit.share if isinstance(unit, Experts) else 1.0
         if isinstance(unit, Linears):
             columns = unit.projections[0].shape[1]
             work["statistics"] += tokens * columns**2
             work["local_solve"] += columns**3 + sum(2 * p.size * columns for p in unit.projections)
-        for network in networks:
+        for network in unit.networks:
             columns, width = network.first[0].shape[1], network.roles["down"].shape[1]
             seen = tokens * share if tokens * share >= width else tokens  # with fewer an expert borrows those of others
             local = columns**3 + width**3 + sum(2 * p.size * p.shape[1] for p in network.projections)
@@ -99,15 +99,34 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
     return work
 
 
-def _sizes(layout: DecoderLayout, config: PruningConfig, tokens: int) -> Sizes:
+def sizes_of_block(
+    layout: DecoderLayout,
+    config: PruningConfig,
+    tokens: int,
+    auxiliary_tokens: int,
+    itemsize: int = 4,
+    auxiliary_itemsize: int = 4,
+) -> Sizes:
+    """Bytes that solving a block holds on a rank, besides the model.
+
+    Args:
+        layout: the model's blocks.
+        config: settings.
+        tokens: of the rank's calibration windows.
+        auxiliary_tokens: of them, those that carry auxiliary variables.
+        itemsize: bytes of an entry of the hidden states.
+        auxiliary_itemsize: bytes of an entry of the auxiliary variables.
+    """
     dim, width = layout.widest
     return Sizes.of_block(
         tokens,
         dim,
         width,
         gated=any("gate" in network.roles for network in layout.networks),
-        auxiliary_tokens=min(tokens, ALTERNATION_TOKENS * width) if config.method == "sparsellm" else 0,
+        auxiliary_tokens=auxiliary_tokens,
+        # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the
+        # goal; the dense model's activations.
         copies=5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
-        itemsize=4,
-        auxiliary_itemsize=4,
+        itemsize=itemsize,
+        auxiliary_itemsize=auxiliary_itemsize,
     )

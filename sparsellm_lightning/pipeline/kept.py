@@ -213,6 +213,22 @@ def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
     return min(max(1, round(wanted / max(together, 1))), max(number for _, number in shares))
 
 
+def in_random_order(batches: Sequence[int], together: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Without end, those for each step: each of the batches once, in random order, then again. Empty lists if there are none.
+
+    Args:
+        batches: their indices.
+        together: number in a step.
+        generator: of the order, on the CPU.
+    """
+    queue: list[int] = []
+    while True:
+        while batches and len(queue) < together:
+            queue += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        chosen, queue = queue[:together], queue[together:]
+        yield chosen
+
+
 def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool = False) -> tuple[float, float]:
     """Bytes of gradients and of the vectors of all kept weights of some blocks, on this rank.
 

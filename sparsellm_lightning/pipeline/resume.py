@@ -211,19 +211,14 @@ def _over_ranks(digest: Any, ranks: Ranks) -> str:
 
 def _differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str]]:
     """Keys whose values differ, each with both values as text."""
-    return [
-        (key, f"{key}: {_at(stored, key)} there, {_at(wanted, key)} here")
-        for key in sorted({*_keys(stored), *_keys(wanted)})
-        if _at(stored, key) != _at(wanted, key)
-    ]
+    one, other = _flat(stored), _flat(wanted)
+    keys = sorted({*one, *other})
+    return [(k, f"{k}: {one.get(k)} there, {other.get(k)} here") for k in keys if one.get(k) != other.get(k)]
 
 
-def _keys(nested: dict[str, Any], prefix: str = "") -> Iterable[str]:
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values inside, by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-
-
-def _at(nested: Any, key: str) -> Any:
-    for part in key.split("."):
-        nested = nested.get(part) if isinstance(nested, dict) else None
-    return nested
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

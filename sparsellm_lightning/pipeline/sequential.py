@@ -31,6 +31,7 @@ from sparsellm_lightning.calibration import (
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.models import Shrinkage
 from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, alternation_windows, solve_block
+from sparsellm_lightning.pipeline.estimate import sizes_of_block
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.shrink import shrink_block
 from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
@@ -290,8 +291,8 @@ def _alternation(context: Context, cache: ActivationCache, windows: int | None, 
         damping=config.damping,
         ranks=context.ranks,
         chunks=cache.chunks(),
-        leading_chunks=None if windows is None else cache.chunks_of(windows),
-        fitted_chunks=cache.chunks_of(cache.fitted),
+        leading_chunks=None if windows is None else len(cache.chunks(windows)),
+        fitted_chunks=len(cache.chunks(cache.fitted)),
         auxiliary_dtype=_auxiliary_dtype(context),
         storage=placement.auxiliaries,
     )
@@ -319,18 +320,12 @@ def _steps(context: Context, cache: ActivationCache) -> dict[tuple[Activation, b
 def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Sizes:
     """Bytes that solving a block holds. ``windows``: see :func:`_alternation`."""
     config = context.config
-    dim, width = context.layout.widest
-    alternates = bool(context.alternating_blocks) and config.num_iterations > 1
-    carrying = cache.fitted if windows is None else windows
-    return Sizes.of_block(
+    carrying = cache.windows[: cache.fitted if windows is None else windows]
+    return sizes_of_block(
+        context.layout,
+        config,
         cache.tokens,
-        dim,
-        width,
-        gated=any("gate" in network.roles for network in context.layout.networks),
-        auxiliary_tokens=sum(cache.windows[:carrying]) if alternates else 0,
-        # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the
-        # goal; the dense model's activations.
-        copies=5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
+        sum(carrying) if context.alternating_blocks and config.num_iterations > 1 else 0,
         itemsize=max((h.element_size() for h in cache.hidden), default=4),
         auxiliary_itemsize=_auxiliary_dtype(context).itemsize,
     )

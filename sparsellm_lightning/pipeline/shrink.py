@@ -104,7 +104,7 @@ def _remove_units(
         x, y = fitted_input(context, block, network, cache), None
     else:
         x, y = feed_forward_data(context, block, network, cache, target)
-    chunks = cache.chunks()[: cache.chunks_of(cache.fitted)]
+    chunks = cache.chunks(cache.fitted)
     with phase("local_solve"):
         removal = remove_units(
             *(dense, x[: sum(chunks)], keep, solver.name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
-from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, in_random_order, memory_of_tuning
 from sparsellm_lightning.runtime import room
 from sparsellm_lightning.solvers import count
 
@@ -87,8 +87,9 @@ class Reconstructor:
         before = best_errors = self.errors()
         checks = min(MAX_CHECKS, max(steps // STEPS_A_CHECK, 1)) if self.guarded else 1
         best, best_step = self.parameters.state(), 0
+        order = in_random_order(*_batches_of_a_step(self.context, self.cache, self.batch_tokens), self.generator)
         with self.parameters.trainable([self.block.module]):
-            for step, batches in zip(range(steps), self._batches(), strict=False):
+            for step, batches in zip(range(steps), order, strict=False):
                 self._add_gradients(batches)
                 self.parameters.step()
                 if (step + 1) * checks // steps > step * checks // steps:
@@ -139,16 +140,6 @@ class Reconstructor:
         distances = squares[0] / squares[1].clamp(min=1e-12)
         valid = self.cache.valid[index]
         return distances if valid is None else distances * valid[rows].to(self.device)
-
-    def _batches(self) -> Iterator[list[int]]:
-        """Batch indices of this rank for each step: every fitted batch once, in random order, then again."""
-        mine, together = _batches_of_a_step(self.context, self.cache, self.batch_tokens)
-        queue: list[int] = []
-        while True:
-            while mine and len(queue) < together:
-                queue += [mine[i] for i in torch.randperm(len(mine), generator=self.generator).tolist()]
-            chosen, queue = queue[:together], queue[together:]
-            yield chosen
 
     def _add_gradients(self, batches: list[int]) -> None:
         """Add the gradient of the mean relative error, over all ranks, of this rank's fitted tokens in these batches."""

@@ -235,14 +235,6 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def count_zeros(layout: DecoderLayout, adapter: StrategyAdapter) -> dict[str, int]:
-    """Zeros of every projection, by name, over all ranks."""
-    projections = list(layout.projections())
-    totals = torch.stack([adapter.count_zeros(p) for p in projections])
-    adapter.ranks.sum_(totals)
-    return {p.name: int(total) for p, total in zip(projections, totals, strict=True)}
-
-
 def layer_rows(
     layout: DecoderLayout, adapter: StrategyAdapter, errors: dict[str, float | None] | None = None
 ) -> tuple[list[dict[str, Any]], float]:
@@ -253,18 +245,14 @@ def layer_rows(
         adapter: of the strategy the model runs under. All ranks call this together.
         errors: by projection, for the rows.
     """
-    zeros = count_zeros(layout, adapter)
     projections = list(layout.projections())
+    zeros = torch.stack([adapter.count_zeros(p) for p in projections])
+    adapter.ranks.sum_(zeros)
     layers = [
-        {
-            "name": p.name,
-            "shape": list(p.shape),
-            "sparsity": zeros[p.name] / p.size,
-            "error": (errors or {}).get(p.name),
-        }
-        for p in projections
+        {"name": p.name, "shape": list(p.shape), "sparsity": number / p.size, "error": (errors or {}).get(p.name)}
+        for p, number in zip(projections, zeros.tolist(), strict=True)
     ]
-    return layers, sum(zeros.values()) / sum(p.size for p in projections)
+    return layers, int(zeros.sum()) / sum(p.size for p in projections)
 
 
 def report_of_smaller(report: PruningReport, layout: DecoderLayout, smaller: Smaller) -> PruningReport:

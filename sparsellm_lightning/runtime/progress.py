@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -31,19 +31,16 @@ def draws_bars() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-def tracked(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
+def tracked(items: Iterable[T], what: str, unit: str) -> Iterator[T]:
     """The items, with a bar and the time that is left. In a log file: a line when the last item is done.
 
     Args:
         items: of a loop.
         what: the loop does.
         unit: of the items.
-        total: number of items. None: their ``len``, if they have one.
     """
     shown, start = _shown.get(), time.monotonic()
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    bar: Any = tqdm(items, desc=what, unit=unit, total=total, leave=False, disable=not (shown and draws_bars()))
+    bar: Any = tqdm(items, desc=what, unit=unit, leave=False, disable=not (shown and draws_bars()))
     yield from bar
     if shown and not draws_bars():
         print(f"{what}: done in {time.monotonic() - start:.0f} s", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pruning solvers: pure tensor functions, usable without a model or a Trainer. They import torch and each other only."""
+"""Pruning solvers: pure tensor functions, usable without a model or a Trainer. They import no other room."""
 
 from sparsellm_lightning.solvers.activations import (
     Activation,

@@ -19,7 +19,7 @@ def choose_columns(
     """Groups of ``size`` neighbouring columns to keep, by the criterion of a local solver.
 
     ``magnitude``: the largest ``magnitudes``. ``wanda``: the largest sums of ``|W_ij| ‖x_j‖`` (Wanda-sp). ``sparsegpt`` and
-    ``admm``: optimal brain surgeon, see :func:`columns_by_surgeon`.
+    ``admm``: one after the other leaves the group without which the others can best give the output (:func:`surgeon`).
 
     Args:
         weight: W, (rows, columns) float32, whole.
@@ -33,7 +33,9 @@ def choose_columns(
         (columns / size,) bool, True = kept.
     """
     if refits(solver):
-        return columns_by_surgeon(weight, inputs, keep, size)
+        groups = weight.shape[1] // size
+        order, _ = surgeon(weight, inputs, groups - keep, size)
+        return torch.ones(groups, dtype=torch.bool, device=weight.device).index_fill_(0, order, False)
     if solver == "wanda":
         magnitudes = (weight.abs().sum(0) * inputs.gram.diagonal().clamp(min=0).sqrt()).view(-1, size).sum(1)
     kept = torch.zeros_like(magnitudes, dtype=torch.bool)
@@ -44,21 +46,6 @@ def choose_columns(
 def refits(solver: str) -> bool:
     """Whether a solver changes the columns that are left."""
     return solver in ("sparsegpt", "admm")
-
-
-def columns_by_surgeon(weight: Tensor, inputs: InputStatistics, keep: int, size: int = 1) -> Tensor:
-    """Remove, one after the other, the group of columns without which the others can best give the output.
-
-    Args:
-        weight, inputs, size: see :func:`surgeon`.
-        keep: number of groups to keep.
-
-    Returns:
-        (columns / size,) bool, True = kept.
-    """
-    groups = weight.shape[1] // size
-    order, _ = surgeon(weight, inputs, groups - keep, size)
-    return torch.ones(groups, dtype=torch.bool, device=weight.device).index_fill_(0, order, False)
 
 
 def surgeon(

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsellm_lightning.solvers.columns import choose_columns, refit_columns, refits
 from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
-from sparsellm_lightning.solvers.statistics import Gram, InputStatistics, check_finite
+from sparsellm_lightning.solvers.statistics import Gram, InputStatistics
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def remove_units(
     gram = Gram(dense.down.shape[1], dense.down.device)
     for part in x.split(CHUNK if chunks is None else list(chunks)):
         gram.add(dense.hidden(part.to(dense.down.device, torch.float32)))
-    mean = gram.mean(ranks)
-    check_finite(mean, f"{name}down")
-    hidden = InputStatistics(mean, damping, f"{name}down")
+    hidden = gram.statistics(damping, ranks, f"{name}down")
     magnitudes = dense.up.square().sum(1) + dense.down.square().sum(0)
     if dense.gate is not None:
         magnitudes += dense.gate.square().sum(1)

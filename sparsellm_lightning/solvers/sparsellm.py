@@ -236,9 +236,7 @@ def _statistics(
     gram = Gram(columns, device)
     for part in parts:
         gram.add(part)
-    mean = gram.mean(ranks)
-    check_finite(mean, name)
-    return InputStatistics(mean, damping, name)
+    return gram.statistics(damping, ranks, name)
 
 
 def _sum_hidden(iterate: FeedForward, tokens: Tokens, ranks: Ranks) -> tuple[Tensor, Tensor]:

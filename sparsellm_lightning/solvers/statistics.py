@@ -94,6 +94,16 @@ class Gram(Cross):
             diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
             self._sum[high:, low:high] = self._sum[low:high, high:].T
 
+    def statistics(self, damping: float, ranks: Ranks, name: str) -> InputStatistics:
+        """Those of the projection ``name``, whose input was added. For ``damping`` see :class:`InputStatistics`.
+
+        Raises:
+            NumericalError: NaN or infinity in the input, on every rank.
+        """
+        mean = self.mean(ranks)
+        check_finite(mean, name)
+        return InputStatistics(mean, damping, name)
+
 
 class InputStatistics:
     """Gram matrix of a projection's input, and its factorisation, computed on first use.

@@ -42,9 +42,9 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
             (``torch.nn.utils.prune``, parametrizations).
         MaskError: at the end, if something other than an optimizer changed the zeros.
     """
-    layers = linear_layers(model)
-    shares = zero_shares(layers, StrategyAdapter())
-    sparse = sparse_layers(layers, shares, StrategyAdapter())
+    layers, adapter = linear_layers(model), StrategyAdapter()
+    shares = zero_shares(layers, adapter)
+    sparse = sparse_layers(layers, shares, adapter)
     if not sparse:
         raise UserError(
             f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any that "
@@ -56,7 +56,7 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
             f"The zeros of {computed} are computed in every forward, by a mask or a parametrization. Make them permanent, with "
             "torch.nn.utils.prune.remove or remove_parametrizations."
         )
-    masks = Masks(sparse, StrategyAdapter())
+    masks = Masks(sparse, adapter)
     keep_zeros(model, {p.module for p in sparse})
     with ExitStack() as hooks:
         for parameter in {p.parameter for p in masks.projections if p.parameter.requires_grad}:

@@ -32,7 +32,7 @@ class Masks:
         self.adapter = adapter
         self.projections = whole_parameters(projections)
         self._packed = [pack(local_tensor(p.parameter) == 0) for p in self.projections]
-        self.zeros = self._count()
+        self.zeros = count_zeros(self.projections, adapter)
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[Tensor] | None = None) -> None:
@@ -114,7 +114,7 @@ class Masks:
         self.adapter.ranks.sum_(total)
         if not bool(total.any()):
             return
-        now = self._count()
+        now = count_zeros(self.projections, self.adapter)
         index = int(total.nonzero()[0])
         name = self.projections[index].name
         size = self.projections[index].size
@@ -129,15 +129,16 @@ class Masks:
         weight = local_tensor(self.projections[index].parameter)
         return weight, unpack(self._packed[index].to(weight.device), weight.shape)
 
-    def _count(self) -> dict[str, int]:
-        if not self.projections:
-            return {}
-        totals = torch.stack([(local_tensor(p.parameter) == 0).sum() for p in self.projections])
-        totals = totals.to(self.adapter.ranks.device)
-        self.adapter.ranks.sum_(totals)
-        if not self.adapter.weights_are_split:
-            totals //= self.adapter.ranks.size
-        return {p.name: int(total) for p, total in zip(self.projections, totals, strict=True)}
+
+def count_zeros(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[str, int]:
+    """Zeros of whole parameters by name, over all ranks, which call this together."""
+    if not layers:
+        return {}
+    totals = torch.stack([(local_tensor(p.parameter) == 0).sum() for p in layers]).to(adapter.ranks.device)
+    adapter.ranks.sum_(totals)
+    if not adapter.weights_are_split:
+        totals //= adapter.ranks.size
+    return {p.name: int(total) for p, total in zip(layers, totals, strict=True)}
 
 
 def left_out_biases(layout: DecoderLayout, adapter: StrategyAdapter) -> list[Projection]:
@@ -205,8 +206,9 @@ MANY_ZEROS = 0.2  # share of zeros from which a layer counts as pruned. Some 4-b
 
 def zero_shares(layers: Sequence[Projection], adapter: StrategyAdapter) -> dict[str, float]:
     """The fraction of zeros in each layer's weight, by name, over all ranks."""
-    zeros = Masks(layers, adapter).zeros
-    return {p.name: zeros[p.name] / max(p.size, 1) for p in layers}
+    whole = whole_parameters(layers)
+    zeros = count_zeros(whole, adapter)
+    return {p.name: zeros[p.name] / max(p.size, 1) for p in whole}
 
 
 def pruned_before(projections: Sequence[Projection], adapter: StrategyAdapter) -> list[Projection]:

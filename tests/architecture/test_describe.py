@@ -14,6 +14,7 @@ from support.classes import tiny_config, tiny_model
 from support.models import VOCABULARY, build_model
 from support.runs import block_outputs, make_context
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from sparsellm_lightning import Architecture, PruningConfig, UserError, export_model, load_model, prune_model
@@ -434,3 +435,15 @@ def test_activations_with_parameters_are_not_tried() -> None:
     """A new one has other parameters than the model's, and lies on another device."""
     functions = [a.function for a in activations_of(tiny_config("apertus"))]
     assert not any(isinstance(f, nn.Module) and any(True for _ in f.parameters()) for f in functions)
+
+
+def test_a_model_with_nothing_to_prune_is_refused() -> None:
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has none .*ignore names all: \*"):
+        prune_model(build_model("llama"), random_batches(), PruningConfig(ignore=["*"]))
+    model = build_model("llama")
+    for block in model.model.layers:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                prune.l1_unstructured(module, "weight", 0.5)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has none .*it computes more than a product with its weight"):
+        prune_model(model, random_batches(), PruningConfig())

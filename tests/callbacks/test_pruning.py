@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from support.models import VOCABULARY, build_model
+from support.runs import assert_same_weights, zero_smaller_half
 from support.training import OwnModule, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import (
@@ -41,7 +43,7 @@ from sparsellm_lightning import (
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
-from sparsellm_lightning.data.loaders import validation_batches
+from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.models import keep_in_conversions, load_model
 from sparsellm_lightning.reporting.card import model_card
@@ -490,32 +492,81 @@ def test_attributes_of_the_users_own(tmp_path: Path, text: TextDataModule, ids: 
     assert isinstance(pruner.report.model, str)
 
 
-def test_a_checkpoint_of_a_half_pruned_model_is_refused(
-    tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["exception", "slurm"])
+def test_no_checkpoint_is_saved_of_a_half_pruned_model(
+    by: str, tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("the power went out")
-
+    """Lightning would go on from it unasked. The same command goes on from the blocks in ``resume_dir``."""
+    monkeypatch.chdir(tmp_path)
     settings: dict[str, Any] = {
         "preset": "paper",
         "method": "magnitude",
         "num_calibration_samples": 8,
         "finetune": True,
     }
-    module, loader = OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
-    saving = OnExceptionCheckpoint(str(tmp_path))
-    run = trainer(SparseLLMCallback(**settings), saving, max_steps=2, enable_checkpointing=True)
+    loader = DataLoader(ids, batch_size=8)
+
+    def run(**more: Any) -> tuple[OwnModule, pl.Trainer]:
+        module = OwnModule(build_model("llama"))
+        saving = OnExceptionCheckpoint("exceptions")
+        fit = trainer(SparseLLMCallback(**settings, **more), saving, max_steps=2, enable_checkpointing=True)
+        fit.fit(module, loader)
+        return module, fit
+
+    def stop(running: pl.Trainer, *args: Any) -> None:
+        if by == "slurm":  # requeues, and then ends the job
+            running._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+        raise RuntimeError("the power went out")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
     with monkeypatch.context() as patch:
-        patch.setattr("sparsellm_lightning.callbacks.pruning.log_block", fail)
+        patch.setattr("sparsellm_lightning.callbacks.pruning.log_block", stop)
         with pytest.raises(RuntimeError, match="power"):
-            run.fit(module, loader)
-    again = OwnModule(build_model("llama"))
-    with pytest.raises(UserError, match="half pruned"):
-        trainer(SparseLLMCallback(**settings), max_steps=2).fit(
-            again, loader, ckpt_path=tmp_path / "on_exception.ckpt", weights_only=False
-        )
-    with pytest.warns(UserWarning, match="7 of 21 projections have many zeros already, such as model.layers.0"):
-        trainer(SparseLLMCallback(**settings), max_steps=2).fit(module, loader)
+            run(resume_dir="resume")
+    assert not list(tmp_path.rglob("*.ckpt"))
+    again, fit = run(resume_dir="resume")
+    assert_same_weights(again, run()[0])
+    fit.save_checkpoint("after.ckpt")
+    assert Path("after.ckpt").is_file()
+
+
+def test_parts_that_were_pruned_before_are_named(ids: torch.Tensor) -> None:
+    module = OwnModule(build_model("llama"))
+    zero_smaller_half(describe(module.backbone).blocks[0].projections())
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8)
+    with pytest.warns(UserWarning, match=r"7 of 21 projections have many zeros already, such as model\.layers\.0"):
+        trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=8))
+
+
+def test_several_training_loaders_calibrate_in_turn(ids: torch.Tensor) -> None:
+    loaders = [DataLoader(ids[:12], batch_size=4), DataLoader(ids[12:16], batch_size=4)]
+    wanted = [ids[:4], ids[12:16], ids[4:8], ids[8:12]]
+
+    class Both(OwnModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(next(iter(batch.values() if isinstance(batch, dict) else batch)), batch_idx)
+
+    class Noting(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            batches, sharded, _ = calibration_batches(trainer, 16, 0)
+            assert not sharded
+            assert all(torch.equal(found, expected) for found, expected in zip(batches, wanted, strict=True))
+
+    for arranged in (loaders, dict(zip("ab", loaders, strict=True))):
+        module = Both(build_model("llama"))
+        pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=16)
+        trainer(Noting(), pruner, max_steps=1).fit(module, arranged)
+        assert zeros(module.backbone) > 0.45
+
+
+def test_labels_of_windows_are_refused(ids: torch.Tensor) -> None:
+    """A classifier on a language model with a head: perplexity would take one label a token."""
+    batches = [{"input_ids": row, "labels": torch.tensor(1)} for row in ids]
+    loader = DataLoader(batches, batch_size=4)  # type: ignore[arg-type, var-annotated]
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8)
+    with pytest.raises(UserError, match=r"labels of shape \(4,\) for tokens of shape \(4, 64\).*measure to false"):
+        trainer(pruner, num_sanity_val_steps=0).fit(OwnModule(build_model("llama")), loader, loader)
 
 
 def test_validation_batches_in_any_arrangement(ids: torch.Tensor) -> None:
@@ -540,15 +591,17 @@ def test_validation_batches_in_any_arrangement(ids: torch.Tensor) -> None:
     assert found == [pytest.approx(perplexity(build_model("llama"), ids[:20].split(4)))] * 4
 
 
-def test_a_loader_with_its_own_distributed_sampler_is_sharded(ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_loader_with_its_own_distributed_sampler_is_sharded(ids: torch.Tensor, sharded: bool) -> None:
     class Sharding(OwnModule):
         def val_dataloader(self) -> Any:
-            return DataLoader(ids, batch_size=4, sampler=DistributedSampler(ids, 2, 0))  # type: ignore[arg-type]
+            sampler = DistributedSampler(ids, 2, 0) if sharded else None  # type: ignore[arg-type, var-annotated]
+            return DataLoader(ids, batch_size=4, sampler=sampler)  # type: ignore[arg-type]
 
     module = Sharding(build_model("llama"))
     run = trainer(max_steps=1)
     run.fit(module, DataLoader(ids[:8], batch_size=4))
-    assert validation_batches(run)[1]
+    assert validation_batches(run)[1] == sharded
 
 
 def test_a_mask_beside_token_ids_is_refused(ids: torch.Tensor) -> None:

@@ -351,6 +351,17 @@ def test_fsdp1_shards_fully(
 
 
 @pytest.mark.slow
+def test_fsdp1_wraps_blocks_as_a_whole(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
+) -> None:
+    """A unit inside a block whose forward ends early stays gathered."""
+    options = {"model": folder_of("llama"), "strategy": "fsdp1", "wrapped": ("DecoderLayer", "MLP"), "pruner": FAILING}
+    with pytest.raises(JobFailed) as failure:
+        ranks(2).run("prune", tmp_path, **options)
+    assert all("LlamaMLP inside model.layers.0 is wrapped too" in text for text in failure.value.tracebacks.values())
+
+
+@pytest.mark.slow
 def test_fsdp1_hides_experts(tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]) -> None:
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, model=folder_of("mixtral"), strategy="fsdp1", pruner=FAILING)

@@ -12,7 +12,7 @@ from support.models import build_model
 from support.pickles import MakesFolder
 
 from sparsellm_lightning import UserError
-from sparsellm_lightning.models.checkpoint import load_checkpoint
+from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 
 
 @pytest.fixture
@@ -22,9 +22,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
-def test_weights_are_read(checkpoint: Path) -> None:
+@pytest.mark.parametrize("home", [False, True])
+def test_weights_are_read(checkpoint: Path, home: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    path = "~/sharded" if home else str(checkpoint)
+    assert is_checkpoint(path)
     model, wanted = build_model("llama", seed=1), build_model("llama").state_dict()
-    load_checkpoint(model, str(checkpoint), "model.")
+    load_checkpoint(model, path, "model.")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 

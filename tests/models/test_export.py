@@ -158,7 +158,7 @@ def test_a_report_that_is_not_finite_is_refused(model: PreTrainedModel, tmp_path
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_at_the_start(tmp_path: Path) -> None:
     model = build_model("llama")
-    check_companions(model, None)
+    check_companions(model, None, tmp_path / "out")
     model.generation_config.temperature = 0.7
     pruner = SparseLLMCallback(preset="paper", method="magnitude", measure=False, export_dir=str(tmp_path / "out"))
     windows = torch.randint(0, 100, (4, 16))
@@ -180,7 +180,7 @@ def test_a_tokenizer_or_configuration_that_cannot_be_saved(tmp_path: Path) -> No
     """It is refused at the start, and what fails at the end all the same costs no weights."""
     model = build_model("llama")
     with pytest.raises(UserError, match="tokenizer must be valid to be exported: Object of type dtype"):
-        check_companions(model, Unsaveable())  # type: ignore[arg-type]
+        check_companions(model, Unsaveable(), tmp_path / "out")  # type: ignore[arg-type]
     export = partial(export_model, model, tokenizer=Unsaveable())
     with pytest.raises(UserError, match=r"could not be written .* The model is in"):
         export_or_rescue(export, tmp_path / "out", overwrite=False)
@@ -189,7 +189,7 @@ def test_a_tokenizer_or_configuration_that_cannot_be_saved(tmp_path: Path) -> No
         assert torch.equal(tensor, expected)
     model.config.own = torch.float32
     with pytest.raises(UserError, match="config must be valid to be exported"):
-        check_companions(model, None)
+        check_companions(model, None, tmp_path / "out")
 
 
 def test_models_that_cannot_be_built_anew_are_refused_at_the_start(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.batches import random_batches
@@ -54,3 +55,10 @@ def test_estimated_operations(name: str, settings: dict[str, str]) -> None:
     for phase in ("forward", *(tuned if name == "gpt2" else ("alternation",))):
         ratio = expected.operations[phase] / sum(counted[phase].values())
         assert 0.5 < ratio < 2, (phase, ratio)
+
+
+@pytest.mark.parametrize("settings", [{"num_iterations": 1}, {"alternation_blocks": "none"}, {"method": "wanda"}, {}])
+def test_auxiliaries_are_estimated_where_there_are_any(settings: dict[str, Any]) -> None:
+    config = PruningConfig(preset="paper", **settings)
+    sizes = estimate_work(describe(build_model("llama"), config), config, 64 * 32, 32).sizes
+    assert (sizes.auxiliaries > 0) == (not settings)

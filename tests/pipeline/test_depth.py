@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -12,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 from support.batches import random_batches
-from support.models import VOCABULARY, build_model
+from support.models import build_model
 from support.runs import block_outputs, calibration_batches, make_context
-from support.training import OwnModule, trainer
+from support.training import exported_smaller
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sparsellm_lightning import PruningConfig, SparseLLMCallback, UserError, perplexity, prune_model
+from sparsellm_lightning import PruningConfig, UserError, perplexity, prune_model
 from sparsellm_lightning.allocation import choose_blocks
+from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import capture
 from sparsellm_lightning.data import TextDataModule
-from sparsellm_lightning.models import verify_export
 from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.tune import Reconstructor
 
@@ -82,25 +80,27 @@ def test_greedy_choice() -> None:
     [(name, False) for name in ("llama", "opt", "gemma3", "phi3", "gpt_neox")] + [("gpt2", True), ("mixtral", True)],
 )
 def test_the_export_is_smaller_and_gives_the_same_logits(name: str, finetune: bool, tmp_path: Path) -> None:
-    pruner = SparseLLMCallback(
-        **BLOCKS, reconstruction_steps=4, finetune=finetune, export_dir=str(tmp_path / "out"), measure=False
-    )
     model, dense = build_model(name), build_model(name)
-    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer(pruner, max_steps=3).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    smaller, report = exported_smaller(model, tmp_path / "out", finetune, **BLOCKS, reconstruction_steps=4)
     gone = removed_from(model)
     blocks = len(describe(dense).blocks)
     assert len(gone) == round(0.3 * blocks)
-    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert len(describe(smaller).blocks) == smaller.config.num_hidden_layers == blocks - len(gone)
-    with torch.no_grad():
-        torch.testing.assert_close(smaller(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
-    assert verify_export(tmp_path / "out") == []
-    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
-    assert report["sparsity"]["exported"] == 0
     assert report["sparsity"]["achieved"] == pytest.approx(len(gone) / blocks)
+
+
+def test_a_block_without_which_the_model_overflows_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = OutputProbe.divergence
+
+    def overflowing(probe: OutputProbe, block: Block, without: Any = ()) -> float:
+        return math.nan if 0 in without else divergence(probe, block, without)
+
+    monkeypatch.setattr(OutputProbe, "divergence", overflowing)
+    context = make_context(build_model("llama"), PruningConfig(**BLOCKS))
+    windows = calibration_batches(random_batches())
+    with torch.no_grad():
+        found = choose_blocks(context, capture(context, windows, 8), windows, number=2)
+    assert set(found) == {1, 2}
 
 
 def test_blocks_before_the_first_that_leaves_stay_as_they_are() -> None:

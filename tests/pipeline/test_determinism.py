@@ -36,14 +36,14 @@ def _threads() -> Iterator[None]:
 
 
 def pruned(name: str, settings: dict[str, Any], batch: int, threads: int = 1) -> PreTrainedModel:
-    ids = torch.randint(1, VOCABULARY, (12, 48), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, VOCABULARY, (20, 48), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[2, 30:] = mask[9, :7] = 0
     batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(batch), mask.split(batch), strict=True)]
     torch.set_num_threads(threads)
     torch.manual_seed(batch * threads)  # the global random state has no part in the result
     model = build_model(name)
-    prune_model(model, batches, PruningConfig(**{"sparsity": 0.6, "num_calibration_samples": 12, **settings}))
+    prune_model(model, batches, PruningConfig(**{"sparsity": 0.6, "num_calibration_samples": 20, **settings}))
     return model
 
 
@@ -58,5 +58,5 @@ def test_solvers(name: str, settings: dict[str, Any]) -> None:
 def test_reconstruction(settings: dict[str, Any]) -> None:
     """With the same number of threads: gradients are summed by thread."""
     expected = pruned("gpt2", settings, batch=4)
-    for batch in (4, 1, 12):
+    for batch in (1, 20):
         assert_same_weights(pruned("gpt2", settings, batch), expected)

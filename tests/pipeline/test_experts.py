@@ -16,7 +16,7 @@ from support.batches import random_batches
 from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
-from support.runs import calibration_batches, make_context
+from support.runs import assert_same_weights, calibration_batches, make_context
 from support.training import OwnModule, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -237,6 +237,19 @@ def test_trained_mixture(trained: Callable[[str], PreTrainedModel], text: TextDa
     # 0.91 on one processor and below 0.9 on others: the model is trained where the test runs, with that processor's rounding.
     assert 0 < lost["sparsellm"] < 0.95 * lost["sparsegpt"]
     assert lost["sparsellm"] < 0.65 * lost["magnitude"]
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_a_mixture_that_gives_router_logits(preset: Any) -> None:
+    """Its auxiliary loss reads those of every block, and some forwards leave blocks out."""
+    model, plain = build_model("mixtral"), build_model("mixtral")
+    model.config.output_router_logits = True
+    for one in (model, plain):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prune_model(one, random_batches(), PruningConfig(preset=preset, num_calibration_samples=8))
+    assert model.config.output_router_logits
+    assert_same_weights(model, plain)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "listed_mixtral", "phi3"])

@@ -132,14 +132,6 @@ def test_a_loader_that_raises() -> None:
     assert model.training
 
 
-def test_a_loader_that_ends_early() -> None:
-    with pytest.warns(UserWarning, match="num_calibration_samples is 8, but the dataloader gave 4 windows"):
-        report = prune_model(build_model("llama"), [windows(4)], config())
-    assert report.calibration["windows"] == 4
-    with pytest.raises(UserError, match="at least one calibration window"):
-        prune_model(build_model("llama"), [], config())
-
-
 def test_autocast_around_pruning_is_refused() -> None:
     """It keeps copies of the weights in bfloat16, which do not change when these are pruned."""
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=r"not be called inside torch\.autocast"):

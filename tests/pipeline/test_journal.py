@@ -82,7 +82,7 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
         changed = [key for key, tensor in whole.state_dict().items() if not torch.equal(tensor, dense[key])]
         assert any("norm" in key or "ln_" in key for key in changed), "reconstruction changes more than projections"
     assert events
-    for stop in range(0, len(events), 2):
+    for stop in sorted({0, len(events) // 2, len(events) - 1}):
         folder = tmp_path / str(stop)
         with pytest.raises(Killed):
             prune(build_model(name), batches, folder, config, stop)
@@ -146,7 +146,7 @@ def test_blocks_are_restored_bit_equal(
         assert norms == (not steps)
 
 
-def test_another_run_is_refused(tmp_path: Path) -> None:
+def test_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = random_batches()
     prune(build_model("llama"), batches, tmp_path)
     with pytest.raises(UserError, match=r"config\.sparsity: 0\.7 there, 0\.6 here\. Choose"):
@@ -159,7 +159,14 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     other.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
     with pytest.raises(UserError, match=r"model\.weights:"):
         prune(other, batches, tmp_path)
+    other = build_model("llama")
+    other.set_attn_implementation("eager")
+    with pytest.raises(UserError, match=r"arithmetic\.attention: sdpa there, eager here"):
+        prune(other, batches, tmp_path)
     prune(build_model("llama"), batches, tmp_path, replace(CONFIG, memory=2**30))
+    monkeypatch.setattr("sparsellm_lightning.pipeline.resume.versions", lambda: {"torch": "0"})
+    with pytest.raises(UserError, match=r"versions\.torch: .* there, 0 here"):
+        prune(build_model("llama"), batches, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -225,29 +225,8 @@ def test_target_model_corrects_earlier_blocks(trained, text, calibration) -> Non
     assert distances["model"] < distances["block"]
 
 
-def test_two_runs_are_bit_equal(trained, text) -> None:
-    states = []
-    for _ in range(2):
-        model = trained("llama")
-        batches = text.calibration_dataloader(num_samples=16, seed=3)
-        prune_model(model, batches, PruningConfig(preset="paper", sparsity=0.6, num_calibration_samples=16))
-        states.append(model.state_dict())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
 def masks_of(model: Any) -> torch.Tensor:
     return torch.cat([p.parameter.flatten() != 0 for p in describe(model).projections()])
-
-
-def test_batching_does_not_matter(trained, calibration) -> None:
-    """The same windows in batches of another size: equal masks up to rounding."""
-    masks = []
-    for size in (16, 5):
-        model = trained("llama")
-        ids = torch.cat([batch["input_ids"] for batch in calibration])
-        prune_model(model, ids.split(size), PruningConfig(preset="paper", sparsity=0.6, num_calibration_samples=64))
-        masks.append(masks_of(model))
-    assert (masks[0] == masks[1]).float().mean() > 0.999
 
 
 def test_padding_is_left_out(trained, calibration) -> None:
@@ -387,7 +366,8 @@ def test_few_tokens_warn_with_both_numbers() -> None:
     with pytest.warns(UserWarning, match="32 calibration tokens are fewer than the 128"):
         prune_model(build_model("llama"), [windows], PruningConfig(**settings, num_calibration_samples=1))
     with pytest.warns(UserWarning, match="is 200, but the dataloader gave 3"):
-        prune_model(build_model("llama"), [windows], PruningConfig(**settings, num_calibration_samples=200))
+        report = prune_model(build_model("llama"), [windows], PruningConfig(**settings, num_calibration_samples=200))
+    assert report.calibration["windows"] == 3
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (640, 10), (641, 11), (6399, 100), (6400, None)])

@@ -24,6 +24,7 @@ from support.runs import (
     prune_blocks,
     state_of,
     tune_with,
+    zero_smaller_half,
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,7 +34,8 @@ from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, capture
 from sparsellm_lightning.data import take_windows
 from sparsellm_lightning.pipeline import sequential
-from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
+from sparsellm_lightning.pipeline.kept import in_random_order
+from sparsellm_lightning.pipeline.tune import Reconstructor, _batches_of_a_step, batches_of_interest
 from sparsellm_lightning.solvers import SINGLE, Ranks
 from sparsellm_lightning.sparsity import add_adapters
 
@@ -82,14 +84,8 @@ def make_case(name: str, fitted: int | None = None, dtype: torch.dtype = torch.f
     for handle in handles:
         handle.remove()
     cache.hidden = [args[0] if args else kwargs["hidden_states"] for args, kwargs in calls]
-    prune_by_hand(block)
+    zero_smaller_half(block.projections())
     return Case(model, block, cache, calls, goal, [batch["attention_mask"].bool() for batch in batches])
-
-
-def prune_by_hand(block: Block) -> None:
-    for p in block.projections():
-        small = p.parameter.detach().abs().flatten().float().kthvalue(p.parameter.numel() // 2).values
-        p.parameter.data.masked_fill_(p.parameter.abs() <= small, 0)
 
 
 def adam_by_hand(case: Case, fitted: int, steps: int, rate: float, importance: Tensor) -> nn.Module:
@@ -648,9 +644,7 @@ def test_steps_of_unequal_windows_have_the_tokens_that_are_asked_for() -> None:
     windows = calibration_batches([{"input_ids": torch.ones(1, length, dtype=torch.long)} for length in lengths])
     context = make_context(build_model("llama"), PruningConfig(preset="fast"))
     cache = capture(context, windows, len(lengths))
-    reconstructor = Reconstructor(
-        context, context.layout.blocks[0], cache, cache.hidden, batch_tokens=32, learning_rate=1e-3
-    )
-    steps = islice(reconstructor._batches(), 30)
-    tokens = [sum(reconstructor.tokens[index] for index in chosen) for chosen in steps]
+    steps = in_random_order(*_batches_of_a_step(context, cache, 32), torch.Generator())
+    fitted = cache.fitted_tokens_by_batch()
+    tokens = [sum(fitted[index] for index in chosen) for chosen in islice(steps, 30)]
     assert 24 < sum(tokens) / len(tokens) < 40

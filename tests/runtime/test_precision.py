@@ -9,9 +9,11 @@ import pytest
 import torch
 from support.models import build_model
 from support.runs import make_context
+from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig
 from sparsellm_lightning.calibration import context
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.pipeline.sequential import _auxiliary_dtype
 from sparsellm_lightning.runtime import coarse_dtype, fastest_float32, precision
 from sparsellm_lightning.solvers import Penalties
@@ -35,6 +37,24 @@ def test_products_stay_exact_and_the_setting_is_restored() -> None:
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_probe_compares_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Noting(StrategyAdapter):
+        def run_model(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+            super().run_model(model, inputs)
+
+    monkeypatch.setattr(precision, "_medium_is_exact", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        Noting().describe(build_model("llama"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
 
 
 @pytest.mark.parametrize("outside", ["highest", "high"])  # Lightning advises high, which is TF32 on CUDA devices

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from support.local import best_error
 from torch import Tensor
 
 from sparsellm_lightning.solvers import SINGLE, Gram, InputStatistics, choose_columns, refit_columns, surgeon
@@ -24,13 +25,6 @@ def problem(size: int, seed: int = 0) -> tuple[Tensor, InputStatistics, Tensor]:
     statistics = InputStatistics(gram.mean(SINGLE), DAMPING)
     exact = x.double().T @ x.double() / TOKENS
     return weight, statistics, exact + DAMPING * exact.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-
-
-def best_error(weight: Tensor, h: Tensor, kept: Tensor) -> float:
-    """``min tr((W − V) H (W − V)ᵀ)`` over V that is zero in the columns that are not kept."""
-    removed = weight.double()[:, ~kept]
-    schur = h[~kept][:, ~kept] - h[~kept][:, kept] @ torch.linalg.solve(h[kept][:, kept], h[kept][:, ~kept])
-    return float((removed @ schur @ removed.T).trace())
 
 
 def columns_of(groups: Tensor, size: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from support.feed_forward import DIM, TOKENS, WIDTH, make_block
+from support.local import best_error
 
 from sparsellm_lightning.solvers import SINGLE, Gram, InputStatistics, remove_units, with_zeros, without_units
 
@@ -20,14 +22,12 @@ def problem(gated: bool = True, width: int = WIDTH, seed: int = 0):  # type: ign
     return block, x
 
 
-def best_error(h: torch.Tensor, down: torch.Tensor, kept: list[int]) -> float:
+def error_of(h: torch.Tensor, down: torch.Tensor, kept: Iterable[int]) -> float:
     """``min ‖h W_dᵀ − h_K Vᵀ‖² + λ‖W_d − V‖²`` over V, in float64."""
-    h, down = h.double(), down.double()
+    h = h.double()
     penalty = DAMPING * float((h**2).mean()) * len(h)
-    H = h.T @ h + penalty * torch.eye(h.shape[1], dtype=torch.float64)
-    removed = [j for j in range(h.shape[1]) if j not in kept]
-    schur = H[removed][:, removed] - H[removed][:, kept] @ torch.linalg.solve(H[kept][:, kept], H[kept][:, removed])
-    return float((down[:, removed] @ schur @ down[:, removed].T).trace())
+    mask = torch.zeros(WIDTH, dtype=torch.bool).index_fill_(0, torch.tensor([*kept]), True)
+    return best_error(down, h.T @ h + penalty * torch.eye(WIDTH, dtype=torch.float64), mask)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -36,7 +36,7 @@ def test_one_unit_is_the_best_one(gated: bool) -> None:
         block, x = problem(gated, seed=seed)
         removal = remove_units(block, x, WIDTH - 1, "sparsegpt", damping=DAMPING)
         h = block.hidden(x)
-        errors = [best_error(h, block.down, [j for j in range(WIDTH) if j != unit]) for unit in range(WIDTH)]
+        errors = [error_of(h, block.down, [j for j in range(WIDTH) if j != unit]) for unit in range(WIDTH)]
         assert int((~removal.kept).nonzero()) == min(range(WIDTH), key=errors.__getitem__)
 
 
@@ -46,11 +46,11 @@ def test_several_units_are_nearly_the_best_ones() -> None:
     for seed in range(8):
         block, x = problem(seed=seed)
         h = block.hidden(x)
-        totals["best"] += min(best_error(h, block.down, list(kept)) for kept in combinations(range(WIDTH), 5))
+        totals["best"] += min(error_of(h, block.down, kept) for kept in combinations(range(WIDTH), 5))
         for method in ("sparsegpt", "wanda", "magnitude"):
             kept = remove_units(block, x, 5, method, damping=DAMPING).kept
             assert int(kept.sum()) == 5
-            totals[method] += best_error(h, block.down, kept.nonzero().flatten().tolist())
+            totals[method] += error_of(h, block.down, kept.nonzero().flatten().tolist())
     assert totals["sparsegpt"] < 1.2 * totals["best"]
     assert totals["sparsegpt"] < 0.9 * min(totals["wanda"], totals["magnitude"])
 

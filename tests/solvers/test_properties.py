@@ -155,6 +155,7 @@ class Coupled:
     y: Tensor
     pattern: Pattern
     solver: str
+    chunks: list[int]  # their numbers of tokens
     fitted: int  # chunks
 
 
@@ -181,7 +182,9 @@ def coupled(draw: st.DrawFn) -> Coupled:
     elif change == "zero target":
         y = torch.zeros_like(y)
     pattern = draw(st.sampled_from([Unstructured(0.0), Unstructured(0.5), Unstructured(0.9), NofM(2, 4), NofM(1, 4)]))
-    return Coupled(block, x, y, pattern, draw(st.sampled_from(list(LOCAL_SOLVERS))), draw(st.integers(1, len(x))))
+    chunks = [len(part) for part in x.split(-(-len(x) // 8))]
+    solver, fitted = draw(st.sampled_from(list(LOCAL_SOLVERS))), draw(st.integers(1, len(chunks)))
+    return Coupled(block, x, y, pattern, solver, chunks, fitted)
 
 
 def check_coupled(problem: Coupled) -> None:
@@ -191,9 +194,8 @@ def check_coupled(problem: Coupled) -> None:
     x_before, y_before = x.clone(), y.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solution = solve_feed_forward(
-            block, x, y, prune_with(problem.pattern, problem.solver), chunks=[1] * len(x), fitted_chunks=problem.fitted
-        )
+        prune = prune_with(problem.pattern, problem.solver)
+        solution = solve_feed_forward(block, x, y, prune, chunks=problem.chunks, fitted_chunks=problem.fitted)
     assert torch.equal(x, x_before)
     assert torch.equal(y, y_before)
     for name, weight in before.items():
@@ -205,9 +207,9 @@ def check_coupled(problem: Coupled) -> None:
             assert int((pruned != 0).view(-1, 4).sum(1).max()) <= problem.pattern.kept
         else:
             assert kept <= weight.numel() - round(problem.pattern.sparsity * weight.numel())
-    held_out = problem.fitted < len(x)
+    held_out = problem.fitted < len(problem.chunks)
     errors = solution.held_out_errors if held_out else solution.errors
-    chosen = slice(problem.fitted, None) if held_out else slice(None)
+    chosen = slice(sum(problem.chunks[: problem.fitted]) if held_out else 0, None)
     error = true_error(solution.feed_forward, x[chosen], y[chosen]) if bool(y[chosen].any()) else 0.0
     assert error <= errors[0] * (1 + 1e-3) + 1e-5
 

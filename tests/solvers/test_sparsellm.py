@@ -294,8 +294,8 @@ def test_bfloat16_tokens(gated: bool) -> None:
     x, y = (t.bfloat16() for t in make_tokens(block, n=600))
     prune = prune_with(Unstructured(0.6))
     low, full = (solve_feed_forward(block, a, b, prune) for a, b in ((x, y), (x.float(), y.float())))
-    assert low.errors[0] == pytest.approx(full.errors[0], rel=1e-6)
-    assert low.errors[1:] == pytest.approx(full.errors[1:], rel=0.03)
+    assert low.errors == full.errors, "the tokens are exact in float32, in which everything is computed"
+    assert torch.equal(low.feed_forward.down, full.feed_forward.down)
     assert low.feed_forward.up.dtype == low.inputs.gram.dtype == torch.float32
     assert true_error(low.feed_forward, x, y) == pytest.approx(min(low.errors), rel=1e-3)
 

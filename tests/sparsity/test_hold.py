@@ -156,6 +156,11 @@ def test_deepspeed_is_refused() -> None:
         KeepZeros().on_train_begin(SimpleNamespace(deepspeed="zero2.json"), None, None, model=nn.Linear(2, 2))
 
 
+def test_fsdp_is_refused() -> None:
+    with pytest.raises(UserError, match="Leave fsdp out, or use SparseFinetuning"):
+        KeepZeros().on_train_begin(SimpleNamespace(fsdp="full_shard"), None, None, model=nn.Linear(2, 2))
+
+
 def test_biases_of_adapters_are_refused() -> None:
     model = build_model("opt")
     with torch.no_grad():

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ class Job:
             return FSDP2Strategy(save_distributed_checkpoint=sharded_checkpoint, process_group_backend=backend)
         if kind == "fsdp1":
             return FSDP1OnAnyDevice(
-                auto_wrap_policy=_decoder_layer,
+                auto_wrap_policy=partial(_wraps, self.options.get("wrapped", ("DecoderLayer", "GPT2Block"))),
                 process_group_backend=backend,
                 sharding_strategy=self.options.get("sharding", "FULL_SHARD"),
                 state_dict_type="sharded" if sharded_checkpoint else "full",
@@ -199,8 +200,9 @@ class Observed(SparseLLMCallback):
         return {"elements": self.elements, "largest": self.largest, "weights": self.weights}
 
 
-def _decoder_layer(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    return recurse or type(module).__name__.endswith(("DecoderLayer", "GPT2Block"))
+def _wraps(names: tuple[str, ...], module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """FSDP1's policy: whether a class has one of these names, or, of a container, that it is looked into."""
+    return recurse or type(module).__name__.endswith(names)
 
 
 def prune(job: Job) -> dict[str, Any]:

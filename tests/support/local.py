@@ -33,6 +33,13 @@ def damped(gram: Tensor) -> Tensor:
     return gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram)).double()
 
 
+def best_error(weight: Tensor, h: Tensor, kept: Tensor) -> float:
+    """``min tr((W − V) H (W − V)ᵀ)`` over V that is zero in the columns that are not kept, in float64."""
+    removed = weight.double()[:, ~kept]
+    schur = h[~kept][:, ~kept] - h[~kept][:, kept] @ torch.linalg.solve(h[kept][:, kept], h[kept][:, ~kept])
+    return float((removed @ schur @ removed.T).trace())
+
+
 def least_squares(weight: Tensor, h: Tensor, keep: Tensor) -> Tensor:
     """The best weights on a support, row by row, in float64."""
     result = torch.zeros_like(weight).double()

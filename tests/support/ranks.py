@@ -42,7 +42,7 @@ class ThreadRanks(Ranks):
 
 def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """Call ``work(ranks)`` on every rank at once. Returns the results in rank order."""
-    barrier, slots, results, failures = threading.Barrier(size, timeout=30), [None] * size, [None] * size, []
+    barrier, slots, results, failures = threading.Barrier(size, timeout=300), [None] * size, [None] * size, []
 
     def run(rank: int) -> None:
         try:

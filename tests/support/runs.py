@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning import PruningConfig
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.architecture import Projection, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.distributed import StrategyAdapter
@@ -100,6 +100,13 @@ def first_of(output: Any) -> Tensor:
     """The hidden states of a block's output, which may be a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def zero_smaller_half(projections: Iterable[Projection]) -> None:
+    """Prune half of each projection by magnitude."""
+    for p in projections:
+        small = p.parameter.detach().abs().flatten().float().kthvalue(p.parameter.numel() // 2).values
+        p.parameter.data.masked_fill_(p.parameter.abs() <= small, 0)
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from sparsellm_lightning import SparseLLMCallback, verify_export
+from support.models import VOCABULARY
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -43,6 +50,27 @@ class OwnModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-4)
+
+
+def exported_smaller(
+    model: PreTrainedModel, folder: Path, finetune: bool, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Prune a model in a Trainer and export it: the smaller model from the files, and the report.
+
+    Checks that it gives the pruned model's logits, agrees with its report, and holds no zeros that count.
+    """
+    pruner = SparseLLMCallback(**settings, finetune=finetune, export_dir=str(folder), measure=False)
+    ids = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(pruner, max_steps=3).fit(OwnModule(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    smaller = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert verify_export(folder) == []
+    report = json.loads((folder / "pruning_report.json").read_text())
+    assert report["sparsity"]["exported"] == 0
+    return smaller, report
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
