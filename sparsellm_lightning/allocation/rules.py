@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsellm_lightning.errors import NumericalError, UserError
+from sparsellm_lightning.errors import NumericalError
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Sparsities, ascending, and the damage of pruning one part to each of them."""
@@ -63,19 +63,17 @@ def owl(outlier_ratios: Sequence[float], sizes: Sequence[int], sparsity: float, 
         outlier_ratios: D of each part, on any scale.
         sizes: n, weights in each part.
         sparsity: s.
-        spread: λ. The paper uses 0.08 for most models at 70 %.
+        spread: λ, at most ``min(s, 1 − s) / 2``: then every part stays in [0, 1]. The paper uses 0.08 for most models at 70 %.
 
     Raises:
-        UserError: a negative or infinite spread, or one that takes a part out of [0, 1].
         NumericalError: a ratio that is not finite.
     """
-    _check_non_negative("spread", spread)
     if not all(map(math.isfinite, outlier_ratios)):
         raise NumericalError(f"Outlier ratios must be finite, got {list(outlier_ratios)}. Check the calibration text.")
     least, most = min(outlier_ratios), max(outlier_ratios)
     width = most - least or 1.0
     offsets = [-2 * spread * (ratio - least) / width for ratio in outlier_ratios]
-    return _centred(offsets, sizes, sparsity, "spread", spread)
+    return _centred(offsets, sizes, sparsity)
 
 
 def atp(sizes: Sequence[int], sparsity: float, step: float) -> list[float]:
@@ -92,12 +90,8 @@ def atp(sizes: Sequence[int], sparsity: float, step: float) -> list[float]:
         sizes: n, weights in each part, in order of depth.
         sparsity: s.
         step: β.
-
-    Raises:
-        UserError: a negative or infinite step, or one that takes a part out of [0, 1].
     """
-    _check_non_negative("step", step)
-    return _centred([step * depth for depth in range(len(sizes))], sizes, sparsity, "step", step)
+    return _centred([step * depth for depth in range(len(sizes))], sizes, sparsity)
 
 
 def atp_step(parts: int, spread: float) -> float:
@@ -128,14 +122,11 @@ def minimise_damage(
         sizes: n, weights in each part.
         sparsity: s.
         low: least sparsity of each part.
-        high: largest sparsity of each part.
+        high: largest sparsity of each part. The mean of the bounds lies on both sides of s.
 
     Raises:
-        UserError: a curve of fewer than two ascending sparsities, bounds that are not ``0 ≤ low ≤ high ≤ 1``, or a sparsity
-            that no choice within them gives.
         NumericalError: a damage that is not finite.
     """
-    _check_reachable(sizes, sparsity, low, high)
     grids = [
         np.linspace(least, most, 1 + math.ceil((most - least) / _STEP)) for least, most in zip(low, high, strict=True)
     ]
@@ -184,81 +175,35 @@ def above(sparsities: Sequence[float], floors: Sequence[float], sizes: Sequence[
     return shifted(high)
 
 
-def round_counts(sparsities: Sequence[float], entries: Sequence[int], total: int | None = None) -> list[int]:
+def round_counts(sparsities: Sequence[float], entries: Sequence[int]) -> list[int]:
     """Number of weights to prune in each matrix: ``s_i n_i`` rounded up or down, with an exact sum.
 
     The method of largest remainders: all are rounded down, then those with the largest remainders are raised by one until the
-    sum is ``total``. Of equal remainders the first is raised.
+    sum is ``round(Σ s_i n_i)``. Of equal remainders the first is raised.
 
     Args:
         sparsities: of each matrix, in [0, 1].
         entries: n, weights in each.
-        total: the sum of the counts. None: ``round(Σ s_i n_i)``.
-
-    Raises:
-        UserError: a sparsity outside [0, 1], or a total that rounding cannot give.
     """
-    if not all(0 <= sparsity <= 1 for sparsity in sparsities):
-        raise UserError(f"sparsities must be in [0, 1], got {list(sparsities)}. Write 0.7 for 70 %.")
     exact = [sparsity * count for sparsity, count in zip(sparsities, entries, strict=True)]
-    if total is None:
-        total = round(math.fsum(exact))
     counts = [math.floor(value) for value in exact]
     raisable = [index for index, count in enumerate(counts) if count < entries[index]]
-    missing = total - sum(counts)
-    if not 0 <= missing <= len(raisable):
-        raise UserError(
-            f"total must be what the sparsities give up to rounding, {sum(counts)} to {sum(counts) + len(raisable)}, "
-            f"got {total}. Leave it out for {round(math.fsum(exact))}."
-        )
+    missing = round(math.fsum(exact)) - sum(counts)
     raisable.sort(key=lambda index: counts[index] - exact[index])
     for index in raisable[:missing]:
         counts[index] += 1
     return counts
 
 
-def _centred(offsets: Sequence[float], sizes: Sequence[int], sparsity: float, name: str, value: float) -> list[float]:
-    """Offsets shifted so that their mean, weighted by size, is ``sparsity``. ``name`` and ``value`` are for the message."""
+def _centred(offsets: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """Offsets shifted so that their mean, weighted by size, is ``sparsity``."""
     mean = math.fsum(size * offset for size, offset in zip(sizes, offsets, strict=True)) / sum(sizes)
-    result = [sparsity + offset - mean for offset in offsets]
-    if not (min(result) >= 0 and max(result) <= 1):
-        raise UserError(
-            f"Every part's sparsity must be in [0, 1], but with {name} {value:g} around {sparsity:g} they go from "
-            f"{min(result):.4g} to {max(result):.4g}. Use a smaller {name}."
-        )
-    return result
-
-
-def _check_non_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise UserError(
-            f"{name} must be non-negative and finite, got {value}. Write 0 for the same sparsity everywhere."
-        )
-
-
-def _check_reachable(sizes: Sequence[int], sparsity: float, low: Sequence[float], high: Sequence[float]) -> None:
-    for part, (least, most) in enumerate(zip(low, high, strict=True)):
-        if not 0 <= least <= most <= 1:
-            raise UserError(
-                f"Bounds must satisfy 0 <= low <= high <= 1, got low {least} and high {most} for part {part}. "
-                "Write 0.5 and 0.9 to keep a part between 50 and 90 %."
-            )
-    reachable = [sum(n * bound for n, bound in zip(sizes, bounds, strict=True)) / sum(sizes) for bounds in (low, high)]
-    if not reachable[0] - 1e-12 <= sparsity <= reachable[1] + 1e-12:
-        raise UserError(
-            f"sparsity must be what the parts' bounds allow, {reachable[0]:.4g} to {reachable[1]:.4g}, got {sparsity:g}. "
-            "Widen the bounds, or ask for a sparsity between."
-        )
+    return [sparsity + offset - mean for offset in offsets]
 
 
 def _log_damage(curve: Curve, sparsities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Log damage at each of the sparsities: piecewise linear, never falling, extrapolated beyond the samples."""
     at, damages = (np.asarray(values, dtype=np.float64) for values in curve)
-    if at.shape != damages.shape or len(at) < 2 or not (np.diff(at) > 0).all():
-        raise UserError(
-            "A damage curve must have at least two sparsities, ascending, and a damage for each, got sparsities "
-            f"{at.tolist()} and damages {damages.tolist()}. Sample the damage at the bounds and between."
-        )
     if not np.isfinite(damages).all():
         raise NumericalError(
             f"Damages must be finite, got {damages.tolist()}. Check the calibration text, or sample less sparsity."

@@ -22,7 +22,7 @@ from sparsellm_lightning.allocation.rules import (
     round_counts,
     score_sum,
 )
-from sparsellm_lightning.errors import NumericalError, UserError
+from sparsellm_lightning.errors import NumericalError
 
 SAMPLES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
 
@@ -120,15 +120,7 @@ def test_atp_of_equal_sizes_is_the_papers() -> None:
     assert atp([5], 0.7, atp_step(1, 0.1)) == [0.7]
 
 
-def test_rules_refuse_sparsities_outside_the_unit_interval() -> None:
-    with pytest.raises(UserError, match="smaller spread"):
-        owl([0.1, 0.2], [1, 1], 0.95, 0.08)
-    with pytest.raises(UserError, match="smaller step"):
-        atp([1, 1, 1], 0.05, 0.06)
-    for rule in (lambda bad: owl([0.1, 0.2], [1, 1], 0.5, bad), lambda bad: atp([1, 1], 0.5, bad)):
-        for bad in (-0.1, math.inf, math.nan):
-            with pytest.raises(UserError, match="non-negative and finite"):
-                rule(bad)
+def test_outlier_ratios_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NumericalError, match="Outlier ratios"):
         owl([0.1, math.nan], [1, 1], 0.5, 0.08)
 
@@ -223,17 +215,7 @@ def test_damages_of_zero_below_zero_and_falling() -> None:
     assert sum(result) == pytest.approx(1.4, abs=1e-12)
 
 
-def test_least_damage_refuses_impossible_arguments() -> None:
-    curve = (SAMPLES, [1.0] * 6)
-    for sparsity in (0.49, 0.81, math.nan):
-        with pytest.raises(UserError, match=r"allow, 0\.5 to 0\.8, got"):
-            minimise_damage([curve] * 2, [1, 2], sparsity, [0.5] * 2, [0.8] * 2)
-    for low, high in [(0.9, 0.8), (-0.1, 0.8), (0.5, 1.1)]:
-        with pytest.raises(UserError, match="for part 1"):
-            minimise_damage([curve] * 2, [1, 2], 0.7, [0.5, low], [0.8, high])
-    for bad in [([0.5], [1.0]), ([0.6, 0.5], [1.0, 2.0]), ([0.5, 0.5], [1.0, 2.0]), ([0.5, 0.6], [1.0])]:
-        with pytest.raises(UserError, match="at least two sparsities, ascending"):
-            minimise_damage([bad], [1], 0.7, [0.5], [0.8])
+def test_damages_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NumericalError, match="Damages must be finite"):
         minimise_damage([([0.5, 0.6], [1.0, math.nan])], [1], 0.7, [0.5], [0.8])
 
@@ -244,9 +226,8 @@ def test_counts_add_up_and_are_rounded(seed: int) -> None:
     entries = [rng.randint(1, 10 ** rng.randint(1, 8)) for _ in range(rng.randint(1, 50))]
     # Like those of the rules: their mean over all weights is exact to rounding.
     sparsities = atp(entries, 0.6, atp_step(len(entries), 0.1))
-    total = round(0.6 * sum(entries))
-    counts = round_counts(sparsities, entries, total)
-    assert sum(counts) == total
+    counts = round_counts(sparsities, entries)
+    assert sum(counts) == round(0.6 * sum(entries))
     for count, sparsity, size in zip(counts, sparsities, entries, strict=True):
         assert 0 <= count <= size
         assert abs(count - sparsity * size) < 1 + 1e-6
@@ -260,12 +241,7 @@ def test_counts_add_up_and_are_rounded(seed: int) -> None:
 def test_largest_remainders_are_rounded_up() -> None:
     assert round_counts([0.32, 0.36, 0.32], [10, 10, 10]) == [3, 4, 3]
     assert round_counts([0.35, 0.35], [10, 10]) == [4, 3]
-    assert round_counts([1.0, 0.25], [10, 2], total=11) == [10, 1]
     assert round_counts([], []) == []
-    with pytest.raises(UserError, match="3 to 4, got 5"):
-        round_counts([1.0, 0.25], [3, 2], total=5)
-    with pytest.raises(UserError, match=r"in \[0, 1\]"):
-        round_counts([1.1], [3])
 
 
 def test_above_floors() -> None:
