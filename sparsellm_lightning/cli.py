@@ -47,10 +47,9 @@ class PruningTrainer(pl.Trainer):
     """A Trainer with the methods ``prune`` and ``evaluate``, which LightningCLI turns into subcommands.
 
     Args:
-        max_epochs: stop after so many. Without a limit or a minimum of epochs, steps or time: 1
-            (Lightning's Trainer takes 1000).
-        max_steps: stop after so many optimizer steps. -1: no limit.
-        max_time: stop after so long, such as ``00:12:00:00`` (days to seconds).
+        max_epochs: largest number of epochs. None: 1 if no other limit or minimum is set (Lightning's Trainer takes 1000).
+        max_steps: largest number of optimizer steps. -1: no limit.
+        max_time: longest time, as days:hours:minutes:seconds, such as ``00:12:00:00``.
     """
 
     def __init__(
@@ -100,11 +99,11 @@ class PruningTrainer(pl.Trainer):
         """Measure a model's perplexity on the test windows, the sparsity of its decoder blocks, and accuracy on tasks.
 
         Args:
-            model, datamodule: to measure, and the text.
-            tasks: of lm_eval, such as [arc_easy, hellaswag]. An export gets their results as ``tasks.json``.
-            tasks_folder: with YAML files of further tasks.
+            model, datamodule: the model to measure, and its text.
+            tasks: task names of lm_eval, such as [arc_easy, hellaswag]. Results go into an export's ``tasks.json``.
+            tasks_folder: folder with YAML files of further tasks.
             tasks_limit: examples of each task. None: all.
-            against: another model, such as the dense one, on the same tasks: what share of its accuracy is recovered.
+            against: another model, such as the dense one. The table shows the accuracy as a share of its accuracy.
         """
         name = weights_of(model) or pretrained_of(model) or type(model).__name__
         if against == name:

@@ -19,7 +19,7 @@ def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0
     """Recompute from an export's files what its report says. Exits with status 1 if they differ.
 
     Args:
-        folder: that export_dir named.
+        folder: an export (export_dir).
         data: the text on which the report's perplexity was measured. Without it, perplexity is not compared.
         tolerance: largest relative difference of perplexities.
     """
@@ -41,7 +41,7 @@ class ModelName:
     """A model to look at.
 
     Args:
-        pretrained: as for CausalLM. A folder or hub id with a configuration alone is enough.
+        pretrained: hub id, folder, GGUF file or package:NAME. A configuration without weights is enough.
     """
 
     pretrained: str
@@ -55,7 +55,7 @@ def inspect(
     """Print what would be pruned in a model, and about what that takes on this machine.
 
     Args:
-        model: to look at.
+        model: the model.
         pruner: the settings of the estimate.
         sequence_length: tokens of a calibration window.
     """
@@ -71,7 +71,7 @@ def inspect(
     seconds = work / (0.5 * gemm_peak(torch.device("cpu"), torch.float32))
     print(
         f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.0f} minutes at half the "
-        f"float32 speed of this CPU; allocation and continuations not counted). Memory besides the model: "
+        f"float32 speed of this CPU; allocation, importance and continuations not counted). Memory besides the model: "
         f"{expected.sizes.describe()}{distillation}."
     )
 
@@ -79,10 +79,10 @@ def inspect(
 def benchmark(
     model: str, against: str | None = None, prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5
 ) -> None:
-    """Print a model's speed and size on this machine, beside another's. An export's report gets them too, as ``speed``.
+    """Print a model's speed and size on this machine, beside another's. They go into an export's report as ``speed``.
 
     Args:
-        model: a folder, or what model.pretrained takes.
+        model: hub id, folder, GGUF file or package:NAME.
         against: another, such as the dense model. Both are measured in turn, and their speeds compared pair by pair.
         prompt_tokens: length of the prompt of the prefill.
         new_tokens: number of tokens generated.

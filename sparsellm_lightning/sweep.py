@@ -60,11 +60,11 @@ def sweep(
     same command goes on where it was stopped. At the end ``sweep.html`` shows table and curve. Pruned models are not kept.
 
     Args:
-        model: as for ``model.pretrained``.
+        model: hub id, folder, GGUF file or package:NAME.
         sparsities: None: [0.5, 0.6, 0.7, 0.8].
         variants: presets, or methods alone, such as [balanced, sparsegpt]. None: balanced.
         out: folder of the table, the curve and the page.
-        data: the text.
+        data: calibration and evaluation text.
         settings: further settings of the pruner, for all runs.
 
     Returns:
@@ -171,7 +171,9 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
     if not path.exists() or not (folder / TABLE).exists():  # a run that measured nothing claims nothing
         path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
-        raise UserError(f"out must be the folder of this sweep, but {path} is of another model, text or settings.")
+        raise UserError(
+            f"out must be the folder of this sweep, but {path} is of another model, text or settings. Change out."
+        )
     if not (folder / TABLE).exists():
         return {}
     with (folder / TABLE).open(newline="") as file:

@@ -83,7 +83,7 @@ def test_what_patterns_without_sparsity_ask_for() -> None:
         ({"latency": 0.7}, 0.3),
     ):
         assert PruningConfig(pattern=pattern).requested_sparsity == pytest.approx(share)
-    with pytest.raises(UserError, match=r"keep some of 128 hidden units, but .* keep 128"):
+    with pytest.raises(UserError, match=r"keep some of 128 hidden units and remove some, but .* keep 128"):
         PruningConfig(pattern="neurons", sparsity=0.1).kept("neurons", 128)
 
 

@@ -21,8 +21,8 @@ def choose_blocks(
 ) -> dict[int, float]:
     """The blocks to leave out, in order, and the divergence without each and those before it.
 
-    One after the other: always the block without which, and without those chosen before, the model's next-token distribution
-    diverges least from the dense model's, in KL. The number of forwards grows with the square of the number of blocks.
+    Greedy: each step adds the block whose removal, with those chosen before, makes the model's next-token distribution
+    diverge least from the dense model's, in KL. The number of forwards grows with the square of the number of blocks.
 
     Args:
         context: of the run. The model is dense.

@@ -222,8 +222,8 @@ def _check_heads(layout: DecoderLayout, config: PruningConfig) -> None:
     without = [block.name for block in layout.blocks if block.attention is None]
     if without:
         raise UserError(
-            f"Pattern heads needs attention in every block whose heads can leave, with queries, keys and values one behind the "
-            f"other, but {without[0]} of {name} has none. Use another pattern."
+            f"Pattern heads needs attention with removable heads in every block (queries, keys and values contiguous), but "
+            f"{without[0]} of {name} has none. Use another pattern."
         )
     numbers = {(block.attention.heads, block.attention.groups) for block in layout.blocks if block.attention}
     if len(numbers) != 1:

@@ -53,7 +53,7 @@ def _of_these_shapes(first: Sequence[Projection], last: Sequence[Projection], he
 
 
 def attends_by_heads(run: Run, attention: Attention, outermost: Callable[[nn.Module], nn.Module]) -> bool:
-    """Whether heads that change places do so in what the output projection sees, without regard to one that becomes zero.
+    """Whether permuting the heads permutes the output projection's input, and a head that is zero changes no other head.
 
     Norms over all heads, biases by head (ALiBi) and learned sinks fail this.
 

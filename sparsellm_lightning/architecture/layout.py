@@ -96,7 +96,7 @@ def linear_projection(name: str, module: nn.Module, parts: tuple[int, ...] = ())
 
 @dataclass(frozen=True)
 class Linears:
-    """Projections that share one input, solved together, layer by layer.
+    """Projections that share one input, solved together by the local solver.
 
     Args:
         projections: in the order of evaluation.
@@ -180,7 +180,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention whose heads can leave: the others give the same without them, in any place.
+    """Attention whose heads can be removed: the others give the same without them, in any order.
 
     Args:
         inputs: of queries, keys and values, each the projection and its first row in it (they may be parts of one).
@@ -210,7 +210,7 @@ class Attention:
         return list({p.name: p for p in (*(p for p, _ in self.inputs), self.output)}.values())
 
     def columns(self, kept: Tensor) -> Tensor:
-        """Those of ``output``, (columns,) bool, for ``kept``, (removable,) bool."""
+        """Mask of the kept columns of ``output``, (columns,) bool, for ``kept``, (removable,) bool."""
         return kept.repeat_interleave(self.output.shape[1] // len(kept))
 
     def spans(self) -> list[tuple[Projection, int, int]]:
@@ -220,7 +220,7 @@ class Attention:
         return [(p, first, heads * self.head_size) for (p, first), heads in places if heads % self.removable == 0]
 
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
-        """By name of the projections in :meth:`spans`: (rows,) bool, True = kept."""
+        """Masks of the kept rows, by name of the projections in :meth:`spans`: (rows,) bool."""
         found: dict[str, Tensor] = {}
         for p, first, size in self.spans():
             mask = found.setdefault(p.name, torch.ones(p.shape[0], dtype=torch.bool, device=kept.device))
@@ -340,7 +340,7 @@ class DecoderLayout:
         """What the model has or lacks, for a message, if it gives no next-token distribution of each token."""
         if self.model.get_output_embeddings() is None:
             return "has no language-model head"
-        return "has hidden states that are of no token" if any(b.added_positions for b in self.blocks) else None
+        return "has hidden states that belong to no token" if any(b.added_positions for b in self.blocks) else None
 
     def projections(self) -> Iterator[Projection]:
         """The projections of all blocks, in order."""

@@ -94,9 +94,9 @@ class ActivationCache:
         )
 
     def beginning(self, tokens: int, ranks: Ranks) -> ActivationCache:
-        """A cache of the first batches, equally many on every rank, with about so many valid tokens over all ranks.
+        """A cache of the first batches, equally many on every rank, with about ``tokens`` valid tokens over all ranks.
 
-        At least one batch, and at most four times as many positions, padded ones too.
+        At least one batch, and at most ``4 · tokens`` positions, padding included.
         """
         starts = accumulate((len(hidden) for hidden in self.hidden), initial=0)
         valid = [sum(self.windows[start : start + len(h)]) for start, h in zip(starts, self.hidden, strict=False)]

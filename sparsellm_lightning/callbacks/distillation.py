@@ -224,7 +224,7 @@ class Distillation(pl.Callback):
                 if call.logits is None or seen[0].logits is None or call.logits.shape != seen[0].logits.shape:
                     shapes = [None if x is None else tuple(x.shape) for x in (call.logits, seen[0].logits)]
                     raise UserError(
-                        f"Distillation by logits needs the same of student and teacher, got shapes {shapes[0]} and "
+                        f"Distillation by logits needs logits of one shape from both models, got shapes {shapes[0]} and "
                         f"{shapes[1]}. Choose a teacher with the same head and vocabulary, or set logit_weight to 0."
                     )
                 tokens = _of_kept_logits(valid, call.inputs) if call.logits.dim() == 3 else None

@@ -20,7 +20,8 @@ class KeepZeros(TrainerCallback):
     them, run ``trainer.train()`` inside ``holding_zeros(model)`` instead of using the callback.
 
     Raises:
-        UserError: under DeepSpeed, which trains copies of the weights, and FSDP, of which each process holds pieces.
+        UserError: under DeepSpeed or FSDP, or see :func:`~sparsellm_lightning.holding_zeros`.
+        MaskError: at the end of training, if the zeros changed.
     """
 
     def __init__(self) -> None:

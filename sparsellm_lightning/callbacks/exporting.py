@@ -166,7 +166,7 @@ def _cut(
     try:
         smaller = shrink(layout, config, state)
     except UserError as error:  # better the model with zeros than none
-        log.warning("The model is written with zeros in place of what should leave it. %s", error)
+        log.warning("The model is written with zeros in place of the parts to remove. %s", error)
         return layout.model, state, report
     return smaller.model, None, report_of_smaller(report, layout, smaller)
 

@@ -40,7 +40,7 @@ class SparseFinetuning(pl.Callback):
 
     Raises:
         UserError: at setup, if the Trainer has Lightning's ``ModelPruning`` or an unsupported strategy; at the start of
-            training, if no linear layer has 1 % of zeros, or other zeros than the checkpoint stored.
+            training, if no linear layer has 1 % of zeros, or if the zeros differ from those in the checkpoint.
         MaskError: at the end of an epoch or of training, if something else changed the zeros.
     """
 
@@ -167,7 +167,7 @@ class SparseFinetuning(pl.Callback):
 
 
 def resumed(trainer: pl.Trainer) -> Any:
-    """The checkpoint from which the run goes on, or None. Lightning's tuners leave there what they put by for themselves."""
+    """The checkpoint from which the run resumes. None without one, and for the temporary ones of Lightning's tuners."""
     path = trainer.ckpt_path
     return None if path is None or Path(path).name.startswith((".lr_find_", ".scale_batch_size_")) else path
 

@@ -56,16 +56,17 @@ class SparseLLMCallback(SparseFinetuning):
         schedule: gradual pruning: optimizer step -> sparsity, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every stage solves
             anew and keeps the zeros of the stage before. Needs ``finetune``. Replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends. None: no export.
-        resume_dir: folder where every finished block is noted. A run that was killed while pruning and is started again goes
-            on at the first unfinished block. Inside is a folder for each stage of ``schedule``, otherwise one. None: no notes.
+        resume_dir: folder that keeps the weights of finished blocks, in ``stage-N`` for stage N = 0, 1, ... of ``schedule``.
+            A run that was killed while pruning and is started again goes on at the first unfinished block. None: none kept.
         overwrite: replace an earlier export in ``export_dir``.
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
             :mod:`sparsellm_lightning.models.packed`).
         push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
             Needs ``export_dir``, and not with ``pack``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
-        baseline: also prune the model by SparseGPT alone, before, and report R, the loss as a share of SparseGPT's. Needs
-            ``measure``, and a pattern that is unstructured or N:M. The dense weights are kept in host memory meanwhile.
+        baseline: first prune the model by SparseGPT alone, and report R, the loss ``ln(perplexity / dense)`` as a share of
+            SparseGPT's. Needs ``measure``, and a pattern that is unstructured or N:M. The dense weights are kept in host memory
+            meanwhile.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
 

@@ -35,24 +35,24 @@ class PruningConfig:
     """Settings of the pruner. Settings that a preset decides are None until construction replaces None by the preset's value.
 
     Args:
-        sparsity: fraction of zeros, in [0, 1): in every pruned matrix with allocation ``uniform``, over all of them together
-            with the others; of pattern ``neurons``, ``heads`` or ``blocks`` the fraction of units, heads or blocks. None: 0.5,
-            or the sparsity of an N:M pattern.
-        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or what leaves as a whole, so that
+        sparsity: fraction of zeros, in [0, 1): in each pruned matrix with allocation ``uniform``, otherwise over all pruned
+            matrices. Pattern ``neurons``, ``heads`` or ``blocks``: fraction of units, heads or blocks to remove. None: 0.5, or
+            the sparsity of an N:M pattern.
+        pattern: ``unstructured``; N:M written kept:group, such as ``2:4``, ``4:8``, ``1:4``. Or a structure to remove, so that
             a smaller dense model is exported: ``neurons``: hidden units of the feed-forward networks, equally many in every
-            block; ``heads``: key-value heads with the query heads that use them, likewise (query heads, if all share one
-            key-value head); ``blocks``: decoder blocks, those that the model's output can best do without. Or several of these
-            with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number). Or a budget:
-            the share of the decoder blocks' parameters that is kept, ``{parameters: 0.7}``, or of their time in a forward over
-            one calibration batch, ``{latency: 0.7}``. It is divided over units, heads and blocks by the divergence of the
-            model's output.
+            block; ``heads``: key-value heads with the query heads that use them, equally many in every block (query heads, if
+            all share one key-value head); ``blocks``: decoder blocks whose removal changes the model's output least. Or several
+            of these with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number). Or a
+            budget: the share to keep of the decoder blocks' parameters, ``{parameters: 0.7}``, or of their time in a forward
+            over one calibration batch, ``{latency: 0.7}``, divided over units, heads and blocks so that the estimated
+            divergence of the model's output is least.
         round_to: number by which the hidden units that are kept are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
-            ``solvers/README.md`` lists. ``fast``: about twice the time of SparseGPT. ``balanced``: ADMM, sparsity by block,
+            ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,
             reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
-            writes; more accurate on text unlike the calibration text. A setting that is given wins over the preset. Where they
-            are not given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if
-            blocks may leave and there is reconstruction, and ``block`` if nothing fits a target.
+            writes; more accurate on text unlike the calibration text. A setting that is given wins over the preset. If not
+            given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if blocks may
+            be removed and reconstruction is on, and ``block`` if nothing fits a target.
         method: ``sparsellm`` (feed-forward blocks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: solver inside ``sparsellm``: of the attention projections, and of the alternation's weight steps.
@@ -65,23 +65,23 @@ class PruningConfig:
             output when that projection alone is pruned. ``kl_blocks``: by block, likewise, in a fraction of the time.
             Unstructured patterns only.
         reconstruction_steps: Adam steps that tune each block's kept weights, norms and biases after its solve, with the mask
-            fixed. Features of the block's output count by the gradient of the model's output. 0: none.
+            fixed. The Fisher information of each feature of the block's output weights its error. 0: none.
         distillation_steps: Adam steps that tune all kept weights together at the end, on the dense model's next-token
-            distributions over the fitted windows. A step has about 512 tokens, and at least one window on each rank. They need
-            24 bytes for each kept weight (its value, place, gradient, moments and best state), and where weights are sharded
-            all gradients. A preset that asks for them goes without, with a warning, where the model has no language-model head
-            or the memory does not suffice. 0: none.
+            distributions over the fitted windows. A step has about 512 tokens, and at least one window on each rank. Memory:
+            24 bytes for each kept weight (value, position, gradient, two moments, best state), plus all gradients if weights
+            are sharded. If the preset sets the steps, they are skipped with a warning where the model has no language-model
+            head or memory is too small. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window without padding. The first
-            continues each 32 tokens of it, and others continue random tokens of the vocabulary, for text of other kinds. The
-            first 40 % of the distillation's steps are on them. For half of the calibration windows, blocks are fitted to the
-            last of these too.
+            continues each 32 tokens of the window; others continue random tokens of the vocabulary, for text of other kinds.
+            The first 40 % of the distillation steps use these windows. Blocks are fitted to the last written window of every
+            calibration window in the first half too.
         damping: added to the diagonal of each Gram matrix, as a fraction of the diagonal's mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
         penalties: weights α, β, γ of the alternation's objective, and whether they are scale-free.
-        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean, and at most half
-            of 1 − sparsity. ``owl``: half the width of the range of sparsities, which is then shifted so that their mean is the
-            one asked for; for it and ``atp`` also at most half of the sparsity.
+        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean, cut to half of
+            1 − sparsity and, for ``owl`` and ``atp``, to half of the sparsity. ``owl``: half the width of the range of
+            sparsities, which is then shifted to the mean asked for.
         ignore: name patterns of projections that stay dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``). Not with patterns that may remove blocks.
         num_calibration_samples: calibration windows, over all ranks.
@@ -188,7 +188,7 @@ class PruningConfig:
 
     @property
     def requested_sparsity(self) -> float:
-        """The fraction of zeros that ``sparsity`` or ``pattern`` asks for. Of several shares the largest; a number is 1."""
+        """Fraction of zeros asked for: of several shares the largest (a number of blocks is 1), of a budget 1 − share."""
         nofm = parse_nofm(self.pattern)
         if nofm:
             return 1 - nofm[0] / nofm[1]
@@ -245,8 +245,8 @@ class PruningConfig:
                 (f"{given} and round_to {step}", "Lower round_to, or choose") if step > 1 else (given, "Choose")
             )
             raise UserError(
-                f"Pattern {structure} must keep some of {number} {noun}, but {given} keep{'s' * (step == 1)} {kept}. "
-                f"{hint} another sparsity."
+                f"Pattern {structure} must keep some of {number} {noun} and remove some, but {given} keep{'s' * (step == 1)} "
+                f"{kept}. {hint} another sparsity."
             )
         return kept if share else number
 

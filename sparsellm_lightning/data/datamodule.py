@@ -67,8 +67,8 @@ class TextDataModule(LightningDataModule):
             windows, so that training is refused.
         max_eval_windows: upper limit of the windows for evaluation, from the start of the text. None: no limit.
         num_workers: worker processes per loader.
-        seed: of the order of training windows, and of the choice of calibration windows where a caller gives none. The pruner
-            gives its own.
+        seed: of the order of training windows, and of calibration windows if the caller passes no seed. The pruner passes
+            ``pruner.seed``.
         tokenizer: a tokenizer, or the model it belongs to, as ``load_tokenizer`` takes it. None: the ``tokenizer`` of the
             trainer's module.
         model_attribute: attribute of the trainer's module that holds the model of source ``self``, if it holds several.

@@ -73,8 +73,7 @@ def take_windows(
         ranks: window i goes to rank ``i mod size``, so shares differ by at most one and no window is used twice.
         device: where the windows are put.
         sharded: whether the batches hold this rank's windows only (a distributed sampler).
-        batch_tokens: windows are put into batches of at most so many tokens, or of one window, whatever the batches were that
-            they came in. None: the batches stay as they are.
+        batch_tokens: upper limit on the tokens of a returned batch (at least one window). None: the batches stay as they are.
 
     Raises:
         UserError: no windows on any rank.
@@ -146,8 +145,8 @@ def fitted_windows(windows: int, fraction: float, ranks: Ranks) -> int:
 def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, ranks: Ranks) -> list[CalibrationBatch]:
     """One batch of the first ``length`` tokens of the first windows, with ``tokens`` tokens over all ranks.
 
-    Padding at the start of a window is left out if the window is long enough. Windows shorter than the longest allows are
-    passed over.
+    Padding at the start of a window is left out if the window is long enough. Windows shorter than both ``length`` and the
+    longest window are passed over.
 
     Args:
         batches: this rank's windows.

@@ -152,7 +152,7 @@ class StrategyAdapter:
 
 
 def token_input(inputs: Mapping[str, Tensor]) -> Tensor:
-    """The argument of a model that has a row a window and a column a token: token ids or their embeddings."""
+    """The model argument with one row per window and one column per token: token ids or their embeddings."""
     return next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 

@@ -27,7 +27,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: true: a folder with one file a rank. False: one file, assembled on rank 0.
         process_group_backend: ``nccl``, ``gloo``, ... None: the accelerator's.
-        timeout: of an exchange between ranks. The others wait so long while rank 0 downloads a model, or uploads one.
+        timeout: longest time of one exchange between ranks, such as the wait while rank 0 downloads or uploads a model.
     """
 
     def __init__(

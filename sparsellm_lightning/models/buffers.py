@@ -28,7 +28,7 @@ def unsaved_float32_buffers(module: nn.Module) -> Buffers:
 
 @contextmanager
 def kept_in_float32(module: nn.Module) -> Iterator[None]:
-    """Behind a conversion of the module inside this context, these buffers are float32 again, on the device where they are."""
+    """After a conversion inside this context, :func:`unsaved_float32_buffers` are float32 again, on their current device."""
     before = unsaved_float32_buffers(module)
     yield
     for child, name, buffer in before:
@@ -38,7 +38,7 @@ def kept_in_float32(module: nn.Module) -> Iterator[None]:
 
 
 class _Keeping:
-    """A precision plugin's ``convert_module`` that keeps them. Pickled with the Trainer where workers are not forked."""
+    """A precision plugin's ``convert_module`` that keeps these buffers. Pickled with the Trainer if workers are not forked."""
 
     def __init__(self, precision: Any) -> None:
         self.precision = precision
@@ -49,7 +49,7 @@ class _Keeping:
 
 
 def keep_in_conversions(precision: Any) -> None:
-    """Have a precision plugin of Lightning leave them in float32 when it converts a module, until :func:`stop_keeping`."""
+    """Have a precision plugin of Lightning keep unsaved float32 buffers in conversions, until :func:`stop_keeping`."""
     precision.convert_module = _Keeping(precision)
 
 

@@ -114,7 +114,7 @@ def new_metric(over_ranks: bool = True) -> Perplexity:
 
 
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and those behind padding on the left.
+    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and the first token after padding on the left.
 
     Raises:
         UserError: the batch has neither, or not one label for each token.
@@ -188,7 +188,9 @@ def positions_together(model: PreTrainedModel, windows: int, length: int, vocabu
 def perplexity(
     model: PreTrainedModel, batches: Iterable[Any], adapter: StrategyAdapter | None = None, *, sharded: bool = False
 ) -> float:
-    """Perplexity of a causal LM.
+    """Perplexity of a causal LM: ``exp(−1/N Σ_t log q(y_t | y_<t))``, computed in float32.
+
+    N counts the predicted tokens: all but the first of each window, those labelled −100 and padding. NaN if N is 0.
 
     Args:
         model: with a language-model head.
@@ -196,6 +198,9 @@ def perplexity(
         adapter: of the strategy the model runs under. None: a single device. Each rank evaluates its share of every batch, and
             all ranks get the result over all batches.
         sharded: whether the batches are this rank's own share already.
+
+    Raises:
+        UserError: batches that do not fit the model, or labels that do not fit the tokens.
     """
     adapter = adapter or StrategyAdapter()
     device = device_of(model)

@@ -83,7 +83,7 @@ def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
             raise
         except Exception as error:  # of any class: JSON refuses some values, transformers others
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{name} must be valid to be exported: {cause}. Correct the model's.") from error
+            raise UserError(f"{name} must be valid to be exported: {cause}. Correct it before the run.") from error
 
 
 def check_rebuildable(model: PreTrainedModel) -> None:
@@ -134,7 +134,7 @@ def export_model(
         report: returns the content of ``pruning_report.json``, called after all other files are written. Their names are
             added as ``"files"``. None: the names only.
         more: writes further files into a folder, such as plots.
-        pack: write the zeros away, see :mod:`~sparsellm_lightning.models.packed`. Then :func:`~sparsellm_lightning.load_model`
+        pack: leave the zeros out, see :mod:`~sparsellm_lightning.models.packed`. Then :func:`~sparsellm_lightning.load_model`
             reads the folder, but plain ``transformers`` does not. The report gets ``"files_bytes"``.
 
     Raises:

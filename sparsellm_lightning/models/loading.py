@@ -144,6 +144,11 @@ def _from_packed(folder: str, **options: Any) -> Any:
 
 
 def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by its name. ``auto`` is returned as it is.
+
+    Raises:
+        UserError: not a floating-point dtype.
+    """
     if dtype == "auto":
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype

@@ -85,7 +85,10 @@ def measure_speed(
     for name in names:
         model = load_model(name).eval().to(device)
         if max(prompt_tokens, _PROMPT + new_tokens) > context_of(model):
-            raise UserError(f"{name} holds {context_of(model)} tokens. Lower prompt_tokens or new_tokens.")
+            raise UserError(
+                f"The context of {name} holds {context_of(model)} tokens, got prompt_tokens {prompt_tokens} and new_tokens "
+                f"{new_tokens}. Lower them."
+            )
         tensors = [*model.parameters(), *model.buffers()]
         found.append(
             Speed(

@@ -28,9 +28,9 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tolerance: float = 0.01) -> list[str]:
     """Recompute from an export's files what its report says.
 
-    Compared are: the files that the report names; every tensor's finiteness; a tied head; the tensors and shapes that the
-    configuration asks for; zeros of every projection, exactly; the pattern; and, if there are batches and the model has a
-    language-model head, perplexity.
+    Checked are: the files that the report names; every tensor's finiteness; a tied head; the tensors and shapes that the
+    configuration asks for; zeros of every projection, exactly; the pattern. If all hold, there are batches, and the model has
+    a language-model head: also perplexity.
 
     Args:
         folder: an export.

@@ -19,8 +19,8 @@ class Estimate:
     """Of a run on one device.
 
     Args:
-        operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them. Neither the
-            phases of an allocation nor of continuations are counted.
+        operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them, without
+            ``allocation``, ``importance`` and ``generation``.
         sizes: bytes besides the model while a block is solved.
         distillation: bytes besides the model at the end: gradients, and vectors of the kept weights. 0 without it.
     """

@@ -82,8 +82,8 @@ def prune_model(
         adapter: of the strategy the model runs under. None: a single device.
         sharded: whether the batches are this rank's own share already.
         keep_zeros: weights that are zero already are pruned first, so that the new mask contains the old one.
-        resume_dir: folder where every finished block is noted. A run that was killed and starts again with the same model,
-            windows and settings goes on at the first unfinished block, and ends with the same weights.
+        resume_dir: folder that keeps the weights of finished blocks. A run that was killed and starts again with the same
+            model, windows and settings goes on at the first unfinished block, and ends with the same weights.
         progress: show a progress bar over blocks.
         on_iteration: called with (block index, iteration, error), see
             :data:`~sparsellm_lightning.pipeline.sequential.OnIteration`.
@@ -95,7 +95,7 @@ def prune_model(
     Raises:
         UserError: the model, the batches or the settings do not fit together, before any long work. Later: no room in memory
             (OutOfMemoryError) or in ``resume_dir``, or a pattern or budget that the measured model cannot meet.
-        NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
+        NumericalError: NaN or infinity in weights or activations, or a Gram matrix that cannot be factored.
     """
     start = time.perf_counter()
     adapter = adapter or StrategyAdapter()

@@ -137,7 +137,7 @@ def prune_blocks(
                     journal.write(block, result)
             if block is not context.layout.blocks[-1] and block.index not in removed:
                 cache.hidden = run_block(context, block, cache)
-                check_finite_activations(context, cache.valid_tokens(), f"behind the pruned {block.name}")
+                check_finite_activations(context, cache.valid_tokens(), f"after the pruned {block.name}")
         cache.replay_inputs.clear()
         cache.forget_arguments(block.index)
         if dense is not None:
@@ -249,7 +249,7 @@ def _plan_tuning(
         return None
     goal = run_block(context, block, cache) if goal is None else goal
     reached = replace(cache, hidden=goal)
-    check_finite_activations(context, reached.valid_tokens(), f"behind the dense {block.name}")
+    check_finite_activations(context, reached.valid_tokens(), f"after the dense {block.name}")
     return cache, goal
 
 

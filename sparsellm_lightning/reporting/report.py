@@ -66,7 +66,7 @@ class PruningReport:
         model: name of the model.
         method, pattern: as in the settings.
         sparsity: ``{"requested", "achieved"}``. Achieved is over all projections of the decoder blocks, ignored ones included.
-            Of a model without the units, heads or blocks that left also ``"exported"``: of the files.
+            After units, heads or blocks are cut out, also ``"exported"``: of the files.
         perplexity: ``{"dense", "pruned"}``, after fine-tuning ``"finetuned"``, and with ``baseline`` ``"sparsegpt"``: of the
             model pruned by SparseGPT alone. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
@@ -87,7 +87,7 @@ class PruningReport:
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
-        wall_seconds: of pruning; of gradual pruning, as phases and work, of all stages.
+        wall_seconds: of pruning. For gradual pruning, this, phases and work are sums over all stages.
         peak_memory_bytes: peak of this process (resident memory), or of its accelerator, during pruning, the model included.
             None where the system does not say.
         added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
@@ -256,12 +256,12 @@ def layer_rows(
 
 
 def report_of_smaller(report: PruningReport, layout: DecoderLayout, smaller: Smaller) -> PruningReport:
-    """The report of a model from which what left is cut out.
+    """The report of the smaller model, from which the zeroed parts are cut out.
 
     Args:
-        report: of the model with zeros in its place. It gets the sparsity ``exported`` too.
+        report: of the model with zeros in place of these parts. It gets the sparsity ``exported`` too.
         layout: of that model.
-        smaller: the model without it.
+        smaller: the model without these parts.
     """
     rows, zeros, total = [], 0, 0
     for row in (row for row in report.layers if row["name"] in smaller.names):

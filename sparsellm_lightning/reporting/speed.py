@@ -9,7 +9,7 @@ from sparsellm_lightning.reporting.report import format_table
 
 
 def speed_table(speeds: Sequence[Speed]) -> str:
-    """One row for each figure, one column for each model, and how many times the last model's the first one's is."""
+    """One row for each figure, one column for each model, and a column of ratios: the first model's figure over the last's."""
     first, last = speeds[0], speeds[-1]
     rows: list[tuple[str, ...]] = [
         ("", *(s.name if s.kernels == "dense" else f"{s.name}, {s.kernels} kernels" for s in speeds)),

@@ -100,7 +100,7 @@ def place(budget: int | str, sizes: Sizes, device: torch.device) -> Placement:
     if budget != "auto" and least > limit:
         raise UserError(
             f"memory must be at least {format_bytes(least)} for the largest block ({sizes.describe()}), got "
-            f"{format_bytes(limit)}. Raise it, or lower num_calibration_samples."
+            f"{format_bytes(limit)}. Raise it, or on a CPU lower num_calibration_samples."
         )
     return Placement(
         activations=device if sizes.work + sizes.activations <= limit else host,

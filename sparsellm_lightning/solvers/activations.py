@@ -1,6 +1,6 @@
 """The ``z`` and ``s`` steps of the alternation, for each activation function.
 
-Both solve, for every entry separately,
+The z step of a plain block and the s step of a gated one solve, for every entry separately,
 
     minimise over t:   a (t − m)² + g (p − c φ(t))²
 

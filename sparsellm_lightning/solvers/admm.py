@@ -21,7 +21,7 @@ def admm(
 ) -> Tensor:
     """Approximately minimise ``‖(W − Ŵ) H^{1/2}‖`` over W in the pattern, by splitting W into B = D with D in the pattern.
 
-    With ``H = G + λI`` scaled to a unit diagonal, ``H ← H / (n nᵀ)``, ``W ← W n``, and u the scaled multipliers, repeat
+    With ``H = G + λI``, ``n = √diag(H)``, ``H ← H / (n nᵀ)``, ``Ŵ ← Ŵ n`` and u the scaled multipliers, repeat
 
         B = (Ŵ H + ρ (D − u)) (H + ρI)⁻¹,    T = B + u,    D = the pattern's largest entries of T,    u = T − D
 

@@ -19,14 +19,14 @@ def choose_columns(
     """Groups of ``size`` neighbouring columns to keep, by the criterion of a local solver.
 
     ``magnitude``: the largest ``magnitudes``. ``wanda``: the largest sums of ``|W_ij| ‖x_j‖`` (Wanda-sp). ``sparsegpt`` and
-    ``admm``: one after the other leaves the group without which the others can best give the output (:func:`surgeon`).
+    ``admm``: groups are removed one after the other, each the one whose loss the others compensate best (:func:`surgeon`).
 
     Args:
         weight: W, (rows, columns) float32, whole.
         inputs: statistics of its input.
         keep: number of groups to keep.
         solver: name.
-        magnitudes: (columns / size,), of whatever leaves with each group.
+        magnitudes: (columns / size,), scores of the groups for ``magnitude``. Other solvers ignore them.
         size: of a group.
 
     Returns:
@@ -57,8 +57,8 @@ def surgeon(
 
         ``tr(W_j ((H⁻¹)_jj)⁻¹ W_jᵀ)``
 
-    Then ``W −= W_j ((H⁻¹)_jj)⁻¹ (H⁻¹)_j``, and the same for ``H⁻¹``. Of more than
-    512 groups to remove, several leave at a time, which do not see each other.
+    Then ``W −= W_j ((H⁻¹)_jj)⁻¹ (H⁻¹)_j``, and the same for ``H⁻¹`` (ZipLM, arXiv 2302.04089). To remove more than 512 groups,
+    512 steps remove one or several each, by scores that ignore what else leaves in the step.
 
     Args:
         weight: W, (rows, columns) float32.
@@ -120,9 +120,9 @@ def _solve(blocks: Tensor, right: Tensor) -> Tensor:
 
 
 def refit_columns(weight: Tensor, inputs: InputStatistics, kept: Tensor) -> Tensor:
-    """The kept columns K that give the output best without the removed ones R, (rows, |K|).
+    """The kept columns K, refitted to give the output best without the removed columns R, (rows, |K|).
 
-    With ``H = XᵀX / n + λI`` it is ``W_K + W_R H_RK (H_KK)⁻¹``.
+    With ``H = XᵀX / n + λI`` they are ``W_K + W_R H_RK (H_KK)⁻¹``.
 
     Args:
         weight: W, (rows, columns) float32.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ENTRIES = 2**18  # of the logits that are in float32 at once: on a CPU those that its caches hold
+CPU_ENTRIES = 2**18  # logits in float32 at once. On a CPU as many as its caches hold
 GPU_ENTRIES = 2**23
-TOKENS = 512  # largest number of tokens at once. The rest of the entries are tokens of the vocabulary
-LEAST = -1e4  # logit below the largest one, instead of minus infinity, of tokens that a model excludes
+TOKENS = 512  # largest number of tokens at once. CPU_ENTRIES / tokens is then the number of vocabulary entries
+LEAST = -1e4  # lower limit of (logit − largest) / T, so that a minus infinity of an excluded token stays finite
 
 
 def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0, *, reuse: bool = False) -> Tensor:

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class NumericalError(ValueError):
-    """Activations or statistics hold NaN or infinity, or no reasonable damping makes a Gram matrix positive definite."""
+    """Weights, activations or statistics are not finite, or no reasonable damping makes a Gram matrix positive definite."""

@@ -108,7 +108,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """Keep the ``kept`` highest of every ``group`` consecutive weights of a row."""
+    """Keep the ``kept`` highest of every ``group`` consecutive weights of a row. Columns must be a multiple of ``group``."""
 
     kept: int
     group: int

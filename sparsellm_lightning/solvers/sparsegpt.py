@@ -26,7 +26,7 @@ def sparsegpt(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int 
         weight: Ŵ, (rows, columns) float32; this rank's rows. Not changed.
         factor: of the damped Gram matrix of the inputs, (columns, columns).
         pattern: chooses the entries to keep. Its ``ranks`` hold the other rows.
-        block_size: columns per mask decision, rounded to whole groups for N:M.
+        block_size: columns per lazy update and, if unstructured, per mask decision. Rounded to whole groups for N:M.
 
     Returns:
         the pruned weight, a new tensor.

@@ -116,8 +116,8 @@ def solve_feed_forward(
     4. ``p = q + (Y − q W_dᵀ) K W_d`` with ``q = φ(s) ⊙ z`` and ``K = (W_d W_dᵀ + γ/β I)⁻¹``. Then z, then s
        (:mod:`~sparsellm_lightning.solvers.activations`).
 
-    The first iteration skips the regressions, so it is the local solver (:func:`solve_locally`). On the tokens that choose,
-    the result is never worse than the local solver's.
+    The first iteration skips the regressions, so it is the local solver (:func:`solve_locally`). On the tokens of step 3, the
+    result is never worse than the local solver's.
 
     The regressions' λ is ``max(damping, 2 · columns / tokens)`` of the mean diagonal. With few tokens per column, a smaller λ
     would fit the noise of the calibration text.

@@ -95,7 +95,7 @@ class Gram(Cross):
             self._sum[high:, low:high] = self._sum[low:high, high:].T
 
     def statistics(self, damping: float, ranks: Ranks, name: str) -> InputStatistics:
-        """Those of the projection ``name``, whose input was added. For ``damping`` see :class:`InputStatistics`.
+        """Statistics of the added input, that of the projection ``name``. For ``damping`` see :class:`InputStatistics`.
 
         Raises:
             NumericalError: NaN or infinity in the input, on every rank.

@@ -47,8 +47,8 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
     sparse = sparse_layers(layers, shares, adapter)
     if not sparse:
         raise UserError(
-            f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any that "
-            "are kept. Load a pruned model."
+            f"holding_zeros keeps the zeros of a sparse model, but no linear layer of {type(model).__name__} has any "
+            "besides a few whole rows. Load a pruned model."
         )
     computed = next((p.name for p in sparse if not p.parameter.is_leaf), None)
     if computed is not None:

@@ -139,7 +139,7 @@ def adapter_at_work(model: nn.Module) -> str | None:
 
 
 def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
-    """Have every LoRA adapter on a sparse layer compute ``x (W + M ⊙ s BA)ᵀ``, M being 1 where W is not zero.
+    """Have LoRA adapters on sparse layers compute ``x (W + M ⊙ s BA)ᵀ``, with M = (W ≠ 0) and s the adapter's scale.
 
     Likewise each expert's W and BA, of adapters on experts that share one parameter.
 

@@ -447,3 +447,9 @@ def test_a_model_with_nothing_to_prune_is_refused() -> None:
                 prune.l1_unstructured(module, "weight", 0.5)
     with pytest.raises(UserError, match=r"LlamaForCausalLM has none .*it computes more than a product with its weight"):
         prune_model(model, random_batches(), PruningConfig())
+
+
+@pytest.mark.parametrize("given", [{"up": "a"}, {"down": "a"}, {"gate": "a", "up": "b"}, {"activation": "silu"}])
+def test_half_a_row_is_refused(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="Give up and down too"):
+        Architecture(**given)  # type: ignore[arg-type]

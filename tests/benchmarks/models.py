@@ -1,4 +1,4 @@
-"""Which causal-LM classes of ``transformers`` can be pruned: a tiny random model of each, by the paper's method.
+"""Which causal-LM classes of ``transformers`` can be pruned: a tiny random model of each, by preset `paper`.
 
 python tests/benchmarks/models.py --out recipes/MODELS.md
 python tests/benchmarks/models.py --out some.md --types phi3 mixtral
@@ -27,11 +27,11 @@ HEADER = """# Models
     python tests/benchmarks/models.py --out recipes/MODELS.md
 
 Every model type that `AutoModelForCausalLM` of transformers {version} knows, as a tiny random model, pruned to 50 % and to 2:4
-by the paper's method. {pruned} of {all} have the exact zeros, and equal logits after export and reload. The last column is
-`‖logits − dense logits‖` at 50 % on the calibration windows, divided by magnitude pruning's. Networks and experts are solved by
-the alternation, the other pruned weights layer by layer.
+by preset `paper`. {pruned} of {all} have the exact zeros, and equal logits after export and reload. The last column is
+`‖logits − dense logits‖` at 50 % on the calibration windows, divided by magnitude pruning's. Networks (feed-forward, of all
+blocks) and experts are solved by the alternation, the other pruned weights layer by layer.
 
-| type | networks | experts | pruned of the blocks | error |
+| type | networks | experts | in pruned matrices | error |
 |---|---|---|---|---|
 """
 

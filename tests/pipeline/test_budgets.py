@@ -134,7 +134,7 @@ def test_patterns_that_are_none(pattern: Any, message: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match=r"gives the shares, got sparsity 0\.5 too"):
         PruningConfig(pattern={"neurons": 0.2}, sparsity=0.5)
-    with pytest.raises(UserError, match=r"keep some of 3 blocks, but 3 blocks keep"):
+    with pytest.raises(UserError, match=r"keep some of 3 blocks and remove some, but 3 blocks keep"):
         describe(build_model("llama"), PruningConfig(pattern={"blocks": 3}))
     with pytest.raises(UserError, match=r"no mixture brings LlamaForCausalLM to 0\.01 of its parameters"):
         prune_model(build_model("llama"), random_batches(), PruningConfig(**SETTINGS, pattern={"parameters": 0.01}))
