@@ -70,7 +70,7 @@ def inspect(
     )
     seconds = work / (0.5 * gemm_peak(torch.device("cpu"), torch.float32))
     print(
-        f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.0f} minutes at half the "
+        f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.1f} minutes at half the "
         f"float32 speed of this CPU; allocation, importance and continuations not counted). Memory besides the model: "
         f"{expected.sizes.describe()}{distillation}."
     )

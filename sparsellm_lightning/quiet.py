@@ -1,9 +1,13 @@
-"""Keeps advertisements and notes about other packages' insides out of what the commands print."""
+"""Keeps out of what the commands print: advertisements, notes about other packages' insides, and bars in log files."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+
+from transformers.utils.logging import disable_progress_bar
+
+from sparsellm_lightning.runtime import draws_bars
 
 _NOTES = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's call of torch
@@ -14,7 +18,9 @@ _NOTES = (
 
 
 def quieten() -> None:
-    """Drop them from warnings and from Lightning's log."""
+    """Drop them from warnings, from Lightning's log and, outside a terminal, from what transformers prints."""
+    if not draws_bars():
+        disable_progress_bar()
     for note in _NOTES:
         warnings.filterwarnings("ignore", message=note)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):

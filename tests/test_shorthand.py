@@ -27,6 +27,7 @@ def test_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "  finetune/one-shot " in shown
     assert "SmolLM2-135M pruned to 70 %" in shown
+    assert all(line.endswith(".") for line in shown.splitlines() if line.startswith("  ")), "whole sentences"
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,10 @@ def _form(network: Network, prefix: str) -> str:
     activation = network.activation.name
     up = names["up"] + (f" + {network.up_offset:g}" if network.up_offset else "")
     hidden = f"{activation}({names['gate']}) * ({up})" if "gate" in names else f"{activation}({up})"
-    added = "not simply added to" if network.scale is None else f"added {network.scale:.4g} times to"
+    added = "not simply added to"
+    if network.scale is not None:
+        times = f"{network.scale:.4g}"
+        added = "added to" if times == "1" else f"{times} times added to"
     return f"{names['down']} <- {hidden}, {outputs} x {width}, {added} the block's output"
 
 
