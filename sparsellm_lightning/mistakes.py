@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Collection
 
-_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text"}
+_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
 
 
 def brief(message: str, options: Collection[str]) -> str:
@@ -44,7 +44,13 @@ def brief(message: str, options: Collection[str]) -> str:
         ]
         if kinds:
             number = re.fullmatch(r"([\d.]+) ?%", value[1])
-            meant = f" Write {float(number[1]) / 100:g}." if number else ""
+            meant = (
+                f" Write {float(number[1]) / 100:g}."
+                if number
+                else f" Write [{value[1]}]."
+                if kinds == ["list"]
+                else ""
+            )
             wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
             return f"--{key[1]} must be {wanted}, got {value[1]}.{meant}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
