@@ -44,13 +44,9 @@ def brief(message: str, options: Collection[str]) -> str:
         ]
         if kinds:
             number = re.fullmatch(r"([\d.]+) ?%", value[1])
-            meant = (
-                f" Write {float(number[1]) / 100:g}."
-                if number
-                else f" Write [{value[1]}]."
-                if kinds == ["list"]
-                else ""
-            )
+            meant = f" Write [{value[1]}]." if kinds == ["list"] else ""
+            if number:
+                meant = f" Write {float(number[1]) / 100:g}."
             wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
             return f"--{key[1]} must be {wanted}, got {value[1]}.{meant}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]

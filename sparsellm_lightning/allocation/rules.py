@@ -122,7 +122,7 @@ def minimise_damage(
         sizes: n, weights in each part.
         sparsity: s.
         low: least sparsity of each part.
-        high: largest sparsity of each part. The mean of the bounds lies on both sides of s.
+        high: largest sparsity of each part. s lies between the means of both, weighted by size.
 
     Raises:
         NumericalError: a damage that is not finite.

@@ -52,8 +52,8 @@ from sparsellm_lightning.errors import MaskError
 from sparsellm_lightning.sparsity import Masks
 
 
-class Mixing(torch.optim.Optimizer):
-    """Adds the row's mean gradient and noise to every entry, so masked gradients and moments alone keep no zero."""
+class OneByOne(torch.optim.Optimizer):
+    """Updates parameters one after the other, by :meth:`update`."""
 
     def __init__(self, parameters: Any, lr: float = 1e-3) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -64,29 +64,30 @@ class Mixing(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = p.grad.mean(-1, keepdim=True).expand_as(p)
-                    p.add_(p.grad + mean + 0.1 * torch.randn_like(p), alpha=-group["lr"])
+                    self.update(p, p.grad, group["lr"])
         return loss
 
+    def update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
+        raise NotImplementedError
 
-class EightBit(torch.optim.Optimizer):
+
+class Mixing(OneByOne):
+    """Adds the row's mean gradient and noise to every entry, so masked gradients and moments alone keep no zero."""
+
+    def update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
+        mean = gradient.mean(-1, keepdim=True).expand_as(p)
+        p.add_(gradient + mean + 0.1 * torch.randn_like(p), alpha=-lr)
+
+
+class EightBit(OneByOne):
     """Its momentum is kept as int8 codes and a scale, as in bitsandbytes and torchao. No mask can be multiplied into it."""
 
-    def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    codes, scale = self.state[p].get("codes", 0), self.state[p].get("scale", 0)
-                    momentum = p.grad + 0.9 * scale * codes
-                    scale = momentum.abs().max() / 127 + 1e-12
-                    self.state[p].update(codes=(momentum / scale).round().to(torch.int8), scale=scale)
-                    p.sub_(momentum, alpha=group["lr"])
-        return loss
+    def update(self, p: Tensor, gradient: Tensor, lr: float) -> None:
+        codes, scale = self.state[p].get("codes", 0), self.state[p].get("scale", 0)
+        momentum = gradient + 0.9 * scale * codes
+        scale = momentum.abs().max() / 127 + 1e-12
+        self.state[p].update(codes=(momentum / scale).round().to(torch.int8), scale=scale)
+        p.sub_(momentum, alpha=10 * lr)
 
 
 def muon(parameters: Any) -> torch.optim.Optimizer:
