@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import signal
 import sys
@@ -24,7 +25,7 @@ from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks import SparseLLMCallback
 from sparsellm_lightning.commands import benchmark, inspect, verify
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import TextDataModule
+from sparsellm_lightning.data import TextDataModule, run_tokenizer
 from sparsellm_lightning.distributed import PeerError, StrategyAdapter, adapter_for
 from sparsellm_lightning.errors import NumericalError, UserError
 from sparsellm_lightning.mistakes import brief
@@ -75,6 +76,8 @@ class PruningTrainer(pl.Trainer):
                 "'prune' prunes model.pretrained, but model.weights names a model that is sparse already, whose zeros stay as "
                 "they are. Train it with 'fit', or prune it further as model.pretrained."
             )
+        if not _requeued():
+            _refuse_left_checkpoint(self, "go on from it")
         if pruner.export_dir is None:
             name = pretrained_of(model) or type(model).__name__
             pruner.export_dir = str(default_export_dir(name, pruner.config, pruner.overwrite))
@@ -103,22 +106,20 @@ class PruningTrainer(pl.Trainer):
             tasks: task names of lm_eval, such as [arc_easy, hellaswag]. Results go into an export's ``tasks.json``.
             tasks_folder: folder with YAML files of further tasks.
             tasks_limit: examples of each task. None: all.
-            against: another model, such as the dense one. The table shows the accuracy as a share of its accuracy.
+            against: another model, such as the dense one. The table also gives the accuracy as a share of that model's.
         """
         name = weights_of(model) or pretrained_of(model) or type(model).__name__
         if against == name:
             raise UserError(
                 f"against must be another model than the one that is measured, got {against}. Leave it out."
             )
-        left = self._checkpoint_connector._hpc_resume_path
-        if left is not None and SLURMEnvironment.detect():
-            raise UserError(
-                f"Under SLURM Lightning would evaluate {left}, which a requeued job left, in place of {name}. Move that file, "
-                "or set trainer.default_root_dir to another folder."
-            )
+        _refuse_left_checkpoint(self, f"evaluate it in place of {name}")
         harness = _harness(self) if tasks else None
         if harness is not None:
             harness.find_tasks(tasks, tasks_folder)
+            tokenizers = {name: run_tokenizer(datamodule, model)}
+            if against is not None:
+                tokenizers[against] = load_tokenizer(against)
         elif (against, tasks_folder, tasks_limit) != (None, None, None):
             raise UserError("against, tasks_folder and tasks_limit belong to tasks, but there are none. Set tasks.")
         results = self.test(model, datamodule=datamodule, verbose=False)
@@ -135,15 +136,34 @@ class PruningTrainer(pl.Trainer):
             perplexity = f"{results[0]['test_perplexity']:.2f}"
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
         if harness is not None:
-            device, options = self.strategy.root_device, (tasks, tasks_folder, tasks_limit)
-            found = {name: harness.evaluate_tasks(inside, model.to(device).tokenizer, *options)}
-            if against is not None:
-                dense: torch.nn.Module = load_model(against, inside.dtype).eval()
-                found[against] = harness.evaluate_tasks(dense.to(device), load_tokenizer(against), *options)
-            print(f"\n{format_table(harness.task_rows(found))}")
-            folder = Path(name).expanduser()
-            if (folder / REPORT_NAME).is_file():
-                print(f"written to {harness.save_tasks(folder, found, tasks_limit)}")
+            folder, found = Path(name).expanduser(), {}
+            for (
+                each,
+                tokenizer,
+            ) in tokenizers.items():  # one on the device at a time; shown and kept as soon as it is known
+                measured: torch.nn.Module = inside if each == name else load_model(each, inside.dtype).eval()
+                found[each] = harness.evaluate_tasks(
+                    measured.to(self.strategy.root_device), tokenizer, tasks, tasks_folder, tasks_limit
+                )
+                measured.cpu()
+                print(f"\n{format_table(harness.task_rows(found))}")
+                if (folder / REPORT_NAME).is_file():
+                    print(f"written to {harness.save_tasks(folder, found, tasks_limit)}")
+
+
+def _refuse_left_checkpoint(trainer: pl.Trainer, then: str) -> None:
+    """Refuse a checkpoint that Lightning would take unasked, because SLURM has requeued an earlier job in its folder."""
+    left = trainer._checkpoint_connector._hpc_resume_path
+    if left is not None and SLURMEnvironment.detect():
+        raise UserError(
+            f"default_root_dir holds {left}, which a requeued job left. Under SLURM Lightning would {then}. Move that file, or "
+            "set trainer.default_root_dir to another folder."
+        )
+
+
+def _requeued() -> bool:
+    """Whether SLURM has started this job before, so that it goes on."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _harness(trainer: pl.Trainer) -> Any:
@@ -237,6 +257,18 @@ class SparseLLMCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
+        """Refuse a checkpoint that is not there or not of this run, and a run that would keep no result."""
+        self.before_test()
+        if self.config[self.subcommand].get("ckpt_path") is None and not _requeued():
+            _refuse_left_checkpoint(self.trainer, "go on from it")
+        pruner = _pruner(self.trainer)
+        if pruner.export_dir is None and not pruner.finetune and weights_of(self.model) is None:
+            raise UserError(
+                "'fit' without pruner.finetune stops after pruning, and without pruner.export_dir it does not write the model. "
+                "Set one of the two, or use 'prune'."
+            )
+
+    def before_test(self) -> None:
         """Refuse a checkpoint that is not there."""
         path = self.config[self.subcommand].get("ckpt_path")
         if not _by_name(path) and not Path(path).expanduser().exists():
@@ -244,7 +276,7 @@ class SparseLLMCLI(LightningCLI):
                 f"ckpt_path must be a checkpoint, but there is no {path}. Correct the path, or leave it out."
             )
 
-    before_validate = before_test = before_fit
+    before_validate = before_test
 
     def after_fit(self) -> None:
         """Show the report, as ``prune`` does."""
@@ -272,9 +304,8 @@ class SaveConfigBesideLogs(SaveConfigCallback):
     """Saves the resolved configuration in the folder that the first logger has made for the run, if it has made one."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if (
-            trainer.loggers and trainer.loggers[0].log_dir is not None
-        ):  # others write to the working directory, or nowhere
+        # Other loggers write to the working directory, or nowhere.
+        if trainer.loggers and trainer.loggers[0].log_dir is not None:
             super().setup(trainer, pl_module, stage)
 
 

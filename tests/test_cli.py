@@ -60,6 +60,7 @@ def test_tasks_of_evaluate(tmp_path: Path, config: Path, model_dir: Path, monkey
         (("--tasks", "[t]", "--against", model_dir), "against must be another model"),
         (("--tasks_limit", 5), "belong to tasks"),
         (("--against", other), "belong to tasks"),
+        (("--tasks", "[t]", "--against", tmp_path / "no such model"), "no such model"),
     ):
         run = sparsellm("evaluate", "--config", config, *wrong, cwd=tmp_path)
         assert message in run.stderr
@@ -213,15 +214,31 @@ def test_fit_from_files(tmp_path: Path, config: Path) -> None:
     assert report["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.002)
 
 
-def test_under_slurm_no_other_model_is_evaluated(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["evaluate", "prune", "fit"])
+def test_under_slurm_a_left_checkpoint_is_refused(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """Lightning would load the checkpoint that it has left in the working folder when the job was requeued."""
+    """Lightning would load the checkpoint that it has left in the working folder when an earlier job was requeued."""
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
     monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
-    run = sparsellm("evaluate", "--model.pretrained", model_dir, *TEXT, cwd=tmp_path)
+    options = ("--pruner.finetune", "true") if command == "fit" else ()
+    run = sparsellm(command, "--model.pretrained", model_dir, *TEXT, *options, cwd=tmp_path)
     assert run.returncode == 1
     assert "hpc_ckpt_1.ckpt, which a requeued job left" in run.stderr
+    if command == "fit":
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with pytest.raises(EOFError):  # this job is the one that goes on, from the empty file
+            sparsellm(command, "--model.pretrained", model_dir, *TEXT, *options, cwd=tmp_path)
+
+
+def test_fit_that_would_keep_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(config)])
+    assert end.value.code == 1
+    assert "does not write the model. Set one of the two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

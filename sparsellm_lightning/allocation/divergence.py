@@ -17,7 +17,7 @@ from sparsellm_lightning.models import VocabularySample, can_sample, likely_toke
 from sparsellm_lightning.solvers import kl_divergence
 
 OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
-OUTPUT_LENGTH = 128  # tokens of each window among them. Four windows of 128 predict as well as two of 512
+OUTPUT_LENGTH = 128  # of these, in each window
 
 
 class OutputProbe:

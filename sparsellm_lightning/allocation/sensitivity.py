@@ -48,8 +48,8 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
 
     where KL is the divergence of the model's next-token distribution from the dense model's, e the sum of the projections'
-    local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for; or the largest s of the curve, where gradual pruning
-    keeps so many zeros that s₀ changes nothing.
+    local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for, or the largest s of the curve where pruning to s₀
+    changes nothing (gradual pruning).
 
     Reconstruction with target ``model`` tunes every block to repair the errors of the blocks before it. Then damage in block
     l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
@@ -61,6 +61,7 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
 
     Raises:
         UserError: allocation ``kl`` or ``kl_blocks`` for a model without a language-model head.
+        NumericalError: a ratio, damage or input that is not finite.
     """
     config, layout = context.config, context.layout
     sparsity, spread = config.requested_sparsity, _spread(config)
@@ -176,7 +177,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     sample = cache.beginning(STATISTICS_TOKENS, context.ranks)
     probe = OutputProbe(context, batches)
     solver = LayerSolver(context)
-    if solver.name == "admm":  # ten times as slow as SparseGPT, and only ratios of errors matter here
+    if solver.name == "admm":  # slower than SparseGPT, and only ratios of errors matter here
         solver = LayerSolver(context, solver="sparsegpt")
     for block in tracked(blocks, "Measuring sensitivity", "block"):
         statistics = BlockStatistics(context, block, sample)
@@ -205,7 +206,7 @@ def _curve(
 ) -> list[float]:
     """Damage of pruning one part alone to each sparsity. The model's output is measured at the middle one.
 
-    Or at the last one, if the part has so many zeros already that the middle one changes nothing.
+    Or at the last one, if pruning to the middle one changes nothing.
     """
     errors, before, written = [0.0] * len(at), [], []
     measured = len(at) // 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from sparsellm_lightning.allocation.depth import choose_blocks
 from sparsellm_lightning.allocation.divergence import OutputProbe
 from sparsellm_lightning.allocation.sensitivity import STATISTICS_TOKENS, BlockStatistics
-from sparsellm_lightning.architecture import Block, Projection
+from sparsellm_lightning.architecture import Block, DecoderLayout, Projection
 from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.errors import UserError
@@ -74,9 +74,9 @@ def choose_shrinkage(context: Context, cache: ActivationCache, batches: Sequence
 def _spend(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> Shrinkage:
     """The mixture of units, heads and blocks of least damage that meets the budget.
 
-    Damages of units, heads and blocks are taken to add up. Those of units and heads are measured at the number that would meet
-    the budget, and are at other numbers in proportion to the local error; those of blocks, in the order in which they leave.
-    Tuning repairs about the same share of each, in early and late blocks, so that they compare without it.
+    Damages of units, heads and blocks are added. Those of units and heads are measured at the number that alone would meet the
+    budget, and scaled to other numbers by the local error. Those of blocks are measured in the order in which blocks leave.
+    Nothing is tuned meanwhile, because tuning repairs about the same share of each.
     """
     config, layout = context.config, context.layout
     assert config.budget is not None
@@ -87,9 +87,8 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
     limit = share * sum(cost.of(1, 1) for cost in costs)
     total = len(layout.blocks)
     by_cost = sorted(cost.of(1, 1) for cost in costs)
-    enough = next(
-        n for n in range(total + 1) if sum(by_cost[n:]) <= limit * (1 + 1e-9)
-    )  # also if the cheapest ones leave
+    # The number of blocks that is enough even if the cheapest ones leave.
+    enough = next(n for n in range(total + 1) if sum(by_cost[n:]) <= limit * (1 + 1e-9))
     # The last windows, because the first ones give the statistics: on these a refit looks better than it is.
     probing = batches[::-1]
     damage_of_units, damage_of_heads = _damages(context, cache, probing, 1 - share)
@@ -97,26 +96,14 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
         leaving = choose_blocks(context, cache, probing, min(enough, total - 1))
     except UserError:  # blocks that are more than a sum: units and heads have to do
         leaving = {}
-    found: list[tuple[float, Shrinkage]] = []
-    gone: list[int] = []
-    for block in [None, *leaving]:
-        if block is not None:
-            gone.append(block)
-        damage_of_blocks = 0.0 if block is None else leaving[block]
-        left = [cost for index, cost in enumerate(costs) if index not in gone]
-        for heads in range(layout.heads, 0, -1) if layout.heads else [0]:
-            units = _units_within(
-                left, limit, heads / layout.heads if layout.heads else 1.0, layout.units, config.round_to
-            )
-            if units is not None:
-                inside = damage_of_units(layout.units - units) + damage_of_heads(layout.heads - heads)  # all blocks
-                shrinkage = Shrinkage(
-                    units if units < layout.units else None,
-                    heads if heads < layout.heads else None,
-                    frozenset(gone),
-                )
-                found.append((damage_of_blocks + inside * len(left) / total, shrinkage))
-    for _, shrinkage in sorted(found, key=lambda pair: pair[0]):
+
+    def damage(mixture: tuple[Shrinkage, float]) -> float:
+        found, of_blocks = mixture
+        inside = damage_of_units(layout.units - (found.units or layout.units))
+        inside += damage_of_heads(layout.heads - (found.heads or layout.heads))
+        return of_blocks + inside * (total - len(found.blocks)) / total
+
+    for shrinkage, _ in sorted(_mixtures(layout, costs, limit, config.round_to, leaving), key=damage):
         try:
             check_shrinkable(layout, shrinkage)
         except UserError:  # such as a number of heads that the configuration refuses
@@ -126,6 +113,28 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
         f"A budget must be met by leaving out hidden units, heads and blocks, but no mixture brings "
         f"{type(layout.model).__name__} to {share:g} of its {name}. Raise the share, lower round_to, or choose another pattern."
     )
+
+
+def _mixtures(
+    layout: DecoderLayout, costs: Sequence[Cost], limit: float, step: int, leaving: Mapping[int, float]
+) -> Iterator[tuple[Shrinkage, float]]:
+    """Mixtures within the limit, each with as many units as fit, and the damage of the blocks that leave.
+
+    Args:
+        layout: of the model.
+        costs: by block.
+        limit: on their sum.
+        step: the number of units is a multiple of it, or all.
+        leaving: the divergence after each block that leaves, in order.
+    """
+    for number in range(len(leaving) + 1):
+        gone = list(leaving)[:number]
+        left = [cost for index, cost in enumerate(costs) if index not in gone]
+        for heads in range(layout.heads, 0, -1) if layout.heads else [0]:
+            units = _units_within(left, limit, heads / layout.heads if layout.heads else 1.0, layout.units, step)
+            if units is not None:
+                smaller = units if units < layout.units else None, heads if heads < layout.heads else None
+                yield Shrinkage(*smaller, frozenset(gone)), leaving[gone[-1]] if gone else 0.0
 
 
 def _units_within(left: Sequence[Cost], limit: float, heads: float, width: int, step: int) -> int | None:
@@ -203,9 +212,8 @@ def _damages(
 ) -> tuple[Damage, Damage]:
     """Damage of removing a number of units, and of heads, from every block, on the first of the windows ``probing``.
 
-    Each block's part is measured alone, at ``share`` of its units or heads. The sum is scaled to what the model's output
-    shows when all blocks are without them: errors of many blocks are more than their sum, and must compare with those of
-    blocks that leave, which are measured together too.
+    Each block is measured alone, at ``share`` of its units or heads. The sum is then scaled to the divergence with all blocks
+    changed together, because blocks that leave are measured together too.
     """
     layout = context.layout
     sample, probe = cache.beginning(STATISTICS_TOKENS, context.ranks), OutputProbe(context, probing)

@@ -34,8 +34,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The model's decoder blocks, in order: the list of modules that ``register_architecture`` named, or that is found.
 
     Lists of modules are looked for in the text decoder, outside other models (image and audio towers) and outside each other.
-    Of those with as many modules as the configuration says there are layers, or of all if none has, the one with most weights
-    in linear layers and experts is taken.
+    Lists whose length is the configuration's number of layers are preferred. Of these, or of all lists if there are none, the
+    one with most weights in linear layers and experts is taken.
 
     Raises:
         UserError: there is no such list.
@@ -77,6 +77,20 @@ def _weights(blocks: Any) -> int:
     linear = {id(m.weight): m.in_features * m.out_features for m in blocks.modules() if isinstance(m, nn.Linear)}
     linear |= {id(m.weight): m.nx * m.nf for m in blocks.modules() if isinstance(m, Conv1D)}
     return sum((linear | {id(p): p.numel() for p in blocks.parameters() if p.dim() == 3}).values())
+
+
+@contextmanager
+def refusing(rule: str, end: str = "") -> Iterator[None]:
+    """Turn an error inside this context into a UserError: the rule that is broken, the error, and ``end``.
+
+    Refusals and errors of memory pass.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{rule}: {type(error).__name__}: {error}{end}") from error
 
 
 @contextmanager
@@ -149,6 +163,8 @@ def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedMod
     Raises:
         UserError: no model, or several and no ``attribute``.
     """
+    candidates = _candidates(module)
+    names = ", ".join(candidates) or "none"
     if attribute is not None:
         try:
             found = module.get_submodule(attribute)
@@ -157,15 +173,13 @@ def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedMod
         if not isinstance(found, PreTrainedModel):
             raise UserError(
                 f"model_attribute must name a transformers PreTrainedModel, but {type(module).__name__}.{attribute} is "
-                f"{'missing' if found is None else type(found).__name__}. Candidates: {_candidates(module) or 'none'}."
+                f"{'missing' if found is None else type(found).__name__}. Candidates: {names}."
             )
         return found
-    candidates = _candidates(module)
     if len(candidates) != 1:
-        found_names = ", ".join(candidates) if candidates else "none"
         fix = "Name it with model_attribute." if candidates else "Assign one to an attribute, or in configure_model()."
         raise UserError(
-            f"{type(module).__name__} must hold exactly one transformers PreTrainedModel to prune, found {found_names}. {fix}"
+            f"{type(module).__name__} must hold exactly one transformers PreTrainedModel to prune, found {names}. {fix}"
         )
     return next(iter(candidates.values()))
 

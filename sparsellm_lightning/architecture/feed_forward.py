@@ -111,7 +111,7 @@ def prove(
 
     Args:
         down: the candidate.
-        calls: all calls in the block.
+        calls: candidates for gate and up. Those behind ``down`` are ignored.
         activations: to try, in this order.
         holder: the module that calls the layers. If it has a ``limit``, gate and up are clamped by it (DeepSeek-V4).
     """

@@ -17,7 +17,7 @@ from sparsellm_lightning.architecture.layout import Attention, Linears, Projecti
 def find_attention(
     run: Run, units: Sequence[Unit], heads: int | None, outermost: Callable[[nn.Module], nn.Module]
 ) -> Attention | None:
-    """Queries, keys, values and output of a block, if :func:`attends_by_heads`. None if there is no such attention.
+    """Queries, keys, values and output of a block, if :func:`attends_by_heads` holds for them. None otherwise.
 
     Args:
         run: a forward of the block.

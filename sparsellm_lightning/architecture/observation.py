@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm_lightning.architecture.blocks import hidden_states
+from sparsellm_lightning.architecture.blocks import hidden_states, refusing
 from sparsellm_lightning.architecture.experts import holds_experts, prove_experts, routing_of
 from sparsellm_lightning.architecture.feed_forward import Call, is_product
 from sparsellm_lightning.architecture.layout import Experts
@@ -145,16 +145,15 @@ class Observation:
         Raises:
             UserError: it does not run on its own, returns no hidden states, or others than in the model.
         """
-        try:
-            with self._observed():
-                again = self.run()
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise UserError(
-                f"A decoder block must run on its own, but {self.name} of {type(self.model).__name__} fails when it is called "
-                f"again: {type(error).__name__}: {error}. Such blocks are not supported."
-            ) from error
+        name = f"{self.name} of {type(self.model).__name__}"
+        with (
+            refusing(
+                f"A decoder block must run on its own, but {name} fails when it is called again",
+                ". Such blocks are not supported.",
+            ),
+            self._observed(),
+        ):
+            again = self.run()
         if type(self.call.returned) not in (tuple, list) and not isinstance(self.call.returned, Tensor):
             raise UserError(
                 f"A decoder block must return its hidden states, alone or first in a tuple, but {self.name} of "

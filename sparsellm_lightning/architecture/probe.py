@@ -20,6 +20,7 @@ from sparsellm_lightning.architecture.blocks import (
     evaluating,
     hidden_states,
     patched_forward,
+    refusing,
     unwrapped_names,
     vocabulary_of,
 )
@@ -112,15 +113,10 @@ def _block_calls(
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(after).remove)
-        try:
+        with refusing(
+            f"Pruning needs a model that runs on token ids alone, but a forward of {type(model).__name__} fails"
+        ):
             run(model, {"input_ids": _probe_ids(model)})
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise UserError(
-                f"Pruning needs a model that runs on token ids alone, but a forward of {type(model).__name__} fails: "
-                f"{type(error).__name__}: {error}"
-            ) from error
     for module in modules:
         if len(calls[module]) != 1:
             raise UserError(
@@ -168,15 +164,11 @@ def _warn_of_other_links(
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(patched_forward(block.module, partial(pass_through, block)))
-        try:
+        with refusing(
+            f"Decoder blocks must need nothing from each other but hidden states, but a forward of {type(model).__name__} in "
+            "which they only pass these on fails"
+        ):
             run(model, {"input_ids": _probe_ids(model)})
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"Decoder blocks must need nothing from each other but hidden states, but a forward of {type(model).__name__} "
-                f"in which they only pass these on fails: {type(error).__name__}: {error}"
-            ) from error
     warned = False
     for block, call, alone in zip(blocks, calls, passing, strict=True):
         others = [name for name in call.kwargs if name != "hidden_states"]
@@ -184,15 +176,12 @@ def _warn_of_other_links(
         differing += [] if _equal(call.args[1:], alone.args[1:]) else ["an argument without a name"]
         if not differing:
             continue
-        try:
+        with refusing(
+            f"A decoder block must run on hidden states alone, but {block.name} of {type(model).__name__} needs {differing[0]} "
+            "from the blocks before it",
+            ". Such blocks are not supported.",
+        ):
             alone.again(block.module)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"A decoder block must run on hidden states alone, but {block.name} of {type(model).__name__} needs "
-                f"{differing[0]} from the blocks before it: {type(error).__name__}: {error}. Such blocks are not supported."
-            ) from error
         if not warned:
             rank_zero_warn(
                 f"{block.name} of {type(model).__name__} gets more than hidden states from the blocks before it: "

@@ -61,7 +61,7 @@ def capture(context: Context, batches: Sequence[CalibrationBatch], fitted: int) 
 
 
 def _at_positions(valid: Tensor | None, positions: int) -> Tensor | None:
-    """The mask of the positions that hidden states have: as many for each token, or some in front of the tokens."""
+    """The mask at the positions of the hidden states: repeated where a token has several, extended where some are in front."""
     if valid is None or valid.shape[1] == positions:
         return valid
     times, rest = divmod(positions, valid.shape[1])
@@ -321,7 +321,7 @@ class _Recorder:
         return passed if block.returns is None else (passed, *block.returns)
 
     def keep(self, batches: int, memory: int | str) -> None:
-        """Keep hidden states on the host from now on, if so many batches of the size of the first do not fit on the device."""
+        """Keep hidden states on the host from now on, if ``batches`` of the first one's size do not fit on the device."""
         first = self.hidden[0]
         if first.device.type != "cpu" and batches * first.nbytes > room(memory, first.device):
             self.storage = torch.device("cpu")

@@ -21,7 +21,7 @@ POSITIONS = 64  # of a batch, whose logits are in memory at once
 def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Tensor]:
     """The diagonal of the Fisher information of the hidden states behind each block, divided by its mean.
 
-        F_j = Σ_t (∂ log q(y_t) / ∂h_tj)²,  y_t sampled from the next-token distribution q at fitted token t
+        F_j = Σ_t (∂ Σ_u log q(y_u) / ∂h_tj)²,  y_u sampled from the next-token distribution q at fitted token u
 
     To second order, a change δ of the hidden states moves the output by the divergence ``½ Σ_j F_j E δ_j²``, if features are
     taken one by one. Where a few features are huge and the next norm's weights shrink them, ``Σ_j δ_j²`` says little about the

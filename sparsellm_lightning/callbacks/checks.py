@@ -22,7 +22,7 @@ def check_together(config: PruningConfig, measure: bool, baseline: bool, pack: b
     """Refuse options of :class:`~sparsellm_lightning.SparseLLMCallback` that exclude each other.
 
     Raises:
-        UserError: such options.
+        UserError: baseline without measure or with a structured pattern; pack with push_to_hub.
     """
     if baseline and (config.removes or not measure):
         raise UserError(
@@ -36,16 +36,17 @@ def check_together(config: PruningConfig, measure: bool, baseline: bool, pack: b
         )
 
 
-def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
+def check_trainer(trainer: pl.Trainer, trains: bool, config: PruningConfig) -> None:
     """Refuse a Trainer under which pruning would not run, or which does not fit to what follows pruning.
 
     Args:
         trainer: of the run.
         trains: whether the run trains on after pruning.
+        config: of the pruning.
 
     Raises:
         UserError: a device that cannot prune; no step is allowed; steps are asked for that are not taken; two callbacks that
-            hold zeros.
+            hold zeros; a static graph, of which DDP would take pruning's backwards for the first.
     """
     check_device(trainer.strategy.root_device)
     if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
@@ -64,6 +65,12 @@ def check_trainer(trainer: pl.Trainer, trains: bool) -> None:
             "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
             "Keep one. With SparseLLMCallback, set finetune to true."
         )
+    static = getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph", False)
+    if static and trains and (config.reconstruction_steps or config.distillation_steps):
+        raise UserError(
+            "DDP with static_graph takes the first backward for all later ones, and the first ones here tune the pruned model. "
+            "Leave static_graph out, or set reconstruction_steps and distillation_steps to 0."
+        )
     tell = getattr(datamodule_of(trainer), "check_training" if trains else "without_training", None)
     if tell is not None:
         tell()
@@ -75,7 +82,7 @@ def check_launcher(trainer: pl.Trainer, module: pl.LightningModule, export_dir: 
     Only weights that the module had before go back to the process that started them.
 
     Raises:
-        UserError: such processes, a module that builds its model in them, and no export.
+        UserError: spawned or forked processes, no export_dir, and a module with ``configure_model``.
     """
     ends = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.world_size > 1
     if ends and export_dir is None and is_overridden("configure_model", module):
@@ -89,7 +96,7 @@ def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | 
     """Refuse a journal, checkpoints or logs inside the export folder, which an export replaces as a whole.
 
     Raises:
-        UserError: such a folder.
+        UserError: a folder inside export_dir.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     folders: list[tuple[str, Any]] = [("resume_dir", resume_dir)]

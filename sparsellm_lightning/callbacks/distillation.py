@@ -116,6 +116,7 @@ class Distillation(pl.Callback):
             )
         # The model exists and is dense here, unless the run resumes one that has pruned.
         model = self._make_teacher(trainer, pl_module)
+        self._check_alike(find_model(pl_module, self.model_attribute), model)
         if model is self.teacher:
             self._patched.enter_context(_put_back(model))
         self._model = model.eval().requires_grad_(False)
@@ -148,6 +149,7 @@ class Distillation(pl.Callback):
         self._model = None
 
     def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedModel:
+        student = find_model(pl_module, self.model_attribute)
         source = pretrained_of(pl_module) if self.teacher is None else self.teacher
         if isinstance(source, (str, Path)):
             path, mesh = source, pl_module.device_mesh
@@ -162,7 +164,7 @@ class Distillation(pl.Callback):
                     "teacher: the path or hub id of the dense model."
                 )
             return teacher
-        if source is None:
+        if source is None or source is student:
             if adapter_for(trainer).weights_are_split:
                 raise UserError(
                     "Distillation cannot copy a model that is sharded over ranks. Give teacher: the path or hub id of the "
@@ -174,13 +176,28 @@ class Distillation(pl.Callback):
                     "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
                 )
-            source = copy.deepcopy(find_model(pl_module, self.model_attribute))
+            source = copy.deepcopy(student)
         dtype = source.dtype if self.teacher_dtype == "auto" else check_dtype(self.teacher_dtype)
         if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()) and self.teacher_dtype != "auto":
             source = copy.deepcopy(source) if source is self.teacher else source
             with kept_in_float32(source):
                 source.to(dtype)  # type: ignore[arg-type]
         return source
+
+    def _check_alike(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Refuse a teacher whose outputs cannot be compared with the student's, as far as the configurations say."""
+        configs = [model.config.get_text_config(decoder=True) for model in (student, teacher)]
+        with_heads = all(model.get_output_embeddings() is not None for model in (student, teacher))
+        compared = {"vocab_size": bool(self.logit_weight) and with_heads}
+        compared |= dict.fromkeys(("num_hidden_layers", "hidden_size"), bool(self.feature_weight))
+        for name in (name for name, asked in compared.items() if asked):
+            ours, theirs = (getattr(config, name, None) for config in configs)
+            if None not in (ours, theirs) and ours != theirs:
+                weight = "logit_weight" if name == "vocab_size" else "feature_weight"
+                raise UserError(
+                    f"Distillation with {weight} needs a teacher with the student's {name}, {ours}, but it has {theirs}. "
+                    f"Choose another teacher, or set {weight} to 0."
+                )
 
     @contextmanager
     def _patching(

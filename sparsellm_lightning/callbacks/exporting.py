@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from sparsellm_lightning.architecture import DecoderLayout, unwrapped
 from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import TextDataModule, datamodule_of
+from sparsellm_lightning.data import datamodule_of, run_tokenizer
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
@@ -29,15 +29,14 @@ from sparsellm_lightning.models import (
     export_model,
     export_or_rescue,
     fixed_shrinkage,
-    load_tokenizer,
+    note_untied,
     plain_class,
     shrink,
-    tokenizer_of,
     upload,
 )
 from sparsellm_lightning.reporting import PruningReport, report_of_smaller, save_companions
 from sparsellm_lightning.runtime import claimed
-from sparsellm_lightning.sparsity import check_adapters, has_adapters
+from sparsellm_lightning.sparsity import check_mergeable, has_adapters
 
 log = logging.getLogger(__name__)
 
@@ -90,15 +89,18 @@ class Exporter:
                 f"pack writes files that load_model reads as a plain causal language model, but the model is a "
                 f"{type(model).__name__}. Set pack to false."
             )
+        split = adapter_for(trainer).weights_are_split
+        if not split:
+            note_untied(model)
         with _failing_together(trainer):
-            tokenizer = _tokenizer(trainer, pl_module)
+            tokenizer = run_tokenizer(datamodule_of(trainer), pl_module)
             if trainer.is_global_zero:  # a copy that another rank has received counts as changed
                 check_companions(model, tokenizer, Path(self.folder))
             if config.removed_shares:
                 check_shrinkable(layout, fixed_shrinkage(layout, config))
-            check_adapters(model)
+            check_mergeable(model)
             wrapped = any(unwrapped(name) != name for name, _ in model.named_parameters())
-            if wrapped or has_adapters(model) or adapter_for(trainer).weights_are_split:
+            if wrapped or config.removes or has_adapters(model) or split:
                 check_rebuildable(model)
 
     def write(
@@ -140,7 +142,7 @@ class Exporter:
         export = partial(
             export_model,
             model,
-            tokenizer=_tokenizer(trainer, pl_module),
+            tokenizer=run_tokenizer(datamodule_of(trainer), pl_module),
             state_dict=state,
             report=content,
             more=partial(save_companions, report, packed=self.pack),
@@ -151,21 +153,13 @@ class Exporter:
             log.info("Uploaded to %s", upload(Path(self.folder), self.push_to_hub))
 
 
-def _tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any | None:
-    """The module's tokenizer, or the datamodule's, which may be a name so far."""
-    found, data = tokenizer_of(pl_module), datamodule_of(trainer)
-    if found is None and isinstance(data, TextDataModule) and isinstance(data.tokenizer, str):
-        data.tokenizer = load_tokenizer(data.tokenizer)
-    return found or tokenizer_of(data)
-
-
 def _cut(
     layout: DecoderLayout, config: PruningConfig, state: dict[str, Tensor] | None, report: PruningReport
 ) -> tuple[PreTrainedModel, dict[str, Tensor] | None, PruningReport]:
     """The model without what has left, its weights if they are not its own, and the report of it."""
     try:
         smaller = shrink(layout, config, state)
-    except UserError as error:  # better the model with zeros than none
+    except Exception as error:  # better the model with zeros than none
         log.warning("The model is written with zeros in place of the parts to remove. %s", error)
         return layout.model, state, report
     return smaller.model, None, report_of_smaller(report, layout, smaller)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparsellm_lightning.architecture import Projection
 from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity import SPARSE, Masks, keep_zeros, linear_layers, sparse_layers, zero_shares
+from sparsellm_lightning.sparsity import SPARSE, Masks, linear_layers, mask_adapters, sparse_layers, zero_shares
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
@@ -76,6 +76,10 @@ class SparseFinetuning(pl.Callback):
                     f"weight of {type(pl_module).__name__}. Build the model in configure_model() or in __init__()."
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a run: spawned workers of a DataLoader may get the Trainer, pickled."""
+        return vars(self) | {"_handles": [], "_masks": None}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.hold(trainer, pl_module, kept_layers(trainer, pl_module))
 
@@ -86,7 +90,7 @@ class SparseFinetuning(pl.Callback):
         self._masks = Masks(projections, adapter_for(trainer))
         self._compare_with_stored()
         self._masks.clear_moments(trainer.optimizers)
-        keep_zeros(pl_module, {p.module for p in projections})
+        mask_adapters(pl_module, {p.module for p in projections})
         for optimizer in trainer.optimizers:
             # Not in on_train_batch_end, because a weight-averaging callback earlier in the list must see the zeros.
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._apply()))

@@ -23,7 +23,7 @@ from sparsellm_lightning.callbacks.interruptions import allow_checkpoints, endin
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of
+from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of, run_tokenizer
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
@@ -31,7 +31,6 @@ from sparsellm_lightning.models import (
     keep_in_conversions,
     pretrained_of,
     stop_keeping,
-    tokenizer_of,
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
@@ -117,6 +116,9 @@ class SparseLLMCallback(SparseFinetuning):
         self._measurer = Measurer(self._profile)
         self._exporter: Exporter | None = None  # from setup, if there is an export_dir
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_pruned_model": None, "_exporter": None}
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         allow_checkpoints(trainer)
@@ -131,7 +133,7 @@ class SparseLLMCallback(SparseFinetuning):
             raise UserError(
                 f"weights names a sparse model, which is not pruned, but {name} asks for pruning. Leave one out."
             )
-        check_trainer(trainer, self._trains_on(pl_module))
+        check_trainer(trainer, self._trains_on(pl_module), self.config)
         check_launcher(trainer, pl_module, self.export_dir)
         if self.schedule is not None:
             check_run(trainer, self.schedule)
@@ -195,10 +197,10 @@ class SparseLLMCallback(SparseFinetuning):
             )
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, pl_module, self.report)
-        log_results(trainer, self.report)
         self.report.phases |= self._profile.seconds
         if self._exporter is not None:
             self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
+        log_results(trainer, self.report)  # behind the export, which a logger that fails must not prevent
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a run whose checkpoint is of its last step: Lightning does not train, and calls no other hook.
@@ -326,7 +328,7 @@ class SparseLLMCallback(SparseFinetuning):
         """Report the check of the masks, and the weights and perplexity after fine-tuning."""
         assert self._masks is not None
         zeros = self._masks.zeros
-        report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values()), "broken": 0}
+        report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values())}
         model, adapter = self._model(pl_module), adapter_for(trainer)
         finetuned = self._perplexity(trainer, model)
         report.perplexity = {**self._measurer.comparable(report), "finetuned": finetuned}
@@ -383,5 +385,5 @@ class SparseLLMCallback(SparseFinetuning):
         """See :meth:`Measurer.examples`. Without an export nobody reads them."""
         if not self.measure or self.export_dir is None:
             return []
-        tokenizer = tokenizer_of(pl_module, datamodule_of(trainer))
+        tokenizer = run_tokenizer(datamodule_of(trainer), pl_module)
         return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)

@@ -34,7 +34,7 @@ def check_settings(config: PruningConfig) -> None:
     """Refuse values out of their range, and settings that contradict each other.
 
     Raises:
-        UserError: one of these. The message says what to write instead.
+        UserError: such a value or such settings. The message says what to write instead.
     """
     _check_sparsity(config)
     _check_choices(config)
@@ -161,7 +161,7 @@ def one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> 
     """Refuse a value that is not one of those allowed.
 
     Raises:
-        UserError: such a value.
+        UserError: ``value`` is not in ``allowed``.
     """
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}{more}, got {value!r}. Choose one of these.")

@@ -73,8 +73,8 @@ class PruningConfig:
             head or memory is too small. 0: none.
         continuations: windows that the dense model writes for each fitted calibration window without padding. The first
             continues each 32 tokens of the window; others continue random tokens of the vocabulary, for text of other kinds.
-            The first 40 % of the distillation steps use these windows. Blocks are fitted to the last written window of every
-            calibration window in the first half too.
+            The first 40 % of the distillation steps use these windows. For the first half of the fitted calibration windows,
+            the last written window enters the blocks' Gram matrices too.
         damping: added to the diagonal of each Gram matrix, as a fraction of the diagonal's mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.

@@ -1,6 +1,6 @@
 """Text and tokens: sources, the datamodule, calibration windows, and windows that the model writes."""
 
-from sparsellm_lightning.data.datamodule import TextDataModule
+from sparsellm_lightning.data.datamodule import TextDataModule, run_tokenizer
 from sparsellm_lightning.data.loaders import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
 from sparsellm_lightning.data.windows import (
@@ -27,6 +27,7 @@ __all__ = [
     "held_out_windows",
     "regrouped",
     "rewrite_windows",
+    "run_tokenizer",
     "split_windows",
     "take_windows",
     "validation_batches",

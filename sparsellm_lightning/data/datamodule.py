@@ -293,12 +293,7 @@ class TextDataModule(LightningDataModule):
         return self._loader(self._consecutive_windows("test", self.max_eval_windows), ranks)
 
     def _get_tokenizer(self) -> PreTrainedTokenizerBase:
-        if isinstance(self.tokenizer, str):
-            self.tokenizer = load_tokenizer(self.tokenizer)
-        if self.tokenizer is not None:
-            return self.tokenizer
-        module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer: PreTrainedTokenizerBase | None = tokenizer_of(module)
+        tokenizer = run_tokenizer(self, None if self.trainer is None else self.trainer.lightning_module)
         if tokenizer is None:
             raise UserError(
                 "TextDataModule needs a tokenizer, got none from its constructor and none from the trainer's module. "
@@ -371,6 +366,18 @@ class TextDataModule(LightningDataModule):
         return DataLoader(
             WindowDataset(windows, ranks), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
         )
+
+
+def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a run: the datamodule's, which may be a name so far, or the module's. None if neither has one.
+
+    Raises:
+        UserError: the name is of no tokenizer.
+    """
+    if isinstance(data, TextDataModule) and isinstance(data.tokenizer, str):
+        data.tokenizer = load_tokenizer(data.tokenizer)
+    found: PreTrainedTokenizerBase | None = tokenizer_of(data, module)
+    return found
 
 
 def _plain(value: Any) -> Any:

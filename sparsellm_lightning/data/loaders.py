@@ -112,7 +112,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
 def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:
     """The validation batches of this fit, or None, and whether they hold this rank's share only.
 
-    Of each loader as many as the Trainer's ``limit_val_batches`` says (over all ranks, which share a batch if the loader does
+    At most ``limit_val_batches`` of the Trainer from each loader (over all ranks, which share a batch if the loader does
     not shard). 0, which turns off Lightning's own validation, limits nothing.
     """
     source: Any = trainer.fit_loop.epoch_loop.val_loop._data_source

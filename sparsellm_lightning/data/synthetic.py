@@ -154,10 +154,12 @@ def rewrite_windows(
 def _bytes_of_a_token(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none, and a state that does not grow
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
-    return int(2 * pairs * model.dtype.itemsize)
+    numbers = 0
+    for layer in getattr(config, "per_layer_config", [config] * config.num_hidden_layers):  # Gemma 4's layers differ
+        heads = getattr(layer, "num_attention_heads", None) or 1  # Mamba has none, and a state that does not grow
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        numbers += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * width
+    return numbers * model.dtype.itemsize
 
 
 def _generator(name: str, device: torch.device) -> torch.Generator:
@@ -192,7 +194,7 @@ def _sample(
 
 
 def _cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    """An empty cache for so many tokens."""
+    """An empty cache for ``room`` tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [_InPlace(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -266,7 +268,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 def _first_token(model: PreTrainedModel) -> int:
     for name in ("bos_token_id", "eos_token_id"):
-        for config in (model.config.get_text_config(), model.generation_config):
+        for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
             token = getattr(config, name, None)
             if token is not None:
                 return int(token[0] if isinstance(token, (list, tuple)) else token)

@@ -7,7 +7,7 @@ Every adapter splits the rows of a weight over the data-parallel ranks in the sa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -82,6 +82,10 @@ class StrategyAdapter:
         """Call a forward of a block, whose result has a gradient that is taken."""
         return forward()
 
+    def tuning(self, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        """Context of backwards through some modules, of which ranks may use different parameters (experts)."""
+        return nullcontext()
+
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         """Run the model so that its blocks are called. The head is left out where the strategy allows it."""
         model.base_model(**inputs, use_cache=False)
@@ -102,7 +106,7 @@ class StrategyAdapter:
             ids: (batch, new) tokens that are not in the cache.
             cache: keys and values of the tokens before. Those of ``ids`` are added in place. None: ``ids`` are all tokens.
         """
-        # The argument's old name goes in transformers 5.40, the new one came after 5.20.
+        # transformers 5.20 calls this argument past_key_values, later versions also cache, and from 5.40 on only so.
         known = inspect.signature(model.forward).parameters
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:

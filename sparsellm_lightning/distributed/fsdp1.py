@@ -26,7 +26,7 @@ class FSDP1Adapter(ShardedAdapter):
     def __init__(self, strategy: FSDPStrategy) -> None:
         super().__init__(strategy)
         self.sharding = getattr(strategy.sharding_strategy, "name", "FULL_SHARD")
-        if "HYBRID" in self.sharding:
+        if "HYBRID" in self.sharding or self.sharding == "NO_SHARD":
             raise UserError(
                 f"FSDPStrategy is supported with FULL_SHARD, and SHARD_GRAD_OP for sparse models, got {self.sharding}. "
                 "Set sharding_strategy='FULL_SHARD'."

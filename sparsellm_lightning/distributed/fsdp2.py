@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -70,6 +70,19 @@ class FSDP2Adapter(ShardedAdapter):
                 module.set_reshard_after_forward(True, recurse=False)
                 module.reshard()
                 module.set_reshard_after_forward(setting, recurse=False)
+
+    @contextmanager
+    def tuning(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        # Ranks reduce the gradients of a unit in one exchange, whose size must not depend on the experts that each has used.
+        units = [unit for module in modules for unit in module.modules() if isinstance(unit, FSDPModule)]
+        known = [unit for unit in units if hasattr(unit, "set_reduce_scatter_unused_params")]  # not in older torch
+        for unit in known:
+            unit.set_reduce_scatter_unused_params(True, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in known:
+                unit.set_reduce_scatter_unused_params(False, recurse=False)
 
     def read_rows(self, projection: Projection) -> Tensor:
         local = _local_shard(projection)

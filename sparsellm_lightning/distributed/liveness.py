@@ -53,9 +53,8 @@ class _Watch:
     def __init__(self, store: Store, rank: int, neighbour: int, what: str) -> None:
         self.store, self.rank, self.neighbour, self.what = store, rank, neighbour, what
         self.count = 0  # of the neighbour's signs of life
-        self.heard = self.answered = (
-            time.monotonic()
-        )  # when the neighbour's count last rose, and when the store last answered
+        # When the neighbour's count last rose, and when the store last answered.
+        self.heard = self.answered = time.monotonic()
         self.failure: tuple[str, float] | None = None  # message and time
         self.left = threading.Event()
         self.succeeded = self.over = False
@@ -78,8 +77,12 @@ class _Watch:
 
     def judge(self) -> None:
         """Exit when the neighbour or the store has been silent for too long, or another rank has failed."""
+        before = time.monotonic()
         while not (self.over or self.left.wait(BEAT / 4)):
             now = time.monotonic()
+            if now - before > SILENCE / 2:  # this process itself was suspended, as the others may have been
+                self.heard = self.answered = now
+            before = now
             if self.failure is not None and now - self.failure[1] > GRACE:
                 self._exit(self.failure[0])
             if now - self.answered > SILENCE:

@@ -36,7 +36,7 @@ class ProcessGroupRanks(Ranks):
         device: where tensors lie that travel between ranks.
 
     Attributes:
-        elements: number of elements that this rank has sent, so that tests can bound the communication.
+        elements: number of elements that :meth:`sum_` and :meth:`gather` have sent, so that tests can bound the communication.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:

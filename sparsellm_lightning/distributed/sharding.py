@@ -60,30 +60,36 @@ def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs.
 
     What trains in a unit must have one dtype, so that modules with another one (routers that stay float32) become units too.
+    The same holds for what is frozen: pruning tunes the weights behind adapters.
 
     Raises:
         UserError: a module holds parameters of several dtypes.
     """
     for root in (*decoder_blocks(model), model):
-        if len(_trained_dtypes(p for module in _outside_units(root) for p in module.parameters(recurse=False))) > 1:
-            _shard_other_dtypes(root, model.dtype, mesh)
+        for trains in (True, False):
+            own = (p for module in _outside_units(root) for p in module.parameters(recurse=False))
+            if len(_dtypes(own, trains)) > 1:
+                _shard_other_dtypes(root, model.dtype, mesh, trains)
         fully_shard(root, mesh=mesh)
     return model
 
 
-def _shard_other_dtypes(root: nn.Module, dtype: torch.dtype, mesh: DeviceMesh) -> None:
-    """Make units of the modules inside that hold parameters of other dtypes, and of what is inside these."""
+def _shard_other_dtypes(root: nn.Module, dtype: torch.dtype, mesh: DeviceMesh, trains: bool) -> None:
+    """Make units of the modules inside that hold trained or frozen parameters of other dtypes, and of what is inside these."""
     for module in reversed(_outside_units(root)):  # children first
-        own = _trained_dtypes(module.parameters(recurse=False))
-        if len(own) > 1:
+        own = _dtypes(module.parameters(recurse=False), trains)
+        if trains and len(own) > 1:
             names = ", ".join(f"{name} ({p.dtype})" for name, p in module.named_parameters(recurse=False))
             raise UserError(
                 f"FSDP2 shards parameters of one dtype together, but {type(module).__name__} holds {names}, in a model of "
                 f"{dtype}. Set model.dtype to float32."
             )
-        if own - {dtype}:
-            for child in reversed(_outside_units(module)):
-                if child is not root and any(True for _ in child.parameters(recurse=False)):
+        outside = _outside_units(root)
+        if own - {dtype} and module in outside:
+            # A layer with adapters reads their weights itself, so that it is one unit with them.
+            adapted = [layer for layer in outside if hasattr(layer, "base_layer") and module in layer.modules()]
+            for child in adapted[:1] or reversed(_outside_units(module)):
+                if child is not root and any(True for _ in child.parameters(recurse=bool(adapted))):
                     fully_shard(child, mesh=mesh)
 
 
@@ -95,8 +101,9 @@ def _outside_units(root: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _trained_dtypes(parameters: Iterable[nn.Parameter]) -> set[torch.dtype]:
-    return {parameter.dtype for parameter in parameters if parameter.requires_grad}
+def _dtypes(parameters: Iterable[nn.Parameter], trains: bool) -> set[torch.dtype]:
+    """The floating-point dtypes of the parameters that are trained, or that are not."""
+    return {p.dtype for p in parameters if p.requires_grad == trains and p.is_floating_point()}
 
 
 def load_sharded(
@@ -118,24 +125,23 @@ def load_sharded(
     """
     source: PreTrainedModel | None = None
     described: tuple[Any, ...] | None = None
+    dtypes: dict[str, torch.dtype] = {}
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             source = load()
             described = _description(source)
             prepare(source)
+            dtypes = {name: parameter.dtype for name, parameter in source.named_parameters()}
         except Exception as error:
             failure = error
-    message: list[Any] = [failure, described]
+    message: list[Any] = [failure, described, dtypes]
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise message[0]
-    cls, config, generation_config, model_dtype, others, buffers = message[1]
+    cls, config, generation_config, model_dtype, buffers = message[1]
     with torch.device("meta"):
         model: PreTrainedModel = cls(copy.deepcopy(config)).to(model_dtype)
-    for name, dtype in others.items():
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
     model.tie_weights()
     model.generation_config = generation_config
     for name, buffer in buffers.items():
@@ -143,6 +149,8 @@ def load_sharded(
         model.get_submodule(owner)._buffers[attribute] = buffer.to(mesh.device_type)
     with torch.device("meta"):
         prepare(model)
+    for name, parameter in model.named_parameters():  # some stay float32, and adapters are made in float32 here
+        parameter.data = parameter.data.to(message[2][name])
     shard_blocks(model, mesh)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, {} if source is None else source.state_dict(), options=options)
@@ -151,5 +159,4 @@ def load_sharded(
 
 
 def _description(model: PreTrainedModel) -> tuple[Any, ...]:
-    others = {name: p.dtype for name, p in model.named_parameters() if p.dtype != model.dtype}
-    return type(model), model.config, model.generation_config, model.dtype, others, dict(model.named_buffers())
+    return type(model), model.config, model.generation_config, model.dtype, dict(model.named_buffers())

@@ -23,7 +23,7 @@ from sparsellm_lightning.models.export import (
 )
 from sparsellm_lightning.models.head import Forward, decoder_output, head_in, logits_at
 from sparsellm_lightning.models.hub import check_hub, upload
-from sparsellm_lightning.models.loading import check_dtype, load_model, load_tokenizer
+from sparsellm_lightning.models.loading import check_dtype, load_model, load_tokenizer, note_untied
 from sparsellm_lightning.models.skeleton import inspect_model
 from sparsellm_lightning.models.smaller import (
     Shrinkage,
@@ -73,6 +73,7 @@ __all__ = [
     "logits_at",
     "measure_speed",
     "model_inputs",
+    "note_untied",
     "perplexity",
     "plain_class",
     "positions_together",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -19,8 +20,8 @@ from sparsellm_lightning.runtime import tracked
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 IGNORED = -100
-# Largest number of logits in memory at once, if they are those of several positions. Their softmax is a copy, and distillation
-# holds those of two models. For Gemma's vocabulary twice as many were no faster.
+# Limit on the logits of several positions in memory at once. Their softmax is a copy, and distillation holds those of two
+# models.
 LOGITS = 2**24
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
 
@@ -41,8 +42,16 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
     if isinstance(batch, Tensor):
         return {"input_ids": batch}
     if hasattr(batch, "items"):
-        inputs = {key: value for key, value in batch.items() if key in _MODEL_INPUTS and isinstance(value, Tensor)}
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        inputs = {key: value for key, value in tensors.items() if key in _MODEL_INPUTS}
         if "input_ids" in inputs or "inputs_embeds" in inputs:
+            left_out = [k for k, v in tensors.items() if k not in (*inputs, "labels") and v.is_floating_point()]
+            if left_out:
+                warnings.warn(
+                    f"Calibration and perplexity take text alone, without {', '.join(left_out)}. If these hold images or "
+                    "audio, their places in the text stay placeholders: calibrate on text without them.",
+                    stacklevel=2,
+                )
             return inputs
     keys = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
     raise UserError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm_lightning.architecture import unwrapped
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.loading import note_untied
 from sparsellm_lightning.models.packed import pack_folder
 from sparsellm_lightning.models.smaller import rebuilt, without_weights
 from sparsellm_lightning.sparsity import has_adapters, merged_state
@@ -71,7 +72,7 @@ def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     """Refuse configurations and a tokenizer that transformers would fail to save, after the run, in ``folder``.
 
     Raises:
-        UserError: such a one.
+        UserError: a configuration or tokenizer that ``save_pretrained`` refuses.
     """
     generation = getattr(model, "generation_config", None) if model.can_generate() else None
     for name, companion in (("config", model.config), ("generation_config", generation), ("tokenizer", tokenizer)):
@@ -87,12 +88,12 @@ def check_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 
 
 def check_rebuildable(model: PreTrainedModel) -> None:
-    """Refuse a model that an export must build anew, because it is sharded, wrapped or adapted, but cannot.
+    """Refuse a model that an export must build anew, because it is sharded, wrapped, adapted or made smaller, but cannot.
 
     Raises:
         UserError: the class cannot be made from the configuration alone, or makes other parameters.
     """
-    what = f"An export of a sharded, compiled or adapted model builds it anew, but {type(model).__name__}"
+    what = f"An export of a smaller, sharded, compiled or adapted model builds it anew, but {type(model).__name__}"
     try:
         plain = without_weights(model, model.config)
     except Exception as error:
@@ -141,8 +142,10 @@ def export_model(
         UserError: see :func:`check_export_dir`.
         ValueError: the report holds NaN or infinity.
     """
-    check_export_dir(export_dir, overwrite)
-    target = Path(export_dir)
+    target = Path(export_dir).expanduser()
+    check_export_dir(target, overwrite)
+    if state_dict is None:
+        note_untied(model)
     if has_adapters(model):
         state_dict = merged_state(model, model.state_dict() if state_dict is None else state_dict)
     elif state_dict is None and any(unwrapped(name) != name for name, _ in model.named_parameters()):

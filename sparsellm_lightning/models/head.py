@@ -20,8 +20,8 @@ Forward = Callable[[], Tensor | None]
 def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, ...]) -> Any | None:
     """The output of the model's decoder in a forward, with ``last_hidden_state`` (batch, sequence, d), which has its gradient.
 
-    What follows the decoder runs on one position only. None if the forward does not call the decoder once, for as many
-    positions as there are tokens, or does not take its logits from there: then it ran as a whole.
+    What follows the decoder runs on one position only. None if the forward does not call the decoder once with ``shape``, or
+    takes its logits from elsewhere. The caller then needs a whole forward.
 
     Args:
         model: with a language-model head.
@@ -90,8 +90,7 @@ def with_weight(head: nn.Linear, weight: Tensor) -> Iterator[None]:
 def _weights_first(model: PreTrainedModel) -> Iterator[None]:
     """On a CPU the head computes ``(W hᵀ)ᵀ`` instead of ``h Wᵀ`` in this context. The logits are a transposed view.
 
-    For 64 positions and 262,144 tokens this order reaches 114 GFLOP/s and the other one 80 (AMD Zen 3, 2 cores): kernels
-    repack the second factor in each product, and h is much smaller than W.
+    Kernels repack the second factor of a product, and h is much smaller than W.
     """
     head = plain_head(model)
     if head is None or head.weight.device.type != "cpu":

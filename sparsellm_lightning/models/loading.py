@@ -57,7 +57,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
             loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
-        _note_untied(model)
+        note_untied(model)
         return model
 
     if gguf_file is None:
@@ -71,10 +71,10 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         return or_user_error(pretrained, lambda: load(**extra))
 
 
-def _note_untied(model: PreTrainedModel) -> None:
-    """Say in the configuration that head and embeddings are not tied, if the files hold two that differ.
+def note_untied(model: PreTrainedModel) -> None:
+    """Say in the configuration that head and embeddings are not tied, if the model has two that differ.
 
-    ``transformers`` leaves them untied then, but not a model that is built anew from its configuration.
+    ``transformers`` leaves them untied if its files hold two, but not in a model that is built anew from the configuration.
     """
     weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     embedding, head = weights

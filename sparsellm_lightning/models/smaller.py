@@ -68,7 +68,8 @@ def rebuilt(
     whole = without_weights(model, config or model.config)
     whole.load_state_dict({unwrapped(name): tensor for name, tensor in state_dict.items()}, assign=True)
     whole.tie_weights()
-    whole.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # not where the class cannot generate, such as classifiers
+        whole.generation_config = model.generation_config
     return whole
 
 
@@ -121,9 +122,8 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
     units = [matrix(network.roles["down"]).any(0) for network in layout.networks]
     heads = [matrix(a.output).any(0).view(a.removable, -1).any(1) for a in _attentions(layout)]
     number = _most(units) if "neurons" in settings.removes else layout.units
-    number = (
-        -(-number // settings.round_to) * settings.round_to
-    )  # a unit that is zero besides may stay, to be divisible
+    # Rounded up, so that a unit of zeros may stay.
+    number = -(-number // settings.round_to) * settings.round_to
     most = _most(heads) if "heads" in settings.removes else layout.heads
     shrinkage = Shrinkage(  # where sizes differ, none leaves
         number if number < layout.units else None,

@@ -20,10 +20,10 @@ from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
 
 
 def check_place(model: PreTrainedModel) -> None:
-    """Refuse a device that cannot prune, several devices, and a call inside autocast.
+    """Refuse what pruning cannot run in.
 
     Raises:
-        UserError: one of these.
+        UserError: an Apple GPU, several devices, a call inside autocast or inference mode, or parameters made in the latter.
     """
     check_device(device_of(model))
     devices = sorted({str(parameter.device) for parameter in model.parameters() if not parameter.is_meta})
@@ -36,6 +36,11 @@ def check_place(model: PreTrainedModel) -> None:
         raise UserError(
             "prune_model must not be called inside torch.autocast, which keeps copies of weights from before they are pruned. "
             "Call it outside: a Trainer's precision, or the model's dtype, says how it computes."
+        )
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError(
+            "prune_model takes gradients, which torch.inference_mode never gives, nor weights that were loaded inside it. Load "
+            "the model and call prune_model outside."
         )
 
 
@@ -57,7 +62,7 @@ def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: S
     return replace(config, **dropped)
 
 
-def check_adapters(context: Context) -> None:
+def check_adapters_untrained(context: Context) -> None:
     """Refuse LoRA adapters that have been trained: the solvers see a layer's own weight."""
     name = adapter_at_work(context.layout.model)
     if not context.ranks.all(name is None):

@@ -26,12 +26,17 @@ from sparsellm_lightning.models import (
     logits_at,
     positions_together,
 )
-from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, in_random_order, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import (
+    STEP_TOKENS,
+    KeptParameters,
+    batches_of_a_step,
+    in_random_order,
+    memory_of_tuning,
+)
 from sparsellm_lightning.runtime import format_bytes, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
-STEP_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 OWN_SHARE = 0.6  # of the steps, on the calibration windows, if there are written ones too
 MAX_CHECKS = 2  # of the held-out divergence, besides the one before, each of which takes as long as a few steps
 
@@ -50,7 +55,7 @@ class Distiller:
     time, and the divergence by which the best state is chosen from all of it.
 
     Steps on windows that the model has written come first, and those on the calibration windows at the end, when the rate
-    falls. Mixed steps were worse on all texts.
+    falls (see recipes/RESULTS.md, Order of the steps).
 
     It is made while the model is dense. All ranks call its methods together.
 

@@ -8,9 +8,7 @@ from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Line
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.models import size_of_sample
 from sparsellm_lightning.pipeline.block import ALTERNATION_TOKENS
-from sparsellm_lightning.pipeline.distil import STEP_TOKENS
-from sparsellm_lightning.pipeline.kept import memory_of_tuning
-from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
+from sparsellm_lightning.pipeline.kept import STEP_TOKENS, memory_of_tuning
 from sparsellm_lightning.runtime import Sizes
 
 
@@ -46,7 +44,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     if alternating and config.target == "model":
         followed = tokens
     elif config.reconstruction_steps:
-        step = max(BATCH_TOKENS, window)
+        step = max(STEP_TOKENS, window)
         followed = min(config.reconstruction_steps * step + config.held_out_fraction * tokens, tokens)
     for block in layout.blocks:
         work_of_block = _of_block(block, config, tokens, window, block.index in alternating)
@@ -95,7 +93,7 @@ def _of_block(block: Block, config: PruningConfig, tokens: int, window: int, alt
             # An update: predictions, the residual, p, and the cross matrices.
             work["alternation"] += (iterations - 1) * carrying * (6 * weights + width**2)
     work["forward"] = passes * tokens
-    work["reconstruction"] = 3.0 * whole * config.reconstruction_steps * min(max(BATCH_TOKENS, window), tokens)
+    work["reconstruction"] = 3.0 * whole * config.reconstruction_steps * min(max(STEP_TOKENS, window), tokens)
     return work
 
 

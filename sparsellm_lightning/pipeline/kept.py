@@ -18,6 +18,7 @@ from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.solvers import Ranks
 from sparsellm_lightning.sparsity import pruned_before
 
+STEP_TOKENS = 512  # tokens of a tuning step, over all ranks
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
 LOSS_SCALE = 2.0**10  # of the losses, because float16 cannot hold gradients below 6e-8. Exact in other dtypes
@@ -33,9 +34,8 @@ class KeptParameters:
     fewer weights are left.
 
     Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
-    sparsity. A whole parameter's gradient is gathered and
-    freed during the backward, as soon as it is known. Gradients are summed over ranks, each of which has its own tokens.
-    Sharded parameters are tuned shard by shard.
+    sparsity. In the backward, the gradient of a parameter that is not sharded is reduced to its kept entries and freed at once.
+    Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
 
     Args:
         context: of the run.
@@ -144,7 +144,8 @@ class KeptParameters:
             parameter.requires_grad_(id(parameter) in tuned)
         hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, index)) for index, p in whole]
         try:
-            yield
+            with self.adapter.tuning(modules):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,19 +32,19 @@ from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
 from sparsellm_lightning.models import check_inputs, model_inputs
 from sparsellm_lightning.pipeline.admission import (
-    check_adapters,
+    check_adapters_untrained,
     check_place,
     warn_of_dense_layers,
     warn_of_few_tokens,
     warn_of_pruned_parts,
     without_predictions,
 )
-from sparsellm_lightning.pipeline.distil import STEP_TOKENS, Distiller
+from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.pipeline.kept import STEP_TOKENS
 from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
-from sparsellm_lightning.pipeline.tune import BATCH_TOKENS
-from sparsellm_lightning.reporting import BlockResult, PruningReport, layer_rows
+from sparsellm_lightning.reporting import RESTORED, BlockResult, PruningReport, layer_rows
 from sparsellm_lightning.runtime import (
     MemoryMeter,
     Profile,
@@ -114,6 +114,7 @@ def prune_model(
         on_iteration(block, iteration, error)
 
     results: list[BlockResult] = []
+    resume_dir = None if resume_dir is None else Path(resume_dir).expanduser()
     writes = resume_dir is not None and adapter.ranks.rank == 0
     claim = claimed(resume_dir or "", "resume_dir") if writes else nullcontext()
     with (
@@ -124,7 +125,7 @@ def prune_model(
         shown.bar,
         showing(progress),
     ):
-        check_adapters(context)
+        check_adapters_untrained(context)
         context = replace(context, autocasts=works_under_autocast(context))
         tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
@@ -135,7 +136,7 @@ def prune_model(
             adapter.ranks,
             context.device,
             sharded=sharded,
-            batch_tokens=BATCH_TOKENS // adapter.ranks.size if tunes else None,
+            batch_tokens=STEP_TOKENS // adapter.ranks.size if tunes else None,
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
@@ -156,11 +157,37 @@ def prune_model(
         if distiller is not None:
             distillation = _distilling(context, distiller.tune)
         adapter.finish(model)
-        seconds = time.perf_counter() - start
+        restored = 0.0 if journal is None else journal.restored_seconds
+        seconds = time.perf_counter() - start + restored
         dtypes = {dtype for counts in profile.work.values() for dtype in counts}
         peaks = {_name(dtype): gemm_peak(context.device, dtype) for dtype in dtypes}
+    return _report(
+        context,
+        results,
+        profile,
+        distillation=distillation,
+        calibration={
+            "windows": windows,
+            "held_out": held_out_windows(windows, config.held_out_fraction),
+            "written": number_written,
+            "tokens": tokens,
+        },
+        phases=profile.seconds | ({RESTORED: restored} if restored else {}),
+        gemm_peak=peaks,
+        wall_seconds=seconds,
+        peak_memory_bytes=memory.peak(),
+        added_memory_bytes=memory.added(),
+    )
+
+
+def _report(context: Context, results: Sequence[BlockResult], profile: Profile, **measured: Any) -> PruningReport:
+    """Fields of the report that the blocks, the profile and the weights give, and those that were ``measured``.
+
+    All ranks call this together, because they count zeros.
+    """
+    config, model = context.config, context.layout.model
     errors: dict[str, float | None] = {name: error for r in results for name, error in r.layer_errors.items()}
-    layers, achieved = layer_rows(context.layout, adapter, errors)
+    layers, achieved = layer_rows(context.layout, context.adapter, errors)
     return PruningReport(
         model=model.config.name_or_path or type(model).__name__,
         method=config.method,
@@ -172,24 +199,13 @@ def prune_model(
             {k: v for k, v in asdict(result).items() if k != "layer_errors"} | {"dense": block.dense}
             for result, block in zip(results, context.layout.blocks, strict=True)
         ],
-        distillation=distillation,
-        calibration={
-            "windows": windows,
-            "held_out": held_out_windows(windows, config.held_out_fraction),
-            "written": number_written,
-            "tokens": tokens,
-        },
-        phases=profile.seconds,
         work={
             name: {_name(dtype): float(count) for dtype, count in counts.items()}
             for name, counts in profile.work.items()
         },
-        gemm_peak=peaks,
-        wall_seconds=seconds,
-        peak_memory_bytes=memory.peak(),
-        added_memory_bytes=memory.added(),
         config=asdict(config),
         dtype=_name(model.dtype),
+        **measured,
     )
 
 
@@ -244,7 +260,7 @@ def _for_blocks(
     (number,) = context.ranks.total(len(last))
     # The first half over all ranks, which take turns, so that the choice does not depend on their number.
     some = [w for index, w in enumerate(last) if 2 * (context.ranks.rank + index * context.ranks.size) < number]
-    windows = [*ahead, *regrouped(some, BATCH_TOKENS // context.ranks.size), *behind] if some else batches
+    windows = [*ahead, *regrouped(some, STEP_TOKENS // context.ranks.size), *behind] if some else batches
     if context.adapter.forward_is_collective:
         windows = equally_many(windows, context.ranks, context.device)
     return windows, fitted + len(some)

@@ -50,9 +50,9 @@ class Journal:
 
     def __init__(self, folder: str | Path, context: Context, batches: Iterable[CalibrationBatch]) -> None:
         self.folder, self.ranks = Path(folder), context.ranks
-        self._write_file(
-            f"trial-rank-{self.ranks.rank}", b""
-        ).unlink()  # a folder that cannot be written is refused here
+        self.restored_seconds = 0.0  # that earlier runs took for the blocks restored so far
+        # A folder that cannot be written is refused here.
+        self._write_file(f"trial-rank-{self.ranks.rank}", b"").unlink()
         wanted = fingerprint(context, batches)
         stored = self._read_fingerprint()
         differing = [] if stored is None else _differing(stored, wanted)
@@ -89,10 +89,12 @@ class Journal:
         found = self._read(_name(block))
         if found is None:
             return None
-        tensors, result = found
+        tensors, noted = found
         for name, parameter in block.module.named_parameters():
             local_tensor(parameter).copy_(tensors[name])
-        return BlockResult(**result)
+        result = BlockResult(**noted)
+        self.restored_seconds += result.seconds
+        return result
 
     def write(self, block: Block, result: BlockResult) -> None:
         """Note a block's parameters as they are in the model: this rank's part of each."""

@@ -96,8 +96,8 @@ def prune_blocks(
         with explaining_memory(lambda: _explain_memory(context, cache, sizes, "importance of features")):
             importance = feature_importance(context, cache)
     removed = frozenset() if shrinkage is None else shrinkage.blocks
-    # Blocks before the first that changes are still exact.
-    first = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
+    # If whole blocks alone leave, tuning begins with the block in front of the first that leaves.
+    first_tuned = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
     alternate = _alternation(context, cache, windows, placement)
     tuned = batches_of_interest(context, cache)
     # The dense model's activations advance beside the pruned model's only if they are a target: those of all windows for the
@@ -116,7 +116,7 @@ def prune_blocks(
             result = None if journal is None else journal.restore(block)
             if result is None:
                 after = partial(_after_iteration, on_iteration, block.index)
-                untouched = block.index in removed or block.index < first
+                untouched = block.index in removed or block.index < first_tuned
                 goal = None if dense is None else [h for i, h in zip(followed, dense.hidden, strict=True) if i in tuned]
                 tuning = None if untouched else _plan_tuning(context, block, cache.part(tuned), goal)
                 alternation = alternate if alternates else None

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from sparsellm_lightning.architecture import Block, device_of
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
-from sparsellm_lightning.pipeline.kept import KeptParameters, batches_of_a_step, in_random_order, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import (
+    STEP_TOKENS,
+    KeptParameters,
+    batches_of_a_step,
+    in_random_order,
+    memory_of_tuning,
+)
 from sparsellm_lightning.runtime import room
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
-BATCH_TOKENS = 512  # tokens of a step, over all ranks. Many small steps fit better than few large ones
 MAX_CHECKS = 4  # of the held-out error while tuning, besides the one before
 STEPS_A_CHECK = 16  # smallest number of steps between two checks, each of which costs several steps
 
@@ -54,7 +59,7 @@ class Reconstructor:
         goal: Sequence[Tensor],
         importance: Tensor | None = None,
         learning_rate: float = LEARNING_RATE,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int = STEP_TOKENS,
     ) -> None:
         self.context, self.block, self.cache, self.goal = context, block, cache, goal
         self.adapter, self.ranks = context.adapter, context.ranks
@@ -87,7 +92,7 @@ class Reconstructor:
         before = best_errors = self.errors()
         checks = min(MAX_CHECKS, max(steps // STEPS_A_CHECK, 1)) if self.guarded else 1
         best, best_step = self.parameters.state(), 0
-        order = in_random_order(*_batches_of_a_step(self.context, self.cache, self.batch_tokens), self.generator)
+        order = in_random_order(*_batches_of_steps(self.context, self.cache, self.batch_tokens), self.generator)
         with self.parameters.trainable([self.block.module]):
             for step, batches in zip(range(steps), order, strict=False):
                 self._add_gradients(batches)
@@ -104,7 +109,8 @@ class Reconstructor:
     def errors(self, held_out_only: bool = False) -> tuple[float, float]:
         """Relative errors over all ranks of fitted tokens (NaN if not measured), and of held-out tokens.
 
-        If windows are held out, only about as many fitted batches are measured.
+        If windows are held out, at most as many fitted batches are measured as there are batches with held-out windows (at
+        least one).
         """
         with_held_out = sum(fitted < len(goal) for fitted, goal in zip(self.fitted, self.goal, strict=True))
         fitted_batches = 0 if held_out_only else max(with_held_out, 1) if self.guarded else len(self.fitted)
@@ -163,22 +169,22 @@ class Reconstructor:
         return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
 
 
-def batches_of_interest(context: Context, cache: ActivationCache, batch_tokens: int = BATCH_TOKENS) -> list[int]:
+def batches_of_interest(context: Context, cache: ActivationCache, batch_tokens: int = STEP_TOKENS) -> list[int]:
     """This rank's batches that tuning a block uses: those with held-out windows, and the fitted ones that its steps visit.
 
     If forwards are collective, all batches, because ranks must make equally many forwards.
     """
-    mine, together = _batches_of_a_step(context, cache, batch_tokens)
     if context.adapter.forward_is_collective:
         return list(range(len(cache.hidden)))
-    tuned = set(mine[: context.config.reconstruction_steps * together])
+    tuned, _ = _batches_of_steps(context, cache, batch_tokens)
     fitted = cache.fitted_by_batch()
     return [i for i, hidden in enumerate(cache.hidden) if i in tuned or fitted[i] < len(hidden)]
 
 
-def _batches_of_a_step(context: Context, cache: ActivationCache, batch_tokens: int) -> tuple[list[int], int]:
-    """This rank's batches with fitted tokens, and the number of them that a step takes."""
+def _batches_of_steps(context: Context, cache: ActivationCache, batch_tokens: int) -> tuple[list[int], int]:
+    """This rank's first batches with fitted tokens, as many as the steps can visit, and the number that a step takes."""
     tokens = cache.fitted_tokens_by_batch()
     mine = [index for index, count in enumerate(tokens) if count]
     mine = mine or list(range(len(tokens)))[:1]  # a rank without fitted tokens makes forwards too
-    return mine, batches_of_a_step(context.ranks, [tokens[index] for index in mine], batch_tokens)
+    together = batches_of_a_step(context.ranks, [tokens[index] for index in mine], batch_tokens)
+    return mine[: context.config.reconstruction_steps * together], together

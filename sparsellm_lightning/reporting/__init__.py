@@ -3,6 +3,7 @@
 from sparsellm_lightning.reporting.files import save_companions, save_sweep
 from sparsellm_lightning.reporting.inspection import structure
 from sparsellm_lightning.reporting.report import (
+    RESTORED,
     BlockResult,
     PruningReport,
     format_table,
@@ -14,6 +15,7 @@ from sparsellm_lightning.reporting.report import (
 from sparsellm_lightning.reporting.speed import speed_table
 
 __all__ = [
+    "RESTORED",
     "BlockResult",
     "PruningReport",
     "format_table",

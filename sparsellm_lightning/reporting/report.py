@@ -15,6 +15,7 @@ from sparsellm_lightning.architecture import DecoderLayout
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models import Smaller
 
+RESTORED = "restored"  # phase: seconds that earlier runs took for the blocks that a resumed run found
 _PACKAGES = ("sparsellm-lightning", "torch", "lightning", "transformers", "datasets", "torchmetrics")
 
 
@@ -74,20 +75,21 @@ class PruningReport:
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the
-            text (``self``: the model wrote it). Written windows are those of
-            ``continuations``, whose tokens ``"tokens"`` does not count.
+            text (``self``: the model wrote it). Written windows are those of ``continuations``, whose tokens ``"tokens"`` does
+            not count.
         evaluation: of perplexity in a Trainer, ``{"source", "windows", "length"}``. None where not measured.
         data: arguments of the :class:`~sparsellm_lightning.TextDataModule` that differ from their defaults. None without one.
         examples: beginnings of evaluation windows, ``"prompt"``, and how the ``"dense"``, ``"pruned"`` and ``"finetuned"``
             model continue them, always with the likeliest token. Empty where not measured.
         phases: seconds by phase. ``generation``: writing windows. ``allocation``: measuring parts of the model. ``importance``:
-            of features, for reconstruction. ``forward``: block forwards. ``statistics``: Gram matrices. ``local_solve``: local
-            solver. ``alternation``. ``reconstruction``. ``distillation``. In a Trainer also ``evaluation``: perplexity,
-            ``baseline``: SparseGPT, and ``export``: writing the model.
+            of features, for reconstruction. ``restored``: by earlier runs, for the blocks that a resumed run found.
+            ``forward``: block forwards. ``statistics``: Gram matrices. ``local_solve``: local solver. ``alternation``.
+            ``reconstruction``. ``distillation``. In a Trainer also ``evaluation``: perplexity, ``baseline``: SparseGPT, and
+            ``export``: writing the model.
         work: floating-point operations of this rank by phase and dtype, from the shapes of the matrix products. Elementwise
             operations are not counted.
         gemm_peak: FLOP/s of a large product on this device by dtype, measured at the end of pruning.
-        wall_seconds: of pruning. For gradual pruning, this, phases and work are sums over all stages.
+        wall_seconds: of pruning, with ``restored``. For gradual pruning, this, phases and work are sums over all stages.
         peak_memory_bytes: peak of this process (resident memory), or of its accelerator, during pruning, the model included.
             None where the system does not say.
         added_memory_bytes: the part of the peak that pruning added to what was in use when it began.
@@ -96,8 +98,8 @@ class PruningReport:
         config: the settings.
         distillation: ``{"steps", "divergence"}``: steps that were kept, and the mean KL divergence from the dense model's
             next-token distributions before and after, on held-out windows if there are any. None if there were no steps.
-        mask_check: after fine-tuning, ``{"checks", "layers", "zeros", "broken"}``: number of comparisons with the masks,
-            layers and zeros compared, and zeros that changed. A run with a changed zero stops.
+        mask_check: after fine-tuning, ``{"checks", "layers", "zeros"}``: number of comparisons with the masks, and layers and
+            zeros compared. A run with a changed zero stops.
         removed_blocks: indices of the blocks that left the written model. ``blocks`` are those that stay.
         stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``, with the perplexity before and after the stage.
     """
@@ -175,7 +177,8 @@ class PruningReport:
         """The run's figures for a logger: sparsity, perplexities, seconds of pruning and of each phase."""
         found = {"sparsity": self.sparsity["achieved"], "seconds": self.wall_seconds}
         found |= {f"perplexity/{name}": value for name, value in self.perplexity.items() if value is not None}
-        return found | {f"seconds/{name}": value for name, value in self.phases.items()}
+        # "seconds/NAME" would be a file in the folder "seconds", which MLflow writes as a file.
+        return found | {f"seconds_of_phase/{name}": value for name, value in self.phases.items()}
 
     def peak_share(self, *phases: str) -> float:
         """Share of the measured GEMM peak that some phases reached (default: all of pruning). 0 if no work was counted.
@@ -187,7 +190,8 @@ class PruningReport:
             count / self.gemm_peak[dtype] for phase in chosen for dtype, count in self.work.get(phase, {}).items()
         )
         # Without phases, seconds that belong to no phase count too.
-        taken = sum(self.phases.get(phase, 0.0) for phase in phases) if phases else self.wall_seconds
+        everything = self.wall_seconds - self.phases.get(RESTORED, 0.0)  # whose work is not known
+        taken = sum(self.phases.get(phase, 0.0) for phase in phases) if phases else everything
         return ideal / taken if taken else 0.0
 
     def phase_table(self) -> str:

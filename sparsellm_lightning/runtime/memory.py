@@ -109,7 +109,7 @@ def place(budget: int | str, sizes: Sizes, device: torch.device) -> Placement:
 
 
 def room(budget: int | str, device: torch.device) -> float:
-    """Bytes of a budget on a device: as many as it says, or for ``auto`` most of what is free now."""
+    """Bytes that a budget allows on a device. ``auto``: most of what is free now."""
     return _available(device) if budget == "auto" else float(budget)
 
 

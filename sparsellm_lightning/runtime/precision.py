@@ -65,8 +65,8 @@ def dtype_of_products(weight: Tensor) -> torch.dtype:
 def coarse_dtype(device: torch.device, exact: bool = False) -> torch.dtype:
     """Dtype of products whose rounding is averaged out: bfloat16 where the hardware is faster at it, else float32.
 
-    It is faster on a CUDA device's tensor cores, with a CPU's AMX tiles, and with AVX512-BF16 on AMD's CPUs (Zen 5: 850 against
-    430 GFLOP/s on two cores). On Intel's CPUs AVX512-BF16 alone may be slower (Sapphire Rapids: 160 against 310).
+    It is faster on a CUDA device's tensor cores, with a CPU's AMX tiles, and with AVX512-BF16 on AMD's CPUs. On Intel's CPUs
+    AVX512-BF16 alone may be slower.
 
     Args:
         device: that multiplies.

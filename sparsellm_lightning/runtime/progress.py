@@ -1,4 +1,4 @@
-"""Progress bars. Like a profile they are ambient: :class:`showing` is opened once, and any loop inside shows how far it is."""
+"""Progress bars. Like a profile they are ambient: :func:`showing` is opened once, and any loop inside shows how far it is."""
 
 from __future__ import annotations
 

@@ -60,126 +60,29 @@ class Activation:
 
 
 def solve_preactivation(
-    activation: Activation, m: Tensor, p: Tensor, alpha: float, gamma: float, scale: Tensor | None = None
+    activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """``argmin_t α(t − m)² + γ(p − c φ(t))²`` for every entry.
+    """``argmin_t (t − m)² + ρ(p − c φ(t))²`` for every entry.
 
-    ReLU: the cheaper of two candidates, ``max(0, (αm + γcp)/(α + γc²))`` and ``min(0, m)``. Exact.
+    ReLU: the cheaper of two candidates, ``max(0, (m + ρcp)/(1 + ρc²))`` and ``min(0, m)``. Exact.
 
-    Other φ: the best of ``m``, ReLU's solution and a grid over ``|t − m| ≤ √(γ/α) |p − cφ(m)|``, which contains the minimiser.
-    Newton steps follow; each is taken only where it lowers the objective. So the result is never worse than ``t = m``. Its
-    objective is within 1 % of the global minimum in 99 % of the entries (tests compare with a fine grid).
+    Other φ: the best of ``m``, ReLU's first candidate without its limit, 0, −1, and a grid over
+    ``|t − m| ≤ √ρ |p − cφ(m)|``, which contains the minimiser. Newton steps follow; each is taken only where it lowers the
+    objective. So the result is never worse than ``t = m``. Its objective is within 1 % of the global minimum in 99 % of the
+    entries (tests compare with a fine grid).
+
+    No operation is in place, so that ``torch.compile`` fuses all of them.
 
     Args:
         activation: φ.
         m: what the weights predict for t, any shape, float32.
         p: the hidden activation to explain, like m.
-        alpha, gamma: positive weights.
+        rho: ρ = γ/α, positive, 0-dimensional.
         scale: c, like m. None: 1.
 
     Returns:
         t, like m.
     """
-    rho = torch.tensor(gamma / alpha, device=m.device)
-    scales = [] if scale is None else [scale]
-    return in_slices(lambda m, p, *c: (_minimise(activation, m, p, rho, *c),), m, p, *scales)[0]
-
-
-def update_plain(activation: Activation, m: Tensor, p: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """The z step of a plain block, for every entry: z and its correction.
-
-    Args:
-        activation: φ.
-        m: what the weights predict for z, any dtype.
-        p: the hidden activation to explain, like m, float32.
-        rho: γ/α of z, 0-dimensional.
-
-    Returns:
-        z and ``z − m``, in the dtype of m.
-    """
-    predicted = m.float()
-    z = _minimise(activation, predicted, p, rho)
-    return z.to(m.dtype), (z - predicted).to(m.dtype)
-
-
-def update_gated(
-    activation: Activation, m_z: Tensor, m_s: Tensor, s: Tensor, p: Tensor, rho_z: Tensor, rho_s: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The z step (closed form) and the s step of a gated block, for every entry.
-
-    Args:
-        activation: φ.
-        m_z, m_s: what the weights predict for z and s, any dtype.
-        s: its value before the step, like m_s.
-        p: the hidden activation to explain, like m_z, float32.
-        rho_z, rho_s: γ/α of z and of s, 0-dimensional.
-
-    Returns:
-        z, s, ``z − m_z``, ``s − m_s``, in the dtype of m_z.
-    """
-    predicted_z, predicted_s = m_z.float(), m_s.float()
-    phi = activation(s.float())
-    z = (predicted_z + rho_z * phi * p) / (1 + rho_z * phi * phi)
-    new = _minimise(activation, predicted_s, p, rho_s, z)
-    dtype = m_z.dtype
-    return z.to(dtype), new.to(dtype), (z - predicted_z).to(dtype), (new - predicted_s).to(dtype)
-
-
-def preactivation_step(activation: Activation, gated: bool) -> Entrywise:
-    """:func:`update_gated` or :func:`update_plain` for this φ."""
-    return partial(update_gated if gated else update_plain, activation)
-
-
-def in_slices(function: Entrywise, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply an entrywise function to tensors of one shape, and to 0-dimensional tensors.
-
-    On a CPU the function gets slices so small that its temporaries stay in the cache of one core. Several cores would be
-    slower, because torch would distribute each of dozens of small operations.
-    """
-    first = tensors[0]
-    if first.device.type != "cpu":
-        return function(*tensors)
-    flat = [tensor.contiguous().view(-1) if tensor.dim() else tensor for tensor in tensors]
-    results: list[Tensor] = []
-    for start in range(0, max(first.numel(), 1), _SLICE):
-        parts = function(*(tensor[start : start + _SLICE] if tensor.dim() else tensor for tensor in flat))
-        if not results:
-            results = [torch.empty(first.shape, dtype=part.dtype) for part in parts]
-        for result, part in zip(results, parts, strict=True):
-            result.view(-1)[start : start + _SLICE] = part
-    return tuple(results)
-
-
-class Fused:
-    """An entrywise function through ``torch.compile``: one pass over memory, about ten times as fast on a CPU.
-
-    If compiling fails (no C++ compiler), or TORCH_COMPILE_DISABLE=1 is set, the function runs through :func:`in_slices`.
-    """
-
-    def __init__(self, function: Entrywise) -> None:
-        self._function = function
-        off = any(os.environ.get(name) == "1" for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
-        self._compiled: Entrywise | None = None if off else torch.compile(function, dynamic=True)
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self._compiled is not None and tensors[0].numel():
-            try:
-                # Pruning forces compiled decoder blocks to run eagerly, so that their hooks fire. This function may be
-                # compiled.
-                with torch.compiler.set_stance("default"):
-                    return self._compiled(*tensors)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                log.info(
-                    "The z and s steps could not be compiled (%s). They run uncompiled, about ten times as slow.", error
-                )
-                self._compiled = None
-        return in_slices(self._function, *tensors)
-
-
-def _minimise(activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``argmin_t (t − m)² + ρ(p − c φ(t))²``. No in-place operations, so that ``torch.compile`` fuses all of it."""
     c: Tensor | float = 1.0 if scale is None else scale
     if activation.is_relu:
         positive = ((m + rho * c * p) / (1 + rho * c * c)).clamp(min=0)
@@ -212,6 +115,97 @@ def _minimise(activation: Activation, m: Tensor, p: Tensor, rho: Tensor, scale: 
         exact = gauss_newton - rho * residual * second
         best, cost = better(best, cost, best - gradient / torch.where(exact > 0.1 * gauss_newton, exact, gauss_newton))
     return best
+
+
+def update_plain(activation: Activation, m: Tensor, p: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """The z step of a plain block, for every entry: z and its correction.
+
+    Args:
+        activation: φ.
+        m: what the weights predict for z, any dtype.
+        p: the hidden activation to explain, like m, float32.
+        rho: γ/α of z, 0-dimensional.
+
+    Returns:
+        z and ``z − m``, in the dtype of m.
+    """
+    predicted = m.float()
+    z = solve_preactivation(activation, predicted, p, rho)
+    return z.to(m.dtype), (z - predicted).to(m.dtype)
+
+
+def update_gated(
+    activation: Activation, m_z: Tensor, m_s: Tensor, s: Tensor, p: Tensor, rho_z: Tensor, rho_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The z step (closed form) and the s step of a gated block, for every entry.
+
+    Args:
+        activation: φ.
+        m_z, m_s: what the weights predict for z and s, any dtype.
+        s: its value before the step, like m_s.
+        p: the hidden activation to explain, like m_z, float32.
+        rho_z, rho_s: γ/α of z and of s, 0-dimensional.
+
+    Returns:
+        z, s, ``z − m_z``, ``s − m_s``, in the dtype of m_z.
+    """
+    predicted_z, predicted_s = m_z.float(), m_s.float()
+    phi = activation(s.float())
+    z = (predicted_z + rho_z * phi * p) / (1 + rho_z * phi * phi)
+    new = solve_preactivation(activation, predicted_s, p, rho_s, z)
+    dtype = m_z.dtype
+    return z.to(dtype), new.to(dtype), (z - predicted_z).to(dtype), (new - predicted_s).to(dtype)
+
+
+def preactivation_step(activation: Activation, gated: bool) -> Entrywise:
+    """:func:`update_gated` or :func:`update_plain` for this φ."""
+    return partial(update_gated if gated else update_plain, activation)
+
+
+def in_slices(function: Entrywise, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Apply an entrywise function to tensors of one shape, and to 0-dimensional tensors.
+
+    On a CPU the function gets slices so small that its temporaries stay in the cache of one core. Several cores would be
+    slower, because torch would distribute each of dozens of small operations.
+    """
+    first = tensors[0]
+    if first.device.type != "cpu":
+        return function(*tensors)
+    flat = [tensor.contiguous().view(-1) if tensor.dim() else tensor for tensor in tensors]
+    results: list[Tensor] = []
+    for start in range(0, max(first.numel(), 1), _SLICE):
+        parts = function(*(tensor[start : start + _SLICE] if tensor.dim() else tensor for tensor in flat))
+        if not results:
+            results = [torch.empty(first.shape, dtype=part.dtype) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result.view(-1)[start : start + _SLICE] = part
+    return tuple(results)
+
+
+class Fused:
+    """An entrywise function through ``torch.compile``: one pass over memory.
+
+    If compiling fails (no C++ compiler), or TORCH_COMPILE_DISABLE=1 is set, the function runs through :func:`in_slices`.
+    """
+
+    def __init__(self, function: Entrywise) -> None:
+        self._function = function
+        off = any(os.environ.get(name) == "1" for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
+        self._compiled: Entrywise | None = None if off else torch.compile(function, dynamic=True)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self._compiled is not None and tensors[0].numel():
+            try:
+                # Pruning forces compiled decoder blocks to run eagerly, so that their hooks fire. This function may be
+                # compiled.
+                with torch.compiler.set_stance("default"):
+                    return self._compiled(*tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                log.info("The z and s steps could not be compiled (%s). They run uncompiled, which is slower.", error)
+                self._compiled = None
+        return in_slices(self._function, *tensors)
 
 
 def _silu(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

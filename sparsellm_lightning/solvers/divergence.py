@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_ENTRIES = 2**18  # logits in float32 at once. On a CPU as many as its caches hold
+CPU_ENTRIES = 2**18  # limit on the float32 logits at once on a CPU, so that they stay in its caches
 GPU_ENTRIES = 2**23
 TOKENS = 512  # largest number of tokens at once. CPU_ENTRIES / tokens is then the number of vocabulary entries
 LEAST = -1e4  # lower limit of (logit − largest) / T, so that a minus infinity of an excluded token stays finite

@@ -29,7 +29,7 @@ LOCAL_SOLVERS: dict[str, LocalSolver] = {
     "sparsegpt": lambda weight, inputs, pattern: sparsegpt(weight, inputs.factor, pattern),
 }
 _CORRECTING = (LOCAL_SOLVERS["admm"], LOCAL_SOLVERS["sparsegpt"])  # change kept weights
-_SAMPLE = 64  # smallest number of rows that are compared with magnitude pruning first, if a matrix has so many
+_SAMPLE = 64  # lower limit on the rows of a matrix compared with magnitude pruning first; of a smaller one, all
 _CLEARLY = 0.9  # largest share of magnitude pruning's error on these rows at which no other row is looked at
 
 
@@ -109,9 +109,8 @@ def _errors(
         difference = (target - candidate).masked_fill_(dead, 0)
         count(2 * difference.numel() * len(inputs.gram))
         image = torch.addmm(difference, difference, inputs.gram, beta=damping)
-        by_row = (image.to(errors.dtype) * difference).sum(
-            1
-        )  # float32 would overflow for large weights of large inputs
+        # In float64, because float32 would overflow for large weights of large inputs.
+        by_row = (image.to(errors.dtype) * difference).sum(1)
         errors[row] = torch.stack([part.sum() for part in by_row.split(sizes)])
     pattern.ranks.sum_(errors)
     return errors, plain

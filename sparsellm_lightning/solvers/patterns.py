@@ -241,7 +241,7 @@ def _kth_smallest(flat: Tensor, count: int) -> tuple[Tensor, int, int]:
     if count == 0:
         return flat.new_tensor(0.0), 0, 0
     if flat.device.type == "cpu":
-        # Ten to fifty times as fast as torch.kthvalue.
+        # Faster than torch.kthvalue.
         threshold = torch.as_tensor(np.partition(flat.detach().numpy(), count - 1)[count - 1])
     else:
         threshold = flat.sort().values[count - 1]

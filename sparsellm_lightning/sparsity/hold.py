@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity.lora import keep_zeros
+from sparsellm_lightning.sparsity.lora import mask_adapters
 from sparsellm_lightning.sparsity.masks import Masks, linear_layers, sparse_layers, zero_shares
 
 
@@ -57,7 +57,7 @@ def holding_zeros(model: nn.Module) -> Iterator[Masks]:
             "torch.nn.utils.prune.remove or remove_parametrizations."
         )
     masks = Masks(sparse, adapter)
-    keep_zeros(model, {p.module for p in sparse})
+    mask_adapters(model, {p.module for p in sparse})
     with ExitStack() as hooks:
         for parameter in {p.parameter for p in masks.projections if p.parameter.requires_grad}:
             hook = parameter.register_post_accumulate_grad_hook(lambda changed: masks.mask_gradients([changed]))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
@@ -22,13 +20,16 @@ _WRAPPED = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters for :class:`~sparsellm_lightning.CausalLM` (needs the extra ``lora``).
+    """Low-rank adapters (Hu et al., arXiv 2106.09685) for :class:`~sparsellm_lightning.CausalLM`. Needs the extra ``lora``.
 
     Args:
         rank: r of ``A`` (r, in) and ``B`` (out, r).
         alpha: the update is ``alpha / rank · BA``.
         dropout: on the adapter's input.
         target_modules: names or name endings of the layers that get an adapter. ``all-linear``: all but the head.
+
+    Raises:
+        UserError: rank below 1, or dropout outside [0, 1).
     """
 
     rank: int = 16
@@ -69,7 +70,7 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
         raise UserError(
             f"lora.target_modules must name layers of the model, got {options.target_modules}: {error}"
         ) from error
-    check_adapters(model)
+    check_mergeable(model)
 
 
 def _of_other_kinds(model: nn.Module) -> list[str] | None:
@@ -84,7 +85,7 @@ def _of_other_kinds(model: nn.Module) -> list[str] | None:
     return names or None
 
 
-def check_adapters(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module) -> None:
     """Refuse what :func:`merged_state` cannot merge.
 
     Raises:
@@ -115,9 +116,11 @@ def _other_kind(module: nn.Module) -> str | None:
         return None
     if not hasattr(module, "lora_A"):
         return f"an adapter of another kind, {type(module).__name__}"
-    variants = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()} - {"MaskedLora"}
-    if variants:
-        return variants.pop()
+    from sparsellm_lightning.sparsity.masked_lora import MaskedLora
+
+    for variant in getattr(module, "lora_variant", {}).values():
+        if not isinstance(variant, MaskedLora):
+            return type(variant).__name__
     return "lora_bias" if any(getattr(module, "lora_bias", {}).values()) else None
 
 
@@ -138,7 +141,7 @@ def adapter_at_work(model: nn.Module) -> str | None:
     return None
 
 
-def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
+def mask_adapters(module: nn.Module, sparse: Collection[nn.Module]) -> None:
     """Have LoRA adapters on sparse layers compute ``x (W + M ⊙ s BA)ᵀ``, with M = (W ≠ 0) and s the adapter's scale.
 
     Likewise each expert's W and BA, of adapters on experts that share one parameter.
@@ -156,55 +159,16 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
     if not has_adapters(module):
         return
     from peft.tuners.ia3 import IA3Layer
-    from peft.tuners.lora import Linear, LoraLayer
-    from peft.tuners.lora.layer import LoraVariant, ParamWrapper
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    class MaskedLora(LoraVariant):  # type: ignore[misc]
-        @staticmethod
-        def init(module: LoraLayer, adapter_name: str) -> None: ...
-
-        @staticmethod
-        def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-            return orig_weight + _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
-
-        @staticmethod
-        def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-            orig_weight.data += _masked(module, active_adapter, orig_weight.data).to(orig_weight.dtype)
-
-        @staticmethod
-        def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-            return orig_weight - _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
-
-        @staticmethod
-        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-            delta = _masked(module, active_adapter, module.get_base_layer().weight)
-            delta = delta.T if module.fan_in_fan_out else delta
-            return result + torch.nn.functional.linear(module.lora_dropout[active_adapter](x), delta.to(x.dtype))
-
-    class MaskedParameter(ParamWrapper):  # type: ignore[misc]
-        def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-            return super().get_delta_weight(adapter_name, *args, **kwargs) * (self.get_param() != 0)
-
-        @contextmanager
-        def _activate_lora(self, adapters: list[str]) -> Iterator[None]:
-            # peft adds the factors of the product, which no mask can reach.
-            base: Any = self.get_base_layer()
-            name, parameter = self.parameter_name, self.get_param()
-            deltas = [self.get_delta_weight(adapter) for adapter in adapters if adapter in self.lora_A]
-            trained = parameter.requires_grad
-            parametrize.register_parametrization(base, name, _Plus(deltas))
-            base.parametrizations[name].original.requires_grad_(trained)
-            try:
-                with parametrize.cached():
-                    yield
-            finally:
-                parametrize.remove_parametrizations(base, name, leave_parametrized=False)
+    from sparsellm_lightning.sparsity.masked_lora import MaskedLora, MaskedParameter
 
     for layer in module.modules():
         if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() not in sparse:
             continue
-        foreign = [v for v in getattr(layer, "lora_variant", {}).values() if type(v).__name__ != "MaskedLora"]
+        foreign = [v for v in getattr(layer, "lora_variant", {}).values() if not isinstance(v, MaskedLora)]
         if isinstance(layer, IA3Layer):
             continue  # scales rows or columns: zeros stay zero
         if isinstance(layer, ParamWrapper):
@@ -224,24 +188,6 @@ def keep_zeros(module: nn.Module, sparse: Collection[nn.Module]) -> None:
             layer.lora_variant[adapter] = MaskedLora()
 
 
-class _Plus(nn.Module):
-    """Adds tensors to a parameter."""
-
-    def __init__(self, deltas: list[Tensor]) -> None:
-        super().__init__()
-        self.deltas = deltas
-
-    def forward(self, weight: Tensor) -> Tensor:
-        for delta in self.deltas:
-            weight = weight + delta
-        return weight
-
-
-def _masked(layer: Any, adapter: str, weight: Tensor) -> Tensor:
-    delta: Tensor = layer.get_delta_weight(adapter)
-    return delta * (weight != 0)
-
-
 def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's state with its LoRA adapters merged (masked by the zeros of sparse layers) and removed.
 
@@ -253,9 +199,9 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         the state of the plain model. Tensors without an adapter are shared with ``state``.
 
     Raises:
-        UserError: see :func:`check_adapters`.
+        UserError: see :func:`check_mergeable`.
     """
-    check_adapters(model)
+    check_mergeable(model)
     plain = dict(state)
     # Adapters on two parameters of one module lie inside each other: the inner one first.
     for name, module in reversed(list(model.named_modules())):
@@ -280,9 +226,11 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _is_masked(layer: Any) -> bool:
-    """Whether :func:`keep_zeros` has masked the adapters of a layer."""
-    kinds = {type(kind).__name__ for kind in (layer, *getattr(layer, "lora_variant", {}).values())}
-    return bool(kinds & {"MaskedLora", "MaskedParameter"})
+    """Whether :func:`mask_adapters` has masked the adapters of a layer."""
+    from sparsellm_lightning.sparsity.masked_lora import MaskedLora, MaskedParameter
+
+    variants = getattr(layer, "lora_variant", {}).values()
+    return isinstance(layer, MaskedParameter) or any(isinstance(variant, MaskedLora) for variant in variants)
 
 
 def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:

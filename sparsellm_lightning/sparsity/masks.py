@@ -44,8 +44,7 @@ class Masks:
         for parameter in (p.parameter for p in self.projections) if parameters is None else parameters:
             if parameter.grad is not None:
                 gradient = local_tensor(parameter.grad)
-                # This kernel zeroes the gradient where |weight| ≤ 0, in one pass: seven times as fast as a comparison and a
-                # fill.
+                # This kernel zeroes the gradient where |weight| ≤ 0, in one pass instead of a comparison and a fill.
                 torch.ops.aten.hardshrink_backward.grad_input(
                     gradient, local_tensor(parameter), 0.0, grad_input=gradient
                 )

@@ -217,7 +217,7 @@ def test_find_model() -> None:
     with pytest.raises(UserError, match=r"found backbone, inner\.teacher.*model_attribute"):
         find_model(both)
     assert find_model(both, "inner.teacher") is other
-    with pytest.raises(UserError, match=r"Holder\.student is missing"):
+    with pytest.raises(UserError, match=r"Holder\.student is missing\. Candidates: backbone, inner\.teacher\."):
         find_model(both, "student")
     with pytest.raises(UserError, match=r"Holder\.inner is Holder"):
         find_model(both, "inner")

@@ -84,7 +84,7 @@ def parts_of(preset: str) -> dict[str, Settings]:
 
 
 def allocations() -> dict[str, Settings]:
-    """Preset ``balanced`` with every allocation. Not ``best``, which takes three times as long."""
+    """Preset ``balanced`` with every allocation. Not ``best``, which takes longer."""
     own = PRESETS["balanced"]["allocation"]
     return {
         "balanced" if value == own else f"balanced, allocation={value}": {"preset": "balanced", "allocation": value}

@@ -1,4 +1,4 @@
-"""Peak memory as the number of globally solved blocks goes 0, 5, 10, 15, 20: SparseLLM beside SparseGPT, on SmolLM2-135M.
+"""Peak memory with the alternation in 0, 5, 10, 15 and 20 blocks of SmolLM2-135M, beside SparseGPT.
 
 python tests/benchmarks/memory_vs_blocks.py [--windows 32] [--iterations 2] [--train-files train.txt] [--json memory.json]
 """

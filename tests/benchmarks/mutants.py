@@ -74,7 +74,6 @@ SAME: dict[str, dict[str, str]] = {
         "4 -> 8": "entries that are not used",
         "squares[:4] / squares[4]": "only ratios of scales are used",
     },
-    "columns": {"2 * len": "count of operations"},
     "factorization": {
         "4 / 3": "count of operations",
         "4 -> 8": "count of operations",

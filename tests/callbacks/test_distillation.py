@@ -419,7 +419,9 @@ def test_teachers_that_do_not_fit(model_dir: Path, sparse: PreTrainedModel, ids:
     loader = DataLoader(ids, batch_size=4)
     config = copy.deepcopy(CONFIGS["llama"])
     config.vocab_size = 600
-    with pytest.raises(UserError, match=r"shapes \(4, 64, 512\) and \(4, 64, 600\).*head and vocabulary"):
+    with pytest.raises(
+        UserError, match="logit_weight needs a teacher with the student's vocab_size, 512, but it has 600"
+    ):
         trainer(SparseFinetuning(), Distillation(LlamaForCausalLM(config)), max_steps=1).fit(
             Module(sparse, adamw), loader
         )
@@ -439,8 +441,18 @@ def test_teachers_that_do_not_fit(model_dir: Path, sparse: PreTrainedModel, ids:
     config = copy.deepcopy(CONFIGS["llama"])
     config.num_hidden_layers = 2
     taught = Distillation(LlamaForCausalLM(config), feature_weight=1.0)
-    with pytest.raises(UserError, match="3 blocks of the student and 2 of the teacher"):
+    with pytest.raises(UserError, match="feature_weight needs a teacher with the student's num_hidden_layers, 3"):
         trainer(SparseFinetuning(), taught, max_steps=1).fit(Module(sparse, adamw), loader)
+
+
+def test_the_student_itself_as_teacher(trained, ids: Tensor) -> None:
+    """Its dense weights teach it, as without a teacher. It is not frozen."""
+    model = trained("llama")
+    module = Module(model, adamw)
+    given = loss_of(module, ids, pruner(), Distillation(model))
+    usual = loss_of(Module(trained("llama"), adamw), ids, pruner(), Distillation())
+    assert given.losses == usual.losses
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_classifier_learns_from_a_copy_of_itself(ids: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from support.models import VOCABULARY, build_model
 from support.runs import assert_same_weights, zero_smaller_half
@@ -28,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -353,15 +355,19 @@ def test_an_export_that_fails_at_the_end_is_rescued(tmp_path: Path, model_dir: P
     assert (rescued / "pruning_report.json").exists()
 
 
-def test_a_missing_tokenizer_is_an_error_before_pruning(tmp_path: Path, model_dir: Path) -> None:
+def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path) -> None:
+    """Takes the place of one that the model lacks. Without either, the run ends before pruning."""
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))
     for file in model.glob("tokenizer*"):
         file.unlink()
-    data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2, tokenizer=str(model_dir))
     pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "out"))
+    options: dict[str, Any] = {"sequence_length": 32, "batch_size": 8, "max_eval_windows": 2}
     with pytest.raises(UserError, match="transformers can load"):
-        trainer(pruner).fit(CausalLM(str(model)), data)
+        trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options))
     assert pruner.report is None
+    trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options, tokenizer=str(model_dir)))
+    wanted = AutoTokenizer.from_pretrained(model_dir)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == wanted.get_vocab()
 
 
 def test_a_resumed_run_refuses_another_sparsity(tmp_path: Path, model_dir: Path) -> None:
@@ -394,9 +400,11 @@ def test_figures_reach_loggers(tmp_path: Path, trained, ids: torch.Tensor) -> No
     assert [float(by_block[block["index"]]["prune/feed_forward_error"]) for block in report.blocks] == pytest.approx(
         [min(block["held_out_errors"]) for block in report.blocks]
     )
+    names = set(rows[0])
+    assert not [name for name in names for other in names if name.startswith(f"{other}/")], "MLflow makes files of them"
     (last,) = (row for row in rows if row["prune/perplexity/pruned"])
     assert float(last["prune/perplexity/pruned"]) == pytest.approx(report.perplexity["pruned"])
-    assert float(last["prune/seconds/alternation"]) == pytest.approx(report.phases["alternation"])
+    assert float(last["prune/seconds_of_phase/alternation"]) == pytest.approx(report.phases["alternation"])
     assert float(run.callback_metrics["prune/perplexity/pruned"]) == pytest.approx(report.perplexity["pruned"])
     assert float(run.callback_metrics["prune/sparsity"]) == pytest.approx(0.6, abs=1e-3)
     assert yaml.safe_load((tmp_path / "run" / "hparams.yaml").read_text())["pruner"]["sparsity"] == 0.6
@@ -625,7 +633,15 @@ def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPat
     run = trainer(SparseLLMCallback())
     monkeypatch.setattr(type(run.strategy), "root_device", torch.device("mps"))
     with pytest.raises(UserError, match=r"Set trainer\.accelerator to cpu"):
-        check_trainer(run, trains=False)
+        check_trainer(run, False, PruningConfig())
+
+
+def test_a_static_graph_and_tuning_are_refused() -> None:
+    run = trainer(SparseLLMCallback(), strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))
+    with pytest.raises(UserError, match="Leave static_graph out"):
+        check_trainer(run, True, PruningConfig())
+    check_trainer(run, False, PruningConfig())
+    check_trainer(run, True, PruningConfig(preset="paper"))
 
 
 MAGNITUDE: dict[str, Any] = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 4}
@@ -760,6 +776,75 @@ def test_the_trainer_can_be_pickled_while_it_prunes(ids: torch.Tensor) -> None:
     again = pickle.loads(pickle.dumps(run.precision_plugin))
     model = build_model("llama")
     assert again.convert_module(model) is model
+
+
+def test_the_callback_can_be_pickled_while_it_trains(tmp_path: Path, ids: torch.Tensor) -> None:
+    pickled: list[bytes] = []
+
+    class Pickling(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            pickled.append(pickle.dumps(trainer.callbacks[0]))  # type: ignore[attr-defined]
+
+    pruner = SparseLLMCallback(**MAGNITUDE, finetune=True, export_dir=str(tmp_path / "out"))
+    trainer(pruner, Pickling(), max_steps=2).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+    assert len(pickled) == 2
+    assert pickle.loads(pickled[1]).config == pruner.config
+
+
+def test_a_logger_that_fails_leaves_the_export(tmp_path: Path, ids: torch.Tensor) -> None:
+    class Failing(CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "prune/sparsity" in metrics:
+                raise OSError("the server is gone")
+
+    pruner = SparseLLMCallback(**MAGNITUDE, export_dir=str(tmp_path / "out"))
+    with pytest.raises(OSError, match="the server is gone"):
+        trainer(pruner, logger=Failing(tmp_path / "logs")).fit(
+            OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
+        )
+    assert zeros(load_model(tmp_path / "out")) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["neurons", "heads"])
+def test_a_model_with_a_part_that_its_class_does_not_have(tmp_path: Path, pattern: str, ids: torch.Tensor) -> None:
+    """The smaller model is made from the class. It is refused before the run."""
+    model = build_model("llama")
+    model.value_head = torch.nn.Linear(64, 1)
+    pruner = SparseLLMCallback(pattern=pattern, sparsity=0.5, export_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"other parameters, such as value_head\.bias"):
+        trainer(pruner).fit(OwnModule(model), DataLoader(ids, batch_size=8))
+
+
+def test_a_smaller_classifier(tmp_path: Path, ids: torch.Tensor) -> None:
+    """Its class cannot generate, so that it has no settings for that."""
+    config = copy.deepcopy(build_model("llama").config)
+    model = LlamaForSequenceClassification(config).eval()
+
+    class Classifier(OwnModule):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.backbone(batch, labels=batch[:, 0] % 2).loss
+
+    settings: dict[str, Any] = {**MAGNITUDE, "pattern": "neurons", "sparsity": 0.25, "round_to": 32}
+    trainer(SparseLLMCallback(**settings, export_dir=str(tmp_path / "out"))).fit(
+        Classifier(model), DataLoader(ids, batch_size=8)
+    )
+    smaller = LlamaForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert smaller.config.intermediate_size == 96
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids[:2]).logits, model(ids[:2]).logits)
+
+
+def test_a_smaller_model_with_a_head_of_its_own(tmp_path: Path, ids: torch.Tensor) -> None:
+    """Its configuration ties the head to the embeddings, but its files hold two, which transformers leaves untied."""
+    model = build_model("llama")
+    model.config.tie_word_embeddings = True
+    settings: dict[str, Any] = {**MAGNITUDE, "pattern": "neurons", "sparsity": 0.25, "round_to": 32}
+    trainer(SparseLLMCallback(**settings, export_dir=str(tmp_path / "out"))).fit(
+        OwnModule(model), DataLoader(ids, batch_size=8)
+    )
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids[:2]).logits, model.eval()(ids[:2]).logits)
 
 
 def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

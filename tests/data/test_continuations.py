@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import make_context, tune_with
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTra
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
 from sparsellm_lightning.data import CalibrationBatch, rewrite_windows, written_windows
+from sparsellm_lightning.data.synthetic import _bytes_of_a_token
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.pipeline import distil
 from sparsellm_lightning.pipeline.distil import Distiller
@@ -235,3 +237,10 @@ def test_models_and_batches_without_tokens_are_refused() -> None:
     embedded = {"inputs_embeds": torch.zeros(1, 4, model.config.hidden_size)}
     with pytest.raises(UserError, match=r"hold inputs_embeds\. Set continuations to 0"):
         prune_model(model, [embedded], settings)
+
+
+def test_bytes_of_layers_that_differ() -> None:
+    """Gemma 4 has wider heads in layers with global attention, and no single width in its configuration."""
+    one = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = tiny_model("gemma4_text", **one, global_head_dim=32, layer_types=["sliding_attention", "full_attention"])
+    assert _bytes_of_a_token(model) == 2 * 2 * (16 + 32) * 4

@@ -21,7 +21,7 @@ from transformers import (
 
 from sparsellm_lightning import perplexity
 from sparsellm_lightning.distributed import StrategyAdapter
-from sparsellm_lightning.models import evaluation
+from sparsellm_lightning.models import evaluation, model_inputs
 from sparsellm_lightning.solvers import Ranks
 
 MORE = {
@@ -120,3 +120,13 @@ def test_padding_on_the_left_changes_nothing() -> None:
     padded = {"input_ids": torch.nn.functional.pad(ids, (9, 0)), "attention_mask": mask}
     padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     assert perplexity(model, [padded]) == pytest.approx(perplexity(model, [{"input_ids": ids}]), rel=1e-4)
+
+
+def test_inputs_that_are_left_out(recwarn: pytest.WarningsRecorder) -> None:
+    """Images are named. Labels and masks of other kinds say nothing about the text."""
+    ids = torch.ones(1, 4, dtype=torch.long)
+    others = {"labels": ids, "loss_mask": ids, "attention_mask": torch.ones(1, 1, 4, 4)}
+    assert set(model_inputs({"input_ids": ids, **others})) == {"input_ids", "attention_mask"}
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="without pixel_values"):
+        assert set(model_inputs({"input_ids": ids, "pixel_values": torch.ones(1, 3, 8, 8)})) == {"input_ids"}

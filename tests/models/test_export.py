@@ -279,3 +279,9 @@ def test_compiled_blocks_get_smaller(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = (m.eval()(ids).logits for m in (load_model(str(tmp_path / "out")), model))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_model(build_model("llama"), "~/out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

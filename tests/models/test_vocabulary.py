@@ -84,6 +84,7 @@ def test_where_a_sample_can_be_taken(others: int, ids: Tensor, monkeypatch: pyte
     assert not can_sample(model, lambda: masked([8]))
     assert not can_sample(model, lambda: masked([300]))
     assert not can_sample(model, lambda: logits().log_softmax(-1))
+    assert not can_sample(model, lambda: logits() + torch.ones(VOCABULARY))
     head: Any = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.ones(VOCABULARY))
     assert not can_sample(model, logits)

@@ -136,3 +136,18 @@ def test_autocast_around_pruning_is_refused() -> None:
     """It keeps copies of the weights in bfloat16, which do not change when these are pruned."""
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=r"not be called inside torch\.autocast"):
         prune_model(build_model("llama"), [windows()], config(preset="paper"))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_is_refused(made_inside: bool) -> None:
+    """It never gives gradients, nor do weights that were made inside it."""
+    with torch.inference_mode():
+        model = build_model("llama")
+        if not made_inside:
+            with torch.inference_mode(False):
+                model = build_model("llama")
+            with pytest.raises(UserError, match=r"torch\.inference_mode never gives"):
+                prune_model(model, [windows()], config())
+    if made_inside:
+        with pytest.raises(UserError, match=r"torch\.inference_mode never gives"):
+            prune_model(model, [windows()], config())

@@ -100,6 +100,18 @@ def test_stopped_anywhere(tmp_path: Path, name: str, settings: dict[str, Any], m
     assert_same_weights(finished, whole)
 
 
+def test_a_resumed_run_reports_the_seconds_of_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of the home folder, which ``~`` stands for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report, _ = prune(build_model("llama"), random_batches(), Path("~/journal"))
+    assert (tmp_path / "journal").is_dir()
+    assert "restored" not in report.phases
+    again, _ = prune(build_model("llama"), random_batches(), Path("~/journal"))
+    taken = sum(block["seconds"] for block in report.blocks)
+    assert again.phases["restored"] == pytest.approx(taken)
+    assert again.wall_seconds > taken
+
+
 def test_a_resumed_run_keeps_the_seconds_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget of latency: what leaves is chosen from the first run's seconds."""
     config, batches = replace(CONFIG, pattern={"latency": 0.6}, sparsity=None, round_to=16), random_batches()

@@ -35,7 +35,7 @@ from sparsellm_lightning.calibration import ActivationCache, capture
 from sparsellm_lightning.data import take_windows
 from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.kept import in_random_order
-from sparsellm_lightning.pipeline.tune import Reconstructor, _batches_of_a_step, batches_of_interest
+from sparsellm_lightning.pipeline.tune import Reconstructor, _batches_of_steps, batches_of_interest
 from sparsellm_lightning.solvers import SINGLE, Ranks
 from sparsellm_lightning.sparsity import add_adapters
 
@@ -569,6 +569,15 @@ def test_batches_that_tuning_uses(size: int) -> None:
     assert on_ranks(size, used) == [[0, 1, *range(fitted, 16 // size)]] * size
 
 
+def test_the_batches_of_steps_are_the_same_under_every_strategy() -> None:
+    """Where forwards are collective too, which keep all batches: the steps visit the first ones alone."""
+    windows = calibration_batches([{"input_ids": torch.ones(1, 32, dtype=torch.long)}] * 16)
+    config = PruningConfig(preset="paper", method="magnitude", reconstruction_steps=2)
+    context = make_context(build_model("llama"), config)
+    cache = capture(context, windows, 12)
+    assert _batches_of_steps(context, cache, 64) == ([0, 1, 2, 3], 2)
+
+
 def test_windows_that_tuning_does_not_use_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps visit two of six fitted windows. Magnitude pruning uses none."""
     tune_with(monkeypatch, batch_tokens=32)
@@ -644,7 +653,7 @@ def test_steps_of_unequal_windows_have_the_tokens_that_are_asked_for() -> None:
     windows = calibration_batches([{"input_ids": torch.ones(1, length, dtype=torch.long)} for length in lengths])
     context = make_context(build_model("llama"), PruningConfig(preset="fast"))
     cache = capture(context, windows, len(lengths))
-    steps = in_random_order(*_batches_of_a_step(context, cache, 32), torch.Generator())
+    steps = in_random_order(*_batches_of_steps(context, cache, 32), torch.Generator())
     fitted = cache.fitted_tokens_by_batch()
     tokens = [sum(fitted[index] for index in chosen) for chosen in islice(steps, 30)]
     assert 24 < sum(tokens) / len(tokens) < 40

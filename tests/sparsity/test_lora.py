@@ -24,7 +24,7 @@ from sparsellm_lightning import (
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.distributed import StrategyAdapter
-from sparsellm_lightning.sparsity import add_adapters, keep_zeros, linear_layers, merged_state, zero_shares
+from sparsellm_lightning.sparsity import add_adapters, linear_layers, mask_adapters, merged_state, zero_shares
 
 peft = pytest.importorskip("peft")
 
@@ -102,7 +102,7 @@ def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
     filled = copy.deepcopy(model).merge_and_unload()
     assert any((weight[zeros[key]] != 0).any() for key, weight in weights(filled).items()), "plain LoRA fills the zeros"
 
-    keep_zeros(model, sparse)
+    mask_adapters(model, sparse)
     before = logits(model, ids)
     state = merged_state(model.get_base_model(), model.get_base_model().state_dict())
     model.merge_adapter()
@@ -179,7 +179,7 @@ def test_dora_is_refused(trained) -> None:
     sparse = {p.module for p in describe(model).projections()}
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True))
     with pytest.raises(UserError, match="plain LoRA"):
-        keep_zeros(model, sparse)
+        mask_adapters(model, sparse)
 
 
 def test_options(model_dir: Path) -> None:

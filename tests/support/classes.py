@@ -151,9 +151,8 @@ def tiny_model(model_type: str, **more: Any) -> PreTrainedModel:
     """A random model, biases and norms included, so that no term is zero by chance."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **more)
-    if hasattr(config, "decoder") and not isinstance(
-        config.decoder, bool
-    ):  # MusicGen's class takes that of its decoder
+    # MusicGen's class takes the configuration of its decoder.
+    if hasattr(config, "decoder") and not isinstance(config.decoder, bool):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config.decoder).eval()
     else:
         model = AutoModelForCausalLM.from_config(config).eval()

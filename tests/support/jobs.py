@@ -42,7 +42,7 @@ from sparsellm_lightning import (
     UserError,
     perplexity,
 )
-from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.architecture import decoder_blocks, describe
 from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor, shard_blocks
 from sparsellm_lightning.distributed.fsdp2 import FSDP2Adapter
 
@@ -423,6 +423,41 @@ def measure_alone(job: Job) -> float | None:
     first = FirstMeasures()
     job.trainer(first).fit(job.module(), job.data())
     return first.found
+
+
+class Backward(pl.Callback):
+    """A backward in which ranks use different experts. Compares its gradients with those of the plain model."""
+
+    used: list[str]
+    error: float
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        adapter, model = adapter_for(trainer), pl_module.model
+        windows = [torch.full((1, 2), token) for token in (3, 400)]  # by rank
+        self.used = []
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Expert":
+                module.register_forward_hook(lambda *_, name=name: self.used.append(name))
+        with adapter.tuning(decoder_blocks(model)):
+            model(windows[trainer.global_rank], use_cache=False).logits.square().sum().backward()
+        plain = AutoModelForCausalLM.from_pretrained(pl_module.pretrained)
+        for ids in windows:
+            (plain(ids, use_cache=False).logits.square().sum() / 2).backward()  # FSDP2 takes the mean
+        errors = []
+        for (name, parameter), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if "experts" in name:
+                expected = torch.zeros_like(wanted) if wanted.grad is None else wanted.grad
+                errors.append(float((parameter.grad.full_tensor() - expected).norm() / (expected.norm() + 1)))
+        self.error = max(errors)
+        model.zero_grad()
+        trainer.should_stop = True
+
+
+def unused_experts(job: Job) -> tuple[list[str], float]:
+    """Returns the experts that this rank has used, and the largest error of a gradient."""
+    backward = Backward()
+    job.trainer(backward).fit(job.module(), job.data())
+    return backward.used, backward.error
 
 
 if __name__ == "__main__":

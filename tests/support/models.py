@@ -35,7 +35,6 @@ from support.mixtures import ListedMixtralConfig
 VOCABULARY = 512
 SEQUENCE = 64
 
-# The defaults of some configurations lie outside a tiny vocabulary.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -44,6 +43,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 """Of models that a test configures itself."""
+# Token ids inside the tiny vocabulary. Some defaults lie outside.
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _LLAMA_LIKE: dict[str, Any] = {
     **_COMMON,

@@ -28,7 +28,7 @@ from sparsellm_lightning.callbacks import pruning
 
 
 class Progress(pl.Callback):
-    """Prints every optimizer step before it is taken, and every iteration of every solve."""
+    """Prints every optimizer step before it is taken."""
 
     def __init__(self, stop_at: str | None) -> None:
         self.stop_at = stop_at

@@ -68,7 +68,7 @@ def tune_with(patch: pytest.MonkeyPatch, learning_rate: float | None = None, bat
     options: dict[str, Any] = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
     patch.setattr(sequential, "batches_of_interest", partial(tune.batches_of_interest, **options))
     if batch_tokens is not None:
-        patch.setattr(prune, "BATCH_TOKENS", batch_tokens)
+        patch.setattr(prune, "STEP_TOKENS", batch_tokens)
     if learning_rate is not None:
         options["learning_rate"] = learning_rate
     patch.setattr(sequential, "Reconstructor", partial(tune.Reconstructor, **options))

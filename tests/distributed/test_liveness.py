@@ -1,0 +1,50 @@
+"""The watch over other ranks, with a clock and a store of the test's own. ``test_strategies.py`` stops real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from sparsellm_lightning.distributed import liveness
+
+
+class Exited(Exception):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of the clock, which every round of the watch takes the first of."""
+    times: list[float] = []
+    monkeypatch.setattr(liveness.time, "monotonic", lambda: times.pop(0) if len(times) > 1 else times[0])
+    monkeypatch.setattr(liveness.time, "sleep", lambda _: None)
+    return times
+
+
+def judged(clock: list[float], rounds: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Rank 0's watch after rounds at these times, in which it hears nothing."""
+    clock[:] = [0.0, 0.0, *rounds]  # it is made, and begins to judge
+    watch = liveness._Watch(HashStore(), 0, 1, "Pruning")
+
+    def leave(message: str) -> None:
+        raise Exited(message)
+
+    monkeypatch.setattr(watch, "_exit", leave)
+    monkeypatch.setattr(watch.left, "wait", lambda _: len(clock) == 1)
+    watch.judge()
+    return watch
+
+
+def test_a_silent_rank_ends_the_run(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exited, match="no sign of life for 40 seconds"):
+        judged(clock, [float(second) for second in range(60)], monkeypatch)
+
+
+def test_a_run_that_was_suspended_goes_on(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks stood still, so that none has heard another. From then on silence counts again."""
+    seconds = [1.0, 2.0, *(1000.0 + second for second in range(30))]
+    judged(clock, [*seconds, 0.0], monkeypatch)
+    with pytest.raises(Exited, match="no sign of life"):
+        judged(clock, [*seconds, *(1030.0 + second for second in range(30))], monkeypatch)
