@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection, describe, device_of, evaluating
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.runtime import fastest_float32
+from sparsellm_lightning.runtime import fastest_float32, keeping_freed_memory
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 
@@ -54,14 +54,14 @@ class StrategyAdapter:
 
     @contextmanager
     def calibrating(self, model: nn.Module) -> Iterator[None]:
-        """Context of calibration: evaluation mode, eager compiled modules, the fastest exact float32 products.
+        """Context of calibration: evaluation mode, eager compiled modules, the fastest exact float32 products, memory kept.
 
         Training modes and the random state are restored at the end.
         """
         random_state = isolate_rng()
         random_state.__enter__()
         try:
-            with evaluating(model), fastest_float32(device_of(model)):
+            with evaluating(model), fastest_float32(device_of(model)), keeping_freed_memory():
                 yield
         finally:
             random_state.__exit__(None, None, None)  # as a with statement, it restores nothing after an exception

@@ -21,6 +21,9 @@ import torch
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
 
 _AUTO_FRACTION = 0.8  # of the free memory; the rest is for temporaries and fragmentation
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
+_INT_MAX = 2**31 - 1
+_keeping: list[bool] = []  # not empty inside keeping_freed_memory
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,33 @@ def peak_memory(device: torch.device) -> int | None:
 
 def return_free_memory() -> None:
     """Have the C library return freed memory to the system, where it can (glibc)."""
-    trim = _malloc_trim() if sys.platform == "linux" else None
+    trim = _allocator("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Have the C library keep freed memory for the next tensors, where it can (glibc), and return it at the end.
+
+    By default it maps every tensor above 32 MiB anew, and the system clears its pages one by one when they are first written.
+    That takes several times as long as an elementwise operation, most of all on virtual machines.
+    """
+    option = _allocator("mallopt")
+    if option is None or _keeping:
+        yield
+        return
+    option(_MMAP_THRESHOLD, _INT_MAX)
+    option(_TRIM_THRESHOLD, _INT_MAX)
+    _keeping.append(True)
+    try:
+        yield
+    finally:
+        _keeping.clear()
+        # The largest values that the default, which adapts itself, would have reached.
+        option(_MMAP_THRESHOLD, 32 * 2**20)
+        option(_TRIM_THRESHOLD, 64 * 2**20)
+        return_free_memory()
 
 
 def format_bytes(size: float) -> str:
@@ -197,8 +224,9 @@ def _status(key: str) -> int | None:
 
 
 @cache
-def _malloc_trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _allocator(function: str) -> Any:
+    """A function of glibc's allocator. None on other systems."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
 
 
 def _available(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from sparsellm_lightning.runtime import (
     Sizes,
     explaining_memory,
     format_bytes,
+    keeping_freed_memory,
     memory,
     peak_memory,
     place,
@@ -228,15 +230,37 @@ def test_pruning_does_not_explain_other_errors(monkeypatch: pytest.MonkeyPatch) 
         prune_model(build_model("llama"), random_batches(4), PruningConfig(preset="paper", num_calibration_samples=4))
 
 
-@pytest.mark.parametrize(("platform", "trimmed"), [("linux", [0]), ("darwin", []), ("win32", [])])
-def test_free_memory_is_returned_on_linux_only(
-    platform: str, trimmed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(memory, "_malloc_trim", lambda: calls.append)
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_the_allocator_is_left_alone_elsewhere(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "platform", platform)
-    return_free_memory()
-    assert calls == trimmed
+    monkeypatch.setattr(memory.ctypes, "CDLL", None)
+    memory._allocator.cache_clear()
+    with keeping_freed_memory():
+        return_free_memory()
+    memory._allocator.cache_clear()
+
+
+@pytest.mark.skipif(memory._allocator("mallopt") is None, reason="glibc alone")
+def test_freed_memory_is_kept_inside_the_context() -> None:
+    """Its pages are not cleared again. Behind the context, nested ones included, they are returned."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(128 * MB // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 128 * MB // resource.getpagesize()
+    with keeping_freed_memory():
+        faults()
+        with keeping_freed_memory():
+            pass
+        assert faults() < pages
+        meter = MemoryMeter(CPU)
+    torch.ones(1)
+    assert MemoryMeter(CPU)._before < meter._before - 100 * MB
+    faults()
+    assert faults() > 3 * pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
