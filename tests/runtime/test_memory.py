@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +242,7 @@ def test_the_allocator_is_left_alone_elsewhere(platform: str, monkeypatch: pytes
 @pytest.mark.skipif(memory._allocator("mallopt") is None, reason="glibc alone")
 def test_freed_memory_is_kept_inside_the_context() -> None:
     """Its pages are not cleared again. Behind the context, nested ones included, they are returned."""
+    resource = pytest.importorskip("resource")
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
