@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,15 @@ class Runs:
             **files if options.train_files else {},
         )
 
+    @cached_property
+    def content(self) -> str:
+        """A hash of the dense weights and of the text."""
+        text = (batch["input_ids"] for loader in (self.windows(128), self.data.test_dataloader()) for batch in loader)
+        found = hashlib.sha256()
+        for tensor in (*self.dense.values(), *text):
+            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()[:16]
+
     def windows(self, count: int) -> Any:
         return self.data.calibration_dataloader(num_samples=count, seed=0)
 
@@ -95,7 +106,7 @@ class Runs:
     def perplexity(self, **settings: Any) -> float:
         known: dict[str, float] = json.loads(self.known.read_text()) if self.known.exists() else {}
         options = {key: value for key, value in vars(self.options).items() if key not in ("experiment", "out")}
-        key = f"{options} {self.config(settings)}"
+        key = f"{options} {self.content} {self.config(settings)}"
         if key not in known:
             self.prune(**settings)
             known[key] = perplexity(self.model, self.data.test_dataloader())

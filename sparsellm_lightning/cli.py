@@ -137,10 +137,8 @@ class PruningTrainer(pl.Trainer):
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
         if harness is not None:
             folder, found = Path(name).expanduser(), {}
-            for (
-                each,
-                tokenizer,
-            ) in tokenizers.items():  # one on the device at a time; shown and kept as soon as it is known
+            # One on the device at a time; shown and kept as soon as it is known.
+            for each, tokenizer in tokenizers.items():
                 measured: torch.nn.Module = inside if each == name else load_model(each, inside.dtype).eval()
                 found[each] = harness.evaluate_tasks(
                     measured.to(self.strategy.root_device), tokenizer, tasks, tasks_folder, tasks_limit
@@ -258,19 +256,24 @@ class SparseLLMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there or not of this run, and a run that would keep no result."""
-        self.before_test()
-        if self.config[self.subcommand].get("ckpt_path") is None and not _requeued():
-            _refuse_left_checkpoint(self.trainer, "go on from it")
-        pruner = _pruner(self.trainer)
-        if pruner.export_dir is None and not pruner.finetune and weights_of(self.model) is None:
+        self._check_ckpt_path("go on from it", unasked=_requeued())
+        pruner, checkpoints = _pruner(self.trainer), self.trainer.checkpoint_callbacks
+        kept = pruner.export_dir is not None or any(getattr(callback, "save_last", None) for callback in checkpoints)
+        if not (kept or pruner.finetune or weights_of(self.model) is not None):
             raise UserError(
                 "'fit' without pruner.finetune stops after pruning, and without pruner.export_dir it does not write the model. "
                 "Set one of the two, or use 'prune'."
             )
 
     def before_test(self) -> None:
-        """Refuse a checkpoint that is not there."""
+        """Refuse a checkpoint that is not there or not of this run."""
+        self._check_ckpt_path("evaluate it", unasked=False)
+
+    def _check_ckpt_path(self, then: str, unasked: bool) -> None:
+        """Refuse a checkpoint that is not there, and one that Lightning would take unasked unless it may."""
         path = self.config[self.subcommand].get("ckpt_path")
+        if path is None and not unasked:
+            _refuse_left_checkpoint(self.trainer, then)
         if not _by_name(path) and not Path(path).expanduser().exists():
             raise UserError(
                 f"ckpt_path must be a checkpoint, but there is no {path}. Correct the path, or leave it out."

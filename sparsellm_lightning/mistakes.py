@@ -45,6 +45,8 @@ def brief(message: str, options: Collection[str]) -> str:
         if kinds:
             number = re.fullmatch(r"([\d.]+) ?%", value[1])
             meant = f" Write [{value[1]}]." if kinds == ["list"] else ""
+            if "str" in kinds and value[1].isdigit():  # 2:4, which YAML reads as a number
+                meant = " Put it in quotes."
             if number:
                 meant = f" Write {float(number[1]) / 100:g}."
             wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))

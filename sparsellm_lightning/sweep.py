@@ -17,7 +17,7 @@ from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import load_model, load_tokenizer, perplexity
 from sparsellm_lightning.pipeline import prune_model
-from sparsellm_lightning.reporting import format_table, save_sweep
+from sparsellm_lightning.reporting import format_table, save_sweep, versions
 from sparsellm_lightning.runtime import claimed, showing, to_best_device
 
 TABLE, SETTINGS = "sweep.csv", "sweep.json"
@@ -53,6 +53,7 @@ def sweep(
     out: str = "outputs/sweep",
     data: TextDataModule | None = None,
     settings: dict[str, Any] | None = None,
+    pattern: dict[str, float] | str = "unstructured",
 ) -> list[Row]:
     """Prune a model to several sparsities by several presets or methods, and compare perplexities.
 
@@ -66,6 +67,7 @@ def sweep(
         out: folder of the table, the curve and the page.
         data: calibration and evaluation text.
         settings: further settings of the pruner, for all runs.
+        pattern: of the pruner, for all runs. N:M patterns have one sparsity, such as 0.5 of 2:4.
 
     Returns:
         the rows of the table, the dense model first.
@@ -75,7 +77,7 @@ def sweep(
     """
     data = data or TextDataModule()
     configs = {
-        (variant, sparsity): _config(variant, sparsity, settings or {})
+        (variant, sparsity): _config(variant, sparsity, pattern, settings or {})
         for variant in variants or ["balanced"]
         for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
     }
@@ -89,7 +91,7 @@ def sweep(
     if not isinstance(data.tokenizer, PreTrainedTokenizerBase):
         data.tokenizer = load_tokenizer(data.tokenizer or model)
     with claimed(folder, "out"):
-        rows = _known(folder, _identity(model, data, settings or {}))
+        rows = _known(folder, _identity(model, data, {**(settings or {}), "pattern": pattern}))
         loaded = load_model(model).eval()
         to_best_device(loaded)
         evaluation = data.val_dataloader()
@@ -119,19 +121,19 @@ def sweep(
 _NAMES = tuple(field.name for field in fields(Row))
 
 
-def _config(variant: str, sparsity: float, settings: dict[str, Any]) -> PruningConfig:
+def _config(variant: str, sparsity: float, pattern: dict[str, float] | str, settings: dict[str, Any]) -> PruningConfig:
     if variant not in (*PRESETS, *get_args(Method)):
         raise UserError(
             f"variants must be presets or methods, got {variant}. Choose among {', '.join((*PRESETS, *get_args(Method)))}."
         )
     chosen: dict[str, Any] = {"preset": variant} if variant in PRESETS else {"preset": "paper", "method": variant}
-    chosen["sparsity"] = sparsity
+    chosen |= {"sparsity": sparsity, "pattern": pattern}
     unknown = set(settings) - {field.name for field in fields(PruningConfig)}
     if unknown:
         raise UserError(f"settings must be those of the pruner, got {', '.join(sorted(unknown))}. Correct the names.")
     twice = sorted(set(settings) & set(chosen))
     if twice:
-        raise UserError(f"settings must leave {', '.join(twice)} to variants and sparsities. Leave it out.")
+        raise UserError(f"settings must leave {', '.join(twice)} to variants, sparsities and pattern. Leave it out.")
     try:
         return PruningConfig(**settings, **chosen)
     except (TypeError, AttributeError) as error:  # no parser has seen their types
@@ -159,9 +161,15 @@ def _identity(model: str, data: TextDataModule, settings: dict[str, Any]) -> dic
     text["tokenizer"] = getattr(data.tokenizer, "name_or_path", "")
     source = Path(model).expanduser()
     files = [*(path for paths in data.texts.files.values() for path in paths), *([source] if source.is_file() else [])]
-    files += sorted(source.glob("*")) if source.is_dir() else []
+    files += sorted(path for path in source.glob("*") if _of_model(path)) if source.is_dir() else []
     stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
-    return {"model": model, "data": text, "settings": settings, "changed": stamps}
+    return {"model": model, "data": text, "settings": settings, "changed": stamps, "versions": versions()}
+
+
+def _of_model(path: Path) -> bool:
+    """Whether a file of a folder decides what the model computes: not reports, nor what a sweep writes."""
+    weights = path.suffix in (".safetensors", ".bin", ".gguf", ".model")
+    return weights or path.name in ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Row]:
@@ -172,7 +180,7 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
         path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
     if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
         raise UserError(
-            f"out must be the folder of this sweep, but {path} is of another model, text or settings. Change out."
+            f"out must be the folder of this sweep, but {path} is of another model, text, settings or versions. Change out."
         )
     if not (folder / TABLE).exists():
         return {}

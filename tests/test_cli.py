@@ -214,7 +214,7 @@ def test_fit_from_files(tmp_path: Path, config: Path) -> None:
     assert report["sparsity"]["achieved"] == pytest.approx(0.6, abs=0.002)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "prune", "fit"])
+@pytest.mark.parametrize("command", ["evaluate", "test", "prune", "fit"])
 def test_under_slurm_a_left_checkpoint_is_refused(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -239,6 +239,22 @@ def test_fit_that_would_keep_nothing(
         main(["fit", "--config", str(config)])
     assert end.value.code == 1
     assert "does not write the model. Set one of the two" in capsys.readouterr().err
+
+
+def test_a_pattern_that_yaml_reads_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("pruner:\n  pattern: 2:4\n")
+    with pytest.raises(SystemExit) as end:
+        main(["prune", "--config", str(tmp_path / "config.yaml")])
+    assert end.value.code == 2
+    assert "got 124. Put it in quotes." in capsys.readouterr().err
+
+
+def test_fit_that_keeps_a_checkpoint(config: Path, tmp_path: Path) -> None:
+    saving = "{class_path: ModelCheckpoint, init_args: {dirpath: checkpoints, save_last: true}}"
+    options = ("--trainer.callbacks", f"[{saving}]", "--trainer.enable_checkpointing", "true")
+    run = sparsellm("fit", "--config", config, *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

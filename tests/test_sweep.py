@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,7 +64,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, model_dir: Path) -> None:
             sweep(str(model_dir), [0.5, 0.6, 0.7], ["wanda"], str(tmp_path), text(model_dir), SETTINGS)
         sweep(str(model_dir), [0.5, 0.6, 0.7], ["wanda"], str(tmp_path), text(model_dir), SETTINGS)
     assert runs == [0.5, 0.6, 0.6, 0.7]
-    with pytest.raises(UserError, match="of another model, text or settings"):
+    with pytest.raises(UserError, match="of another model, text, settings"):
         sweep(str(model_dir), [0.5], ["wanda"], str(tmp_path), text(model_dir), {"num_calibration_samples": 9})
 
 
@@ -85,6 +87,7 @@ def test_command(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatc
     run = sparsellm(
         *("sweep", model_dir, "--sparsities", "[0.5]", "--variants", "[wanda]", "--out", "~/out"),
         *("--data.sequence_length", 64, "--data.max_eval_windows", 4, "--settings", "{num_calibration_samples: 4}"),
+        *("--pattern", "2:4"),
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr[-2000:]
@@ -108,10 +111,10 @@ def test_another_text_needs_another_folder(tmp_path: Path, model_dir: Path) -> N
         sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)
     sweep(str(model_dir), [0.5], ["magnitude"], out, of("a", batch_size=2), SETTINGS)
     for data in (of("b"), of("a", text_field="other"), of("a", seed=1)):
-        with pytest.raises(UserError, match="another model, text or settings"):
+        with pytest.raises(UserError, match="another model, text, settings"):
             sweep(str(model_dir), [0.5], ["magnitude"], out, data, SETTINGS)
     (tmp_path / "a" / "text.txt").write_text("c " * 3000)
-    with pytest.raises(UserError, match="another model, text or settings"):
+    with pytest.raises(UserError, match="another model, text, settings"):
         sweep(str(model_dir), [0.5], ["magnitude"], out, of("a"), SETTINGS)
 
 
@@ -160,3 +163,14 @@ def test_out_is_the_working_folder_or_a_file(tmp_path: Path, model_dir: Path, mo
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="out must be a folder, but file is a file"):
         sweep(str(model_dir), [0.5], ["magnitude"], "file", text(model_dir), SETTINGS)
+
+
+def test_a_table_inside_the_folder_of_the_model(tmp_path: Path, model_dir: Path) -> None:
+    """What a sweep or an evaluation writes there does not count as another model. Other weights do."""
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    for _ in range(2):
+        sweep(str(model), [0.5], ["magnitude"], str(model / "sweep"), text(model_dir), SETTINGS)
+        (model / "tasks.json").write_text("{}")
+    os.utime(model / "model.safetensors")
+    with pytest.raises(UserError, match="another model"):
+        sweep(str(model), [0.5], ["magnitude"], str(model / "sweep"), text(model_dir), SETTINGS)

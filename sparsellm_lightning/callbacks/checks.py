@@ -36,13 +36,13 @@ def check_together(config: PruningConfig, measure: bool, baseline: bool, pack: b
         )
 
 
-def check_trainer(trainer: pl.Trainer, trains: bool, config: PruningConfig) -> None:
+def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
     """Refuse a Trainer under which pruning would not run, or which does not fit to what follows pruning.
 
     Args:
         trainer: of the run.
         trains: whether the run trains on after pruning.
-        config: of the pruning.
+        tunes: whether pruning takes gradients of the kept weights.
 
     Raises:
         UserError: a device that cannot prune; no step is allowed; steps are asked for that are not taken; two callbacks that
@@ -66,7 +66,7 @@ def check_trainer(trainer: pl.Trainer, trains: bool, config: PruningConfig) -> N
             "Keep one. With SparseLLMCallback, set finetune to true."
         )
     static = getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph", False)
-    if static and trains and (config.reconstruction_steps or config.distillation_steps):
+    if static and trains and tunes:
         raise UserError(
             "DDP with static_graph takes the first backward for all later ones, and the first ones here tune the pruned model. "
             "Leave static_graph out, or set reconstruction_steps and distillation_steps to 0."

@@ -117,7 +117,12 @@ class SparseLLMCallback(SparseFinetuning):
         self._exporter: Exporter | None = None  # from setup, if there is an export_dir
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_pruned_model": None, "_exporter": None}
+        pruned = self._pruned_model and self._pruned_model()
+        return super().__getstate__() | {"_pruned_model": pruned, "_exporter": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pruned_model = state["_pruned_model"] and weakref.ref(state["_pruned_model"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -133,7 +138,8 @@ class SparseLLMCallback(SparseFinetuning):
             raise UserError(
                 f"weights names a sparse model, which is not pruned, but {name} asks for pruning. Leave one out."
             )
-        check_trainer(trainer, self._trains_on(pl_module), self.config)
+        steps = self.config.reconstruction_steps + self.config.distillation_steps
+        check_trainer(trainer, self._trains_on(pl_module), tunes=steps > 0 and not is_sparse_already(pl_module))
         check_launcher(trainer, pl_module, self.export_dir)
         if self.schedule is not None:
             check_run(trainer, self.schedule)
@@ -198,9 +204,11 @@ class SparseLLMCallback(SparseFinetuning):
         if self._trains_on(pl_module):
             self._report_finetuning(trainer, pl_module, self.report)
         self.report.phases |= self._profile.seconds
-        if self._exporter is not None:
-            self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
-        log_results(trainer, self.report)  # behind the export, which a logger that fails must not prevent
+        try:
+            if self._exporter is not None:
+                self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
+        finally:  # behind the export, which a logger that fails must not prevent
+            log_results(trainer, self.report)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a run whose checkpoint is of its last step: Lightning does not train, and calls no other hook.

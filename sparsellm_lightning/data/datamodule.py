@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from inspect import signature
 from itertools import islice, repeat
 from pathlib import Path
@@ -293,7 +294,12 @@ class TextDataModule(LightningDataModule):
         return self._loader(self._consecutive_windows("test", self.max_eval_windows), ranks)
 
     def _get_tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = run_tokenizer(self, None if self.trainer is None else self.trainer.lightning_module)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        if self.tokenizer is not None:
+            return self.tokenizer
+        module = None if self.trainer is None else self.trainer.lightning_module
+        tokenizer: PreTrainedTokenizerBase | None = tokenizer_of(module)
         if tokenizer is None:
             raise UserError(
                 "TextDataModule needs a tokenizer, got none from its constructor and none from the trainer's module. "
@@ -369,14 +375,19 @@ class TextDataModule(LightningDataModule):
 
 
 def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a run: the datamodule's, which may be a name so far, or the module's. None if neither has one.
+    """The tokenizer of a run's model: the module's, or the datamodule's if the module has none. None if neither has one.
 
     Raises:
-        UserError: the name is of no tokenizer.
+        UserError: the model lacks its tokenizer and the datamodule has none, or the datamodule's is a name of none.
     """
-    if isinstance(data, TextDataModule) and isinstance(data.tokenizer, str):
-        data.tokenizer = load_tokenizer(data.tokenizer)
-    found: PreTrainedTokenizerBase | None = tokenizer_of(data, module)
+    found: PreTrainedTokenizerBase | None = None
+    if getattr(data, "tokenizer", None) is None:
+        found = tokenizer_of(module)
+        return found
+    with suppress(UserError):  # a model without its tokenizer
+        found = tokenizer_of(module)
+    if found is None:
+        found = data._get_tokenizer() if isinstance(data, TextDataModule) else tokenizer_of(data)
     return found
 
 

@@ -59,7 +59,7 @@ class FSDP2Adapter(ShardedAdapter):
     def holding(self, block: nn.Module) -> Iterator[None]:
         # The block stays gathered for all batches.
         modules = [module for module in block.modules() if isinstance(module, FSDPModule)]
-        settings = [_reshards_after_forward(module) for module in modules]
+        settings = [_setting(module, "_reshard_after_forward", True) for module in modules]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
         try:
@@ -76,13 +76,14 @@ class FSDP2Adapter(ShardedAdapter):
         # Ranks reduce the gradients of a unit in one exchange, whose size must not depend on the experts that each has used.
         units = [unit for module in modules for unit in module.modules() if isinstance(unit, FSDPModule)]
         known = [unit for unit in units if hasattr(unit, "set_reduce_scatter_unused_params")]  # not in older torch
+        settings = [_setting(unit, "reduce_scatter_unused_params", False) for unit in known]
         for unit in known:
             unit.set_reduce_scatter_unused_params(True, recurse=False)
         try:
             yield
         finally:
-            for unit in known:
-                unit.set_reduce_scatter_unused_params(False, recurse=False)
+            for unit, setting in zip(known, settings, strict=True):
+                unit.set_reduce_scatter_unused_params(setting, recurse=False)
 
     def read_rows(self, projection: Projection) -> Tensor:
         local = _local_shard(projection)
@@ -186,7 +187,7 @@ def _local_shard(projection: Projection) -> Tensor | None:
     return parameter.to_local() if by_rows else None  # type: ignore[attr-defined]
 
 
-def _reshards_after_forward(module: FSDPModule) -> bool:
-    """The setting that ``set_reshard_after_forward`` changes. torch has no public way to read it."""
+def _setting(module: FSDPModule, name: str, default: bool) -> bool:
+    """A setting of a unit's parameters, which torch has no public way to read."""
     group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
-    return bool(getattr(group, "_reshard_after_forward", True))
+    return bool(getattr(group, name, default))

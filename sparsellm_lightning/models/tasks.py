@@ -18,6 +18,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.export import REPORT_NAME, add_to_report, replace_text
 
 RESULTS_NAME = "tasks.json"
+LESS = " (less is better)"  # behind the names of such metrics, as of perplexity
 
 
 def evaluate_tasks(
@@ -27,7 +28,7 @@ def evaluate_tasks(
     folder: str | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics by task, such as ``{"arc_easy": {"acc": 0.61}}``.
+    """Metrics by task, such as ``{"arc_easy": {"acc": 0.61}}``. Those of which less is better have :data:`LESS` behind.
 
     Args:
         model, tokenizer: to evaluate.
@@ -43,9 +44,10 @@ def evaluate_tasks(
     found: Any = simple_evaluate(
         wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
     )
+    more = found["higher_is_better"]
     return {
         task: {
-            name.removesuffix(",none"): float(value)
+            name.removesuffix(",none") + LESS * (more.get(task, {}).get(name.partition(",")[0]) is False): float(value)
             for name, value in metrics.items()
             if isinstance(value, (int, float)) and "stderr" not in name and name != "sample_len"
         }
@@ -94,12 +96,13 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
 
 
 def task_rows(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
-    """A table: task, metric, the value of each model and, of two models, the first's share of the second's."""
+    """A table: task, metric, the value of each model and, of two models and where more is better, the share recovered."""
     names = list(results)
     rows = [("task", "metric", *names, *(["recovered"] if len(names) > 1 else []))]
     for task, metrics in results[names[0]].items():
         for metric, value in metrics.items():
             values = [value, *(results[name][task][metric] for name in names[1:])]
-            share = [f"{100 * values[0] / values[1]:.1f} %" if values[1] else "-"] if len(names) > 1 else []
+            compared = values[-1] and not metric.endswith(LESS)
+            share = [f"{100 * values[0] / values[-1]:.1f} %" if compared else "-"] if len(names) > 1 else []
             rows.append((task, metric, *(f"{value:.4f}" for value in values), *share))
     return rows

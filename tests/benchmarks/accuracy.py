@@ -231,7 +231,8 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
         MEMORY: "Peak memory over the loaded model, MiB",
     }
     for figure, heading in headings.items():
-        parts += [f"#### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
+        if any(show(seeds, (row, column), figure) for row in ROWS for column in COLUMNS):
+            parts += [f"#### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
         *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in ABLATED),

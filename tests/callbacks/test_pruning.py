@@ -11,6 +11,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -370,6 +371,18 @@ def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == wanted.get_vocab()
 
 
+def test_the_tokenizer_of_the_model_is_exported(tmp_path: Path, model_dir: Path) -> None:
+    """Not that of the text, which may lack its chat template."""
+    other = Path(shutil.copytree(model_dir, tmp_path / "other"))
+    chatting = AutoTokenizer.from_pretrained(model_dir)
+    chatting.chat_template = "{{ messages }}"
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    chatting.save_pretrained(model)
+    data = TextDataModule(sequence_length=32, batch_size=8, max_eval_windows=2, tokenizer=str(other))
+    trainer(SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "out"))).fit(CausalLM(str(model)), data)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages }}"
+
+
 def test_a_resumed_run_refuses_another_sparsity(tmp_path: Path, model_dir: Path) -> None:
     def run(sparsity: float, **options: Any) -> pl.Trainer:
         pruner = SparseLLMCallback(**EXPORTING, sparsity=sparsity, finetune=True)
@@ -633,15 +646,15 @@ def test_apple_gpus_are_refused(ids: torch.Tensor, monkeypatch: pytest.MonkeyPat
     run = trainer(SparseLLMCallback())
     monkeypatch.setattr(type(run.strategy), "root_device", torch.device("mps"))
     with pytest.raises(UserError, match=r"Set trainer\.accelerator to cpu"):
-        check_trainer(run, False, PruningConfig())
+        check_trainer(run, False, tunes=True)
 
 
 def test_a_static_graph_and_tuning_are_refused() -> None:
     run = trainer(SparseLLMCallback(), strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))
     with pytest.raises(UserError, match="Leave static_graph out"):
-        check_trainer(run, True, PruningConfig())
-    check_trainer(run, False, PruningConfig())
-    check_trainer(run, True, PruningConfig(preset="paper"))
+        check_trainer(run, True, tunes=True)
+    check_trainer(run, False, tunes=True)
+    check_trainer(run, True, tunes=False)
 
 
 MAGNITUDE: dict[str, Any] = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 4}
@@ -789,6 +802,25 @@ def test_the_callback_can_be_pickled_while_it_trains(tmp_path: Path, ids: torch.
     trainer(pruner, Pickling(), max_steps=2).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
     assert len(pickled) == 2
     assert pickle.loads(pickled[1]).config == pruner.config
+
+
+def test_a_pickled_callback_knows_what_it_has_pruned(ids: torch.Tensor) -> None:
+    """Spawned processes get both, and do not prune again."""
+    pruner, module = SparseLLMCallback(**MAGNITUDE), OwnModule(build_model("llama"))
+    trainer(pruner).fit(module, DataLoader(ids, batch_size=8))
+    module.trainer = None  # type: ignore[assignment]
+    again, there = pickle.loads(pickle.dumps((pruner, module)))
+    assert again._has_pruned(there)
+
+
+def test_an_export_that_fails_leaves_the_figures(tmp_path: Path, ids: torch.Tensor) -> None:
+    run = trainer(SparseLLMCallback(**MAGNITUDE, export_dir=str(tmp_path / "out")))
+    with (
+        mock.patch("sparsellm_lightning.callbacks.exporting.export_or_rescue", side_effect=UserError("full")),
+        pytest.raises(UserError, match="full"),
+    ):
+        run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+    assert float(run.callback_metrics["prune/sparsity"]) == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_logger_that_fails_leaves_the_export(tmp_path: Path, ids: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from support.cli import sparsellm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsellm_lightning.models import load_model, load_tokenizer
-from sparsellm_lightning.models.tasks import evaluate_tasks, find_tasks, save_tasks, task_rows
+from sparsellm_lightning.models.tasks import LESS, evaluate_tasks, find_tasks, save_tasks, task_rows
 
 QUESTIONS = [
     ("The assert", ["statement", "zebra"], 0),
@@ -71,6 +71,9 @@ def test_accuracy(folder: Path, model_dir: Path) -> None:
 def test_recovered_share() -> None:
     rows = task_rows({"sparse": {"a": {"acc": 0.3}}, "dense": {"a": {"acc": 0.4}}})
     assert rows == [("task", "metric", "sparse", "dense", "recovered"), ("a", "acc", "0.3000", "0.4000", "75.0 %")]
+    name = f"perplexity{LESS}"
+    rows = task_rows({"sparse": {"a": {name: 40.0}}, "dense": {"a": {name: 20.0}}})
+    assert rows[1] == ("a", name, "40.0000", "20.0000", "-"), "nothing is recovered"
 
 
 def test_results_beside_the_report(tmp_path: Path) -> None:
