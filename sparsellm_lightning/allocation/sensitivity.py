@@ -146,7 +146,7 @@ class BlockStatistics:
         down = name == network.roles["down"].name
         gram = Gram(feed_forward.up.shape[int(not down)], self.context.device)
         for x, weights in zip(tokens.x.split(tokens.chunks), tokens.weights.split(tokens.chunks), strict=True):
-            x = x.to(self.context.device, torch.float32)
+            x = x.to(self.context.device, torch.float32, non_blocking=True)
             gram.add((feed_forward.hidden(x) if down else x) * weights.sqrt()[:, None])
         return gram.statistics(self.context.config.damping, self.context.ranks, name)
 

@@ -56,7 +56,8 @@ class Context:
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to :attr:`autocast_dtype`, if there is one."""
         dtype = self.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        kept = not self.adapter.weights_are_split  # casts of gathered shards would add up to the whole model
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, cache_enabled=kept)
 
     @property
     def alternating_blocks(self) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, unwrapped
+from sparsellm_lightning.architecture import DecoderLayout, device_of, unwrapped
 from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import datamodule_of, run_tokenizer
@@ -120,9 +120,10 @@ class Exporter:
         layout = adapter.describe(model, config) if config.removes else None
         with _failing_together(trainer):
             if trainer.is_global_zero:
-                if layout is not None:
-                    model, state, report = _cut(layout, config, state, report)
-                self._write(trainer, pl_module, model, state, report, start)
+                with nullcontext() if adapter.weights_are_split else _on_the_host(model):
+                    if layout is not None:
+                        model, state, report = _cut(layout, config, state, report)
+                    self._write(trainer, pl_module, model, state, report, start)
 
     def _write(
         self,
@@ -163,6 +164,17 @@ def _cut(
         log.warning("The model is written with zeros in place of the parts to remove. %s", error)
         return layout.model, state, report
     return smaller.model, None, report_of_smaller(report, layout, smaller)
+
+
+@contextmanager
+def _on_the_host(model: PreTrainedModel) -> Iterator[None]:
+    """Smaller models and files of fused experts are copies, for which the device may have no room."""
+    device = device_of(model)
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)  # type: ignore[arg-type]
 
 
 @contextmanager

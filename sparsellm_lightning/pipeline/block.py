@@ -171,7 +171,7 @@ def _solve_experts(
         else:
             y = TokenBuffer(len(tokens.x), network.roles["down"].shape[0], cache.storage)
             for part in tokens.x.split(tokens.chunks):
-                y.add(feed_forward(part.to(context.device, torch.float32)))
+                y.add(feed_forward(part.to(context.device, torch.float32, non_blocking=True)))
             windows = alternation_windows(context, tokens.fitted_windows, network.roles["down"].shape[1])
             with phase("alternation"):
                 solution = alternate(

@@ -29,6 +29,7 @@ from sparsellm_lightning.models import (
 from sparsellm_lightning.pipeline.kept import (
     STEP_TOKENS,
     KeptParameters,
+    activations_of_tuning,
     batches_of_a_step,
     in_random_order,
     memory_of_tuning,
@@ -86,9 +87,9 @@ class Distiller:
                 f"distillation_steps compare next-token distributions, but {type(self.model).__name__} has no language-model "
                 "head. Set distillation_steps to 0."
             )
-        self._check_room()
-        self._output: Any = None  # of the decoder: the form in which other hidden states are put
         made = [self._steps(part) for part in (*split_windows(batches, fitted), written)]
+        self._check_room(max((batch.windows * batch.length for part in made for batch in part), default=0))
+        self._output: Any = None  # of the decoder: the form in which other hidden states are put
         first = next((batch for part in made for batch in part), None)
         if not self.ranks.all(first is None or self._decode(first) is not None):
             raise UserError(
@@ -152,13 +153,19 @@ class Distiller:
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
-    def _check_room(self) -> None:
-        """Choose where the vectors of kept entries lie. Gradients of parameters lie on the device."""
+    def _check_room(self, tokens: int) -> None:
+        """Choose where the vectors of kept entries lie. Gradients of parameters and activations lie on the device.
+
+        Args:
+            tokens: of the largest batch.
+        """
         context, split = self.context, self.adapter.weights_are_split
         gradients, vectors = memory_of_tuning(context.layout.blocks, context.config, split)
+        gradients += activations_of_tuning(context.layout) * tokens
         device, limit = context.device, room(context.config.memory, context.device)
-        on_cpu = device.type == "cpu"
-        needed, what = (gradients + vectors, "gradients and Adam's moments") if on_cpu else (gradients, "gradients")
+        needed, what = gradients, "gradients and activations"
+        if device.type == "cpu":
+            needed, what = gradients + vectors, "gradients, activations and Adam's moments"
         if not self.ranks.all(needed <= limit):
             raise UserError(
                 f"distillation_steps need {format_bytes(needed)} besides the model, for {what}, and there are "

@@ -8,7 +8,7 @@ from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Line
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.models import size_of_sample
 from sparsellm_lightning.pipeline.block import ALTERNATION_TOKENS
-from sparsellm_lightning.pipeline.kept import STEP_TOKENS, memory_of_tuning
+from sparsellm_lightning.pipeline.kept import STEP_TOKENS, activations_of_tuning, memory_of_tuning
 from sparsellm_lightning.runtime import Sizes
 
 
@@ -62,6 +62,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
             head_work = 6.0 * size_of_sample(vocabulary) * width
         operations["distillation"] = seen * (3.0 * forward + head_work)
         memory = sum(memory_of_tuning(layout.blocks, config))
+        memory += activations_of_tuning(layout) * min(max(STEP_TOKENS, window), tokens)
     done = {phase: work for phase, work in operations.items() if work}
     auxiliary_tokens = min(tokens, ALTERNATION_TOKENS * layout.widest[1]) if alternating and config.alternates else 0
     return Estimate(done, sizes_of_block(layout, config, tokens, auxiliary_tokens), memory)

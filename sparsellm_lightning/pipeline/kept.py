@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Linears
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import local_tensor
@@ -242,6 +242,23 @@ def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool
     kept = sum((1 - zeros * is_pruned) * p.numel() for is_pruned, p in parameters)
     gradients = [p.numel() * p.element_size() for _, p in parameters]
     return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
+
+
+def activations_of_tuning(layout: DecoderLayout) -> float:
+    """About the bytes, for each token of a step, that a forward of all blocks keeps for its backward on one device.
+
+    These are the inputs and outputs of products, in the dtype of the weights, and what two norms a block keep in float32. An
+    expert has its share of the tokens.
+    """
+    total = 16.0 * layout.widest[0] * len(layout.blocks)
+    for unit in (unit for block in layout.blocks for unit in block.units):
+        numbers = sum(p.shape[0] for p in unit.projections)
+        if isinstance(unit, Linears):
+            numbers += unit.projections[0].shape[1]
+        numbers += sum(network.first[0].shape[1] + network.roles["down"].shape[1] for network in unit.networks)
+        share = unit.share if isinstance(unit, Experts) else 1.0
+        total += numbers * share * unit.projections[0].parameter.element_size()
+    return total
 
 
 def _positions(local: Tensor) -> Tensor:

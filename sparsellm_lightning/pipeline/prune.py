@@ -292,9 +292,9 @@ def _distilling(context: Context, do: Callable[[], _Done]) -> _Done | None:
 
 def _explain_distillation(context: Context) -> str:
     return (
-        "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a training step of "
-        f"{STEP_TOKENS} tokens. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to keep the moments on "
-        "the host, or shard the model over more devices."
+        "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a step of about "
+        f"{STEP_TOKENS} tokens, at least one window. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to "
+        "keep the moments on the host, or shard the model over more devices."
     )
 
 

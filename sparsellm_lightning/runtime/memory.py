@@ -21,6 +21,8 @@ import torch
 from sparsellm_lightning.errors import OutOfMemoryError, UserError
 
 _AUTO_FRACTION = 0.8  # of the free memory; the rest is for temporaries and fragmentation
+# In messages of other errors: of a CPU's tensors, of pinned memory, and of cuBLAS.
+_NO_ROOM = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 _INT_MAX = 2**31 - 1
 _keeping: list[bool] = []  # not empty inside keeping_freed_memory
@@ -126,7 +128,7 @@ def explaining_memory(explain: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _NO_ROOM):
             raise
         raise OutOfMemoryError(f"Out of memory ({str(error).splitlines()[0][:200]}). {explain()}") from error
 

@@ -117,9 +117,9 @@ class Tokens:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | float]]:
         roots = square_roots(self.weights, self.sizes, self.device)
         for x_c, y_c, root in zip(self.x.split(self.sizes), self.y.split(self.sizes), roots, strict=True):
-            y_raw = y_c.to(self.device, torch.float32)
+            y_raw = y_c.to(self.device, torch.float32, non_blocking=True)
             yield (
-                x_c.to(self.device, torch.float32),
+                x_c.to(self.device, torch.float32, non_blocking=True),
                 y_raw if self.down_bias is None else y_raw - self.down_bias,
                 y_raw,
                 root,

@@ -59,7 +59,7 @@ def remove_units(
     """
     gram = Gram(dense.down.shape[1], dense.down.device)
     for part in x.split(CHUNK if chunks is None else list(chunks)):
-        gram.add(dense.hidden(part.to(dense.down.device, torch.float32)))
+        gram.add(dense.hidden(part.to(dense.down.device, torch.float32, non_blocking=True)))
     hidden = gram.statistics(damping, ranks, f"{name}down")
     magnitudes = dense.up.square().sum(1) + dense.down.square().sum(0)
     if dense.gate is not None:

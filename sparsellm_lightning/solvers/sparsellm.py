@@ -70,7 +70,7 @@ def solve_locally(
     roots = square_roots(weights, sizes, device)
 
     def tokens() -> Iterator[tuple[Tensor, Tensor | float]]:
-        return zip((part.to(device, torch.float32) for part in x.split(sizes)), roots, strict=True)
+        return zip((part.to(device, torch.float32, non_blocking=True) for part in x.split(sizes)), roots, strict=True)
 
     weighted = (scaled(x_c, root) for x_c, root in tokens())
     inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 
 class MaskedLora(LoraVariant):  # type: ignore[misc]
@@ -33,9 +34,9 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        delta = _masked(module, active_adapter, module.get_base_layer().weight)
-        delta = delta.T if module.fan_in_fan_out else delta
-        return result + torch.nn.functional.linear(module.lora_dropout[active_adapter](x), delta.to(x.dtype))
+        # Computed again in the backward, because the mask and the update of a whole matrix would be kept for it.
+        update: Tensor = checkpoint(_update, module, active_adapter, x, use_reentrant=False)
+        return result + update
 
 
 class MaskedParameter(ParamWrapper):  # type: ignore[misc]
@@ -71,6 +72,12 @@ class _Plus(nn.Module):
         for delta in self.deltas:
             weight = weight + delta
         return weight
+
+
+def _update(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    delta = _masked(layer, adapter, layer.get_base_layer().weight)
+    delta = delta.T if layer.fan_in_fan_out else delta
+    return torch.nn.functional.linear(layer.lora_dropout[adapter](x), delta.to(x.dtype))
 
 
 def _masked(layer: Any, adapter: str, weight: Tensor) -> Tensor:

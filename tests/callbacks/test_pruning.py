@@ -45,6 +45,7 @@ from sparsellm_lightning import (
     prune_model,
 )
 from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.callbacks import exporting
 from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
 from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import adapter_for
@@ -811,6 +812,23 @@ def test_a_pickled_callback_knows_what_it_has_pruned(ids: torch.Tensor) -> None:
     module.trainer = None  # type: ignore[assignment]
     again, there = pickle.loads(pickle.dumps((pruner, module)))
     assert again._has_pruned(there)
+
+
+def test_an_export_is_made_on_the_host(tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller models are copies, for which an accelerator may have no room. Afterwards the model is where it was."""
+    model, moves = build_model("llama"), []
+
+    def refuse(*_: Any) -> None:
+        moves.append("shrink")
+        raise UserError("Its head sizes differ.")
+
+    monkeypatch.setattr(type(model), "cpu", lambda self: moves.append("cpu"))
+    monkeypatch.setattr(exporting, "shrink", refuse)
+    monkeypatch.setattr(exporting, "export_or_rescue", lambda *_: moves.append("export"))
+    monkeypatch.setattr(type(model), "to", lambda self, *_: moves.append("back") or self)
+    pruner = SparseLLMCallback(**{**MAGNITUDE, "pattern": "heads", "sparsity": 0.5}, export_dir=str(tmp_path / "out"))
+    trainer(pruner).fit(OwnModule(model), DataLoader(ids, batch_size=8))
+    assert moves == ["cpu", "shrink", "export", "back"]
 
 
 def test_an_export_that_fails_leaves_the_figures(tmp_path: Path, ids: torch.Tensor) -> None:

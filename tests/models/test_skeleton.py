@@ -14,7 +14,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.cli import main
 from sparsellm_lightning.models import inspect_model
 from sparsellm_lightning.pipeline import estimate_work
-from sparsellm_lightning.pipeline.kept import memory_of_tuning
+from sparsellm_lightning.pipeline.kept import activations_of_tuning, memory_of_tuning
 from sparsellm_lightning.reporting import structure
 
 
@@ -49,7 +49,8 @@ def test_estimated_operations(name: str, settings: dict[str, str]) -> None:
     config = PruningConfig(num_calibration_samples=64, calibration_val_fraction=0.0, **settings)  # type: ignore[arg-type]
     layout = describe(model, config)
     expected = estimate_work(layout, config, 64 * 32, 32)
-    assert expected.distillation == (sum(memory_of_tuning(layout.blocks, config)) if name == "gpt2" else 0)
+    tuning = sum(memory_of_tuning(layout.blocks, config)) + 512 * activations_of_tuning(layout)
+    assert expected.distillation == (tuning if name == "gpt2" else 0)
     counted = prune_model(model, batches, config).work
     tuned = ("statistics", "reconstruction", "distillation")
     for phase in ("forward", *(tuned if name == "gpt2" else ("alternation",))):

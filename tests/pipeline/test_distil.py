@@ -22,6 +22,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.models import evaluation, vocabulary
 from sparsellm_lightning.pipeline import distil
 from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.pipeline.kept import activations_of_tuning
 from sparsellm_lightning.solvers import Ranks
 
 ONE: dict[str, Any] = {
@@ -311,7 +312,7 @@ def test_no_room_for_gradients_is_refused_before_long_work() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         UserError,
-        match=r"distillation_steps need .*iB besides the model, for gradients and Adam's moments, .* are 1000 B",
+        match=r"distillation_steps need .*iB besides the model, for gradients, activations and Adam's moments, .* are 1000 B",
     ):
         prune_model(model, random_batches(), PruningConfig(**ONE, distillation_steps=2, memory=1000))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -342,3 +343,24 @@ def test_few_written_windows_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> 
         prune_model(build_model("llama"), windows, PruningConfig(**settings, sparsity=0.5))
     (distiller,) = made
     assert sum(min(chosen) >= 8 for chosen in distiller.schedule) == round(0.4 * 60 * 2 / 16)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_memory_of_the_activations_of_a_step(name: str) -> None:
+    """About what autograd keeps. GPT-2 computes its activation function in parts, which are kept too."""
+    model = build_model(name)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.ones(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model.base_model(ids, use_cache=False)  # held, so that no storage is used twice
+    estimated = activations_of_tuning(describe(model)) * ids.numel()
+    assert outputs is not None
+    assert (0.65 if name == "gpt2" else 0.9) < estimated / sum(kept.values()) < 1.7

@@ -144,6 +144,8 @@ def test_a_model_pruned_within_the_least_memory() -> None:
 ALLOCATOR_ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("can't allocate memory: 9"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
@@ -186,7 +188,7 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
         (
             "pipeline.distil.kl_divergence",
             {"distillation_steps": 1},
-            r"moments of all kept weights.*training step of 512 tokens.*Set distillation_steps to 0.*or shard",
+            r"moments of all kept weights.*step of about 512 tokens.*Set distillation_steps to 0.*or shard",
         ),
     ],
 )

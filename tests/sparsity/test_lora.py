@@ -305,3 +305,28 @@ def test_what_an_export_cannot_merge_is_refused_before_pruning(
     with pytest.raises(UserError, match=f"An export merges plain LoRA adapters, but .* has .*({named})"):
         trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_no_matrix_is_kept_for_the_backward(trained, ids: Tensor) -> None:
+    """Neither masks nor updates, which would take three bytes a weight."""
+    model = prune_by_hand(trained("llama"))
+    sparse = {p.module for p in describe(model).projections()}
+    add_adapters(model, LoraOptions(rank=2))
+    mask_adapters(model, sparse)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {tuple(p.shape) for p in describe(model).projections()} | {
+        (p.shape[1], p.shape[0]) for p in describe(model).projections()
+    }
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters and tuple(tensor.shape) in shapes:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids[:1, :8], labels=ids[:1, :8]).loss
+    loss.backward()
+    assert kept == []
+    adapters = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapters)
