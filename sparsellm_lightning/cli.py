@@ -267,7 +267,7 @@ class SparseLLMCLI(LightningCLI):
 
     def before_test(self) -> None:
         """Refuse a checkpoint that is not there or not of this run."""
-        self._check_ckpt_path("evaluate it", unasked=False)
+        self._check_ckpt_path("evaluate it", unasked=_requeued())
 
     def _check_ckpt_path(self, then: str, unasked: bool) -> None:
         """Refuse a checkpoint that is not there, and one that Lightning would take unasked unless it may."""

@@ -65,9 +65,7 @@ def inspect(
     tokens = config.num_calibration_samples * sequence_length
     expected = estimate_work(layout, config, tokens, sequence_length)
     work = sum(expected.operations.values())
-    distillation = (
-        f"; distillation {format_bytes(expected.distillation)} and activations" if expected.distillation else ""
-    )
+    distillation = f"; distillation {format_bytes(expected.distillation)}" if expected.distillation else ""
     seconds = work / (0.5 * gemm_peak(torch.device("cpu"), torch.float32))
     print(
         f"Preset {config.preset} on {tokens:,} tokens: about {work / 1e12:,.1f} TFLOP ({seconds / 60:,.1f} minutes at half the "

@@ -53,7 +53,7 @@ def sweep(
     out: str = "outputs/sweep",
     data: TextDataModule | None = None,
     settings: dict[str, Any] | None = None,
-    pattern: dict[str, float] | str = "unstructured",
+    pattern: str = "unstructured",
 ) -> list[Row]:
     """Prune a model to several sparsities by several presets or methods, and compare perplexities.
 
@@ -62,12 +62,12 @@ def sweep(
 
     Args:
         model: hub id, folder, GGUF file or package:NAME.
-        sparsities: None: [0.5, 0.6, 0.7, 0.8].
+        sparsities: None: [0.5, 0.6, 0.7, 0.8], or that of an N:M pattern.
         variants: presets, or methods alone, such as [balanced, sparsegpt]. None: balanced.
         out: folder of the table, the curve and the page.
         data: calibration and evaluation text.
         settings: further settings of the pruner, for all runs.
-        pattern: of the pruner, for all runs. N:M patterns have one sparsity, such as 0.5 of 2:4.
+        pattern: of the pruner, for all runs: unstructured, N:M, neurons, heads or blocks.
 
     Returns:
         the rows of the table, the dense model first.
@@ -76,10 +76,12 @@ def sweep(
         UserError: a setting out of its range, no evaluation text, or a folder with the table of another sweep.
     """
     data = data or TextDataModule()
+    if sparsities is None:
+        sparsities = [PruningConfig(pattern=pattern).requested_sparsity] if ":" in pattern else [0.5, 0.6, 0.7, 0.8]
     configs = {
         (variant, sparsity): _config(variant, sparsity, pattern, settings or {})
         for variant in variants or ["balanced"]
-        for sparsity in sparsities or [0.5, 0.6, 0.7, 0.8]
+        for sparsity in sparsities
     }
     if data.source == "self":
         raise UserError(
@@ -121,7 +123,7 @@ def sweep(
 _NAMES = tuple(field.name for field in fields(Row))
 
 
-def _config(variant: str, sparsity: float, pattern: dict[str, float] | str, settings: dict[str, Any]) -> PruningConfig:
+def _config(variant: str, sparsity: float, pattern: str, settings: dict[str, Any]) -> PruningConfig:
     if variant not in (*PRESETS, *get_args(Method)):
         raise UserError(
             f"variants must be presets or methods, got {variant}. Choose among {', '.join((*PRESETS, *get_args(Method)))}."

@@ -85,7 +85,7 @@ def test_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run = sparsellm(
-        *("sweep", model_dir, "--sparsities", "[0.5]", "--variants", "[wanda]", "--out", "~/out"),
+        *("sweep", model_dir, "--variants", "[wanda]", "--out", "~/out"),
         *("--data.sequence_length", 64, "--data.max_eval_windows", 4, "--settings", "{num_calibration_samples: 4}"),
         *("--pattern", "2:4"),
         cwd=tmp_path,

@@ -73,12 +73,11 @@ def works_under_autocast(context: Context) -> bool:
 
     All ranks call this together. True if nothing would be cast.
     """
-    dtype = context.autocast_dtype
-    if dtype is None:
+    if context.autocast_dtype is None:
         return True
     ids = torch.zeros(1, 16, dtype=torch.long, device=context.device)
     try:
-        with torch.autocast(context.device.type, dtype):
+        with context.autocast():
             context.adapter.run_model(context.layout.model, {"input_ids": ids})
     except torch.OutOfMemoryError:
         raise

@@ -161,7 +161,7 @@ class Distiller:
         """
         context, split = self.context, self.adapter.weights_are_split
         gradients, vectors = memory_of_tuning(context.layout.blocks, context.config, split)
-        gradients += activations_of_tuning(context.layout) * tokens
+        gradients += activations_of_tuning(context.layout, tokens, self.autocast_dtype)
         device, limit = context.device, room(context.config.memory, context.device)
         needed, what = gradients, "gradients and activations"
         if device.type == "cpu":

@@ -20,7 +20,7 @@ class Estimate:
         operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them, without
             ``allocation``, ``importance`` and ``generation``.
         sizes: bytes besides the model while a block is solved.
-        distillation: bytes besides the model at the end: gradients, and vectors of the kept weights. 0 without it.
+        distillation: bytes besides the model at the end: gradients, vectors of the kept weights, and activations. 0 without it.
     """
 
     operations: dict[str, float]
@@ -62,7 +62,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
             head_work = 6.0 * size_of_sample(vocabulary) * width
         operations["distillation"] = seen * (3.0 * forward + head_work)
         memory = sum(memory_of_tuning(layout.blocks, config))
-        memory += activations_of_tuning(layout) * min(max(STEP_TOKENS, window), tokens)
+        memory += activations_of_tuning(layout, min(max(STEP_TOKENS, window), tokens))
     done = {phase: work for phase, work in operations.items() if work}
     auxiliary_tokens = min(tokens, ALTERNATION_TOKENS * layout.widest[1]) if alternating and config.alternates else 0
     return Estimate(done, sizes_of_block(layout, config, tokens, auxiliary_tokens), memory)

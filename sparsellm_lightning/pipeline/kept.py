@@ -244,21 +244,28 @@ def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool
     return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
 
 
-def activations_of_tuning(layout: DecoderLayout) -> float:
-    """About the bytes, for each token of a step, that a forward of all blocks keeps for its backward on one device.
+def activations_of_tuning(layout: DecoderLayout, tokens: int, cast: torch.dtype | None = None) -> float:
+    """About the bytes that a forward of all blocks keeps for its backward on one device.
 
-    These are the inputs and outputs of products, in the dtype of the weights, and what two norms a block keep in float32. An
-    expert has its share of the tokens.
+    These are the inputs and outputs of products, and what two norms a block keep in float32. An expert has its share of the
+    tokens.
+
+    Args:
+        layout: of the model.
+        tokens: of the forward.
+        cast: dtype of the products, if it is not that of the weights, whose copies are kept too. None: that of the weights.
     """
-    total = 16.0 * layout.widest[0] * len(layout.blocks)
+    total, norms = 0.0, 16.0 * layout.widest[0] * len(layout.blocks)
     for unit in (unit for block in layout.blocks for unit in block.units):
         numbers = sum(p.shape[0] for p in unit.projections)
         if isinstance(unit, Linears):
             numbers += unit.projections[0].shape[1]
         numbers += sum(network.first[0].shape[1] + network.roles["down"].shape[1] for network in unit.networks)
         share = unit.share if isinstance(unit, Experts) else 1.0
-        total += numbers * share * unit.projections[0].parameter.element_size()
-    return total
+        copies = 0 if cast is None else sum(p.size for p in unit.projections)
+        dtype = cast or unit.projections[0].parameter.dtype
+        total += (numbers * share * tokens + copies) * dtype.itemsize
+    return total + norms * tokens
 
 
 def _positions(local: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from sparsellm_lightning.errors import OutOfMemoryError, UserError
 _AUTO_FRACTION = 0.8  # of the free memory; the rest is for temporaries and fragmentation
 # In messages of other errors: of a CPU's tensors, of pinned memory, and of cuBLAS.
 _NO_ROOM = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
-_INT_MAX = 2**31 - 1
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # options of glibc's mallopt
 _keeping: list[bool] = []  # not empty inside keeping_freed_memory
 
 
@@ -194,14 +193,16 @@ def keeping_freed_memory() -> Iterator[None]:
     if option is None or _keeping:
         yield
         return
-    option(_MMAP_THRESHOLD, _INT_MAX)
-    option(_TRIM_THRESHOLD, _INT_MAX)
+    option(_MMAP_MAX, 0)  # a larger threshold is refused before glibc 2.34
+    option(_TRIM_THRESHOLD, 2**31 - 1)
     _keeping.append(True)
     try:
         yield
     finally:
         _keeping.clear()
-        # The largest values that the default, which adapts itself, would have reached.
+        option(
+            _MMAP_MAX, 65536
+        )  # its default; of the thresholds, the largest values to which the default would have risen
         option(_MMAP_THRESHOLD, 32 * 2**20)
         option(_TRIM_THRESHOLD, 64 * 2**20)
         return_free_memory()
@@ -236,6 +237,7 @@ def _available(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return _AUTO_FRACTION * (free + reusable)
+    return_free_memory()  # or it would count as used, see keeping_freed_memory
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux: the system can swap

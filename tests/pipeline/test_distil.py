@@ -345,8 +345,8 @@ def test_few_written_windows_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(min(chosen) >= 8 for chosen in distiller.schedule) == round(0.4 * 60 * 2 / 16)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_memory_of_the_activations_of_a_step(name: str) -> None:
+@pytest.mark.parametrize(("name", "cast"), [("llama", None), ("opt", None), ("gpt2", None), ("llama", torch.bfloat16)])
+def test_memory_of_the_activations_of_a_step(name: str, cast: torch.dtype | None) -> None:
     """About what autograd keeps. GPT-2 computes its activation function in parts, which are kept too."""
     model = build_model(name)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -359,8 +359,9 @@ def test_memory_of_the_activations_of_a_step(name: str) -> None:
         return tensor
 
     ids = torch.ones(2, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", cast, enabled=cast is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         outputs = model.base_model(ids, use_cache=False)  # held, so that no storage is used twice
-    estimated = activations_of_tuning(describe(model)) * ids.numel()
+    estimated = activations_of_tuning(describe(model), ids.numel(), cast)
     assert outputs is not None
-    assert (0.65 if name == "gpt2" else 0.9) < estimated / sum(kept.values()) < 1.7
+    assert (0.65 if name == "gpt2" else 0.8) < estimated / sum(kept.values()) < 1.7

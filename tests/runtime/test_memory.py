@@ -252,17 +252,16 @@ def test_freed_memory_is_kept_inside_the_context() -> None:
             torch.ones(128 * MB // 4)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    pages = 128 * MB // resource.getpagesize()
     with keeping_freed_memory():
         faults()
         with keeping_freed_memory():
             pass
-        assert faults() < pages
+        kept = faults()
         meter = MemoryMeter(CPU)
     torch.ones(1)
     assert MemoryMeter(CPU)._before < meter._before - 100 * MB
     faults()
-    assert faults() > 3 * pages
+    assert faults() > 4 * kept + 100  # as many as pages, which may be huge
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
