@@ -104,10 +104,18 @@ def warn_of_dense_layers(context: Context) -> None:
 
 
 def warn_of_pruned_parts(context: Context) -> None:
-    """Warn of a model that is sparse in part, as an interrupted run leaves it."""
+    """Warn of a model that is sparse in part, as an interrupted run leaves it, and of zeros that a pattern fills."""
     layers, _ = layer_rows(context.layout, context.adapter)
     sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
-    if 0 < len(sparse) < len(layers) and context.ranks.rank == 0:
+    if context.ranks.rank != 0 or not sparse:
+        return
+    if context.config.removes:
+        warnings.warn(
+            f"Pattern {context.config.pattern_name} fits matrices anew, {sparse[0]} for one, and may fill the zeros that they "
+            "have. Remove parts of the dense model first.",
+            stacklevel=3,
+        )
+    if len(sparse) < len(layers):
         warnings.warn(
             f"{len(sparse)} of {len(layers)} projections have many zeros already, such as {sparse[0]}. If an interrupted run "
             "has left this model half pruned, load the dense model again.",

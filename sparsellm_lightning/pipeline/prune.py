@@ -102,6 +102,11 @@ def prune_model(
     check_place(model)
     layout = adapter.describe(model, config)
     config = without_predictions(layout, config, adapter)
+    if keep_zeros and config.removes:
+        raise UserError(
+            f"keep_zeros keeps zeros of matrices, but pattern {config.pattern_name} fits anew what is left of them. Remove "
+            "parts first, then prune with keep_zeros."
+        )
     context = Context(layout, config, adapter, keep_zeros)
     adapter.check(context.layout)
     memory = MemoryMeter(context.device)

@@ -220,7 +220,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
             if adapter in layer.lora_A and adapter not in layer.merged_adapters:
                 a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
                 delta = _product(layer, a, b) * layer.scaling[adapter]
-                base[key] = weight = (weight + (delta * kept if masked else delta)).to(weight.dtype)
+                base[key] = weight = merged(weight, delta * kept) if masked else (weight + delta).to(weight.dtype)
         plain |= {prefix + key.removeprefix(f"{prefix}base_layer."): value for key, value in base.items()}
     return plain
 
@@ -231,6 +231,12 @@ def _is_masked(layer: Any) -> bool:
 
     variants = getattr(layer, "lora_variant", {}).values()
     return isinstance(layer, MaskedParameter) or any(isinstance(variant, MaskedLora) for variant in variants)
+
+
+def merged(weight: Tensor, masked: Tensor) -> Tensor:
+    """``W + M ⊙ δ`` in the dtype of W, with M = (W ≠ 0). A kept weight that would round to zero becomes the smallest number."""
+    found = (weight + masked).to(weight.dtype)
+    return found.masked_fill_((found == 0) & (weight != 0), torch.finfo(weight.dtype).tiny)
 
 
 def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:

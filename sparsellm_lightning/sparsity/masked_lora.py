@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from sparsellm_lightning.sparsity.lora import merged
+
 
 class MaskedLora(LoraVariant):  # type: ignore[misc]
     """Of a linear layer: ``x (W + M ⊙ s BA)ᵀ`` with M = (W ≠ 0) and s the adapter's scale."""
@@ -22,11 +24,11 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
+        return merged(orig_weight, _masked(module, active_adapter, orig_weight))
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += _masked(module, active_adapter, orig_weight.data).to(orig_weight.dtype)
+        orig_weight.data.copy_(merged(orig_weight.data, _masked(module, active_adapter, orig_weight.data)))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -221,6 +221,7 @@ def test_no_room_for_moments_on_the_host(device: torch.device, monkeypatch: pyte
     gradients, _ = memory_of_tuning(describe(model, settings).blocks, settings)
     rooms = {"cpu": 1000.0, DEVICE.type: gradients + 1}
     monkeypatch.setattr("sparsellm_lightning.pipeline.distil.room", lambda budget, where: rooms[where.type])
+    monkeypatch.setattr("sparsellm_lightning.pipeline.distil.activations_of_tuning", lambda *_: 0.0)
     with pytest.warns(UserWarning, match="goes without distillation: .*neither device nor host"):
         prune_model(model, random_batches(), settings)
 

@@ -109,3 +109,14 @@ def test_nothing_is_removed_at_sparsity_0() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prune(model, sparsity=0.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_zeros_that_a_pattern_fills() -> None:
+    model, batches = build_model("llama"), random_batches()
+    settings: dict[str, Any] = {"preset": "paper", "method": "sparsegpt", "num_calibration_samples": 8}
+    prune_model(model, batches, PruningConfig(**settings, sparsity=0.7))
+    removing = PruningConfig(**settings, pattern="neurons", sparsity=0.5)
+    with pytest.raises(UserError, match="Remove parts first"):
+        prune_model(model, batches, removing, keep_zeros=True)
+    with pytest.warns(UserWarning, match="may fill the zeros"):
+        prune_model(model, batches, removing)

@@ -330,3 +330,26 @@ def test_no_matrix_is_kept_for_the_backward(trained, ids: Tensor) -> None:
     assert kept == []
     adapters = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert all(p.grad is not None and bool(p.grad.any()) for p in adapters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merge_makes_no_zeros(trained, dtype: torch.dtype) -> None:
+    """Where the update takes a kept weight to zero, or below what its dtype holds."""
+    model = prune_by_hand(trained("llama")).to(dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    kept = layer.weight != 0
+    add_adapters(model, LoraOptions(rank=4, alpha=4, target_modules=["up_proj"]))
+    mask_adapters(model, {p.module for p in describe(model).projections()})
+    adapted: Any = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():  # the update of the first row is the negative of its weights
+        adapted.lora_A["default"].weight[0] = -adapted.base_layer.weight[0]
+        adapted.lora_B["default"].weight[:, 0] = torch.eye(len(kept), 1)[:, 0]
+    state = merged_state(model, model.state_dict())
+    merged = state["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(merged != 0, kept)
+    assert float(merged[0].abs().max()) < 1e-3
+    for safe in (True, False):
+        model = copy.deepcopy(model)
+        model.model.layers[0].mlp.up_proj.merge(safe_merge=safe)
+        assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight != 0, kept)
+        model.model.layers[0].mlp.up_proj.unmerge()
