@@ -330,9 +330,12 @@ def test_parameters_that_stay_float32(
     folder = tmp_path / "model"
     tiny_model(model_type, vocab_size=VOCABULARY).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    pruner = {"preset": "paper", "sparsity": 0.5, "num_calibration_samples": 4, "reconstruction_steps": 2 * lora}
+    pruner = {"preset": "paper", "method": "wanda", "sparsity": 0.5, "num_calibration_samples": 4}
+    pruner |= {"reconstruction_steps": 2 * lora}
     options = {"model": str(folder), "lora": lora, "pruner": pruner}
-    ranks(2).run("prune", tmp_path, strategy="fsdp2", **options)
+    ranks(2).run(
+        "prune", tmp_path, timeout=400, strategy="fsdp2", **options
+    )  # DeepSeek takes a minute on two free cores
     assert exported(tmp_path)[1]["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.002)
     given, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     routers = {name for name in given if name.endswith(("mlp.gate.weight", "softmax_offset"))}
