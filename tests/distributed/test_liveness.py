@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ class Exited(Exception):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of the clock, which every round of the watch takes the first of."""
     times: list[float] = []
-    monkeypatch.setattr(liveness.time, "monotonic", lambda: times.pop(0) if len(times) > 1 else times[0])
-    monkeypatch.setattr(liveness.time, "sleep", lambda _: None)
+    clock = SimpleNamespace(monotonic=lambda: times.pop(0) if len(times) > 1 else times[0], sleep=lambda _: None)
+    monkeypatch.setattr(liveness, "time", clock)
     return times
 
 
