@@ -1,8 +1,9 @@
 """Text and tokens: sources, the datamodule, calibration windows, and windows that the model writes."""
 
-from sparsellm_lightning.data.datamodule import TextDataModule, run_tokenizer
+from sparsellm_lightning.data.datamodule import TextDataModule
 from sparsellm_lightning.data.loaders import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.data.synthetic import generate_windows, rewrite_windows
+from sparsellm_lightning.data.tokenizers import run_tokenizer
 from sparsellm_lightning.data.windows import (
     CalibrationBatch,
     equally_many,

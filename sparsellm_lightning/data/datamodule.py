@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import suppress
 from inspect import signature
 from itertools import islice, repeat
 from pathlib import Path
@@ -372,23 +371,6 @@ class TextDataModule(LightningDataModule):
         return DataLoader(
             WindowDataset(windows, ranks), self.batch_size, num_workers=self.num_workers, generator=torch.Generator()
         )
-
-
-def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a run's model: the module's, or the datamodule's if the module has none. None if neither has one.
-
-    Raises:
-        UserError: the model lacks its tokenizer and the datamodule has none, or the datamodule's is a name of none.
-    """
-    found: PreTrainedTokenizerBase | None = None
-    if getattr(data, "tokenizer", None) is None:
-        found = tokenizer_of(module)
-        return found
-    with suppress(UserError):  # a model without its tokenizer
-        found = tokenizer_of(module)
-    if found is None:
-        found = data._get_tokenizer() if isinstance(data, TextDataModule) else tokenizer_of(data)
-    return found
 
 
 def _plain(value: Any) -> Any:

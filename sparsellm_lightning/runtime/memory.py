@@ -200,9 +200,8 @@ def keeping_freed_memory() -> Iterator[None]:
         yield
     finally:
         _keeping.clear()
-        option(
-            _MMAP_MAX, 65536
-        )  # its default; of the thresholds, the largest values to which the default would have risen
+        # The default, and the largest thresholds to which it would have risen by itself.
+        option(_MMAP_MAX, 65536)
         option(_MMAP_THRESHOLD, 32 * 2**20)
         option(_TRIM_THRESHOLD, 64 * 2**20)
         return_free_memory()
