@@ -11,7 +11,7 @@ from sparsellm_lightning.shorthand import catalogue
 
 COMMANDS = {
     "prune": "prune a model, measure it before and after, and write it to a folder",
-    "fit": "prune and fine-tune, or fine-tune a sparse model, with the zeros kept",
+    "fit": "prune MODEL and fine-tune it, or fine-tune the sparse model of --model.weights; zeros are kept",
     "evaluate": "perplexity and sparsity of any causal language model",
     "verify": "compare an exported folder with its report",
     "inspect": "show what would be pruned in a model, and what that takes",
@@ -53,7 +53,7 @@ def overview() -> str:
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: sparsellm COMMAND [MODEL] [--config FILE or recipe:NAME] [--pruner.SETTING VALUE] ...",
+            "usage: sparsellm COMMAND [MODEL or FOLDER] [--config FILE or recipe:NAME] [--SECTION.SETTING VALUE] ...",
             "",
             "Prune causal language models. MODEL is a hub id, a folder, a GGUF file, or package:NAME.",
             "",

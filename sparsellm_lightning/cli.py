@@ -116,7 +116,7 @@ class PruningTrainer(pl.Trainer):
         _refuse_left_checkpoint(self, f"evaluate it in place of {name}")
         harness = _harness(self) if tasks else None
         if harness is not None:
-            harness.find_tasks(tasks, tasks_folder)
+            known = harness.find_tasks(tasks, tasks_folder)
             tokenizers = {name: run_tokenizer(datamodule, model)}
             if against is not None:
                 tokenizers[against] = load_tokenizer(against)
@@ -141,7 +141,7 @@ class PruningTrainer(pl.Trainer):
             for each, tokenizer in tokenizers.items():
                 measured: torch.nn.Module = inside if each == name else load_model(each, inside.dtype).eval()
                 found[each] = harness.evaluate_tasks(
-                    measured.to(self.strategy.root_device), tokenizer, tasks, tasks_folder, tasks_limit
+                    measured.to(self.strategy.root_device), tokenizer, tasks, known, tasks_limit
                 )
                 measured.cpu()
                 print(f"\n{format_table(harness.task_rows(found))}")
@@ -256,23 +256,24 @@ class SparseLLMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there or not of this run, and a run that would keep no result."""
-        self._check_ckpt_path("go on from it", unasked=_requeued())
+        self._check_ckpt_path("go on from it")
         pruner, checkpoints = _pruner(self.trainer), self.trainer.checkpoint_callbacks
-        kept = pruner.export_dir is not None or any(getattr(callback, "save_last", None) for callback in checkpoints)
-        if not (kept or pruner.finetune or weights_of(self.model) is not None):
+        trains = pruner.finetune or weights_of(self.model) is not None
+        kept = checkpoints if trains else [c for c in checkpoints if getattr(c, "save_last", None)]
+        if pruner.export_dir is None and not kept:
             raise UserError(
-                "'fit' without pruner.finetune stops after pruning, and without pruner.export_dir it does not write the model. "
-                "Set one of the two, or use 'prune'."
+                "'fit' must keep its model, but writes neither an export nor a checkpoint of it. Set pruner.export_dir, or "
+                "use 'prune' if nothing is to be trained."
             )
 
     def before_test(self) -> None:
         """Refuse a checkpoint that is not there or not of this run."""
-        self._check_ckpt_path("evaluate it", unasked=_requeued())
+        self._check_ckpt_path("evaluate it")
 
-    def _check_ckpt_path(self, then: str, unasked: bool) -> None:
-        """Refuse a checkpoint that is not there, and one that Lightning would take unasked unless it may."""
+    def _check_ckpt_path(self, then: str) -> None:
+        """Refuse a checkpoint that is not there, and one that Lightning would take unasked in a job that is not requeued."""
         path = self.config[self.subcommand].get("ckpt_path")
-        if path is None and not unasked:
+        if path is None and not _requeued():
             _refuse_left_checkpoint(self.trainer, then)
         if not _by_name(path) and not Path(path).expanduser().exists():
             raise UserError(

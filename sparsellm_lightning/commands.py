@@ -50,14 +50,14 @@ class ModelName:
 def inspect(
     model: ModelName,
     pruner: PruningConfig | None = None,
-    sequence_length: int = 2048,
+    sequence_length: int = 512,
 ) -> None:
     """Print what would be pruned in a model, and about what that takes on this machine.
 
     Args:
         model: the model.
         pruner: the settings of the estimate.
-        sequence_length: tokens of a calibration window.
+        sequence_length: tokens of a calibration window, data.sequence_length of the run.
     """
     config = pruner or PruningConfig()
     layout = inspect_model(model.pretrained, config)

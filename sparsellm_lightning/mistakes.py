@@ -20,6 +20,8 @@ def brief(message: str, options: Collection[str]) -> str:
     names = [option.removeprefix("--") for option in options if not option.endswith(".help")]
     unknown = re.search(r"nrecognized arguments: (\S+)", message)
     if unknown:
+        if not unknown[1].startswith("-"):
+            return f"{unknown[1]} is not expected here. A model comes directly behind the command, other values behind options."
         name = unknown[1].partition("=")[0].removeprefix("--")
         section, _, setting = name.partition(".")
         if section == "pruner" and "settings" in names:  # sweep has one option for all of the pruner's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -94,12 +95,12 @@ def sweep(
         data.tokenizer = load_tokenizer(data.tokenizer or model)
     with claimed(folder, "out"):
         rows = _known(folder, _identity(model, data, {**(settings or {}), "pattern": pattern}))
-        loaded = load_model(model).eval()
-        to_best_device(loaded)
         evaluation = data.val_dataloader()
         if isinstance(evaluation, list):
             raise UserError("sweep compares perplexities, but there is no evaluation text. Set data.test_files.")
         data.calibration_dataloader(1)  # refuses what is missing
+        loaded = load_model(model).eval()
+        to_best_device(loaded)
         for config in configs.values():
             describe(loaded, config)
         dense = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.state_dict().items()}
@@ -110,7 +111,7 @@ def sweep(
             for key, config in configs.items():
                 if key not in rows:
                     loaded.load_state_dict(dense)
-                    rows[key] = _run(loaded, data, config, *key, rows["dense", 0.0].perplexity)
+                    rows[key] = _run(loaded, data, evaluation, config, *key, rows["dense", 0.0].perplexity)
                     _write(folder, rows)
         rows = _write(folder, rows)
         chosen = [rows["dense", 0.0], *(rows[key] for key in configs)]
@@ -145,11 +146,17 @@ def _config(variant: str, sparsity: float, pattern: str, settings: dict[str, Any
 
 
 def _run(
-    model: PreTrainedModel, data: TextDataModule, config: PruningConfig, variant: str, sparsity: float, dense: float
+    model: PreTrainedModel,
+    data: TextDataModule,
+    evaluation: Iterable[Any],
+    config: PruningConfig,
+    variant: str,
+    sparsity: float,
+    dense: float,
 ) -> Row:
     windows = data.calibration_dataloader(config.num_calibration_samples, config.seed)
     report = prune_model(model, windows, config, progress=True)
-    found = perplexity(model, data.test_dataloader())
+    found = perplexity(model, evaluation)
     return Row(
         variant, sparsity, report.sparsity["achieved"], found, math.log(found / dense), round(report.wall_seconds, 1)
     )

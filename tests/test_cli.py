@@ -43,7 +43,7 @@ def test_tasks_of_evaluate(tmp_path: Path, config: Path, model_dir: Path, monkey
     """lm_eval itself has tests of its own."""
     asked: list[tuple[object, ...]] = []
     harness = SimpleNamespace(
-        find_tasks=lambda tasks, folder: None,
+        find_tasks=lambda tasks, folder: folder,
         evaluate_tasks=lambda model, tokenizer, *options: asked.append((tokenizer.name_or_path, *options)) or {},
         task_rows=lambda found: [tuple(found)],
         save_tasks=lambda folder, found, limit: folder,
@@ -231,14 +231,20 @@ def test_under_slurm_a_left_checkpoint_is_refused(
             sparsellm(command, "--model.pretrained", model_dir, *TEXT, *options, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("options", [[], ["--pruner.finetune", "true"]])
 def test_fit_that_would_keep_nothing(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
 ) -> None:
+    """Without checkpoints also a model that was trained would be lost."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", str(config)])
+        main(["fit", "--config", str(config), *options])
     assert end.value.code == 1
-    assert "does not write the model. Set one of the two" in capsys.readouterr().err
+    assert "'fit' must keep its model" in capsys.readouterr().err
 
 
 def test_a_pattern_that_yaml_reads_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

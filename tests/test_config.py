@@ -393,5 +393,12 @@ def test_numbers_of_other_kinds_become_pythons() -> None:
         PruningConfig(preset="paper", num_iterations="many")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"alternation_blocks must be one of all, .*, got 3"):
         PruningConfig(alternation_blocks=3)  # type: ignore[arg-type]
+    pattern = PruningConfig(pattern={"neurons": np.float32(0.25), "blocks": np.int64(1)}).pattern  # type: ignore[dict-item]
+    assert pattern == {"neurons": 0.25, "blocks": 1}
+    assert [type(share) for share in pattern.values()] == [float, int]  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="pattern's blocks must be a share below 1 or a number of blocks, got True"):
+        PruningConfig(pattern={"blocks": True})
+    with pytest.raises(UserError, match="penalties' names must be one of alpha, beta, gamma, scale_free, got 'betta'"):
+        PruningConfig(penalties={"betta": 2.0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="seed must be an integer, got None"):
         PruningConfig(seed=None)  # type: ignore[arg-type]

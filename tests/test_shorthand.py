@@ -74,6 +74,10 @@ def test_help_needs_no_other_package() -> None:
         (["verify", "x", "--data.source", "files"], "source files needs train_files or test_files, got neither."),
         (["benchmark", "x", "--repeats", "many"], "--repeats must be an integer, got many."),
         (["prune", "x", "--config", "no.yaml"], "File does not exist"),
+        (
+            ["prune", "--pruner.sparsity", "0.7", "x"],
+            "x is not expected here. A model comes directly behind the command",
+        ),
         (["prune", "--model.pretrained"], "expected one argument"),
         (
             ["evaluate", "x", "--pruner.sparsity", "0.5"],

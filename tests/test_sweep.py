@@ -133,7 +133,7 @@ def test_refused_before_the_dense_model_is_measured(tmp_path: Path, model_dir: P
         ({"damping": "10%"}, "settings must have the types"),
         ({"allocation_spread": None}, "settings must have the types"),
         ({"ignore": None}, "settings must have the types"),
-        ({"penalties": {"betta": 2}}, "settings must have the types"),
+        ({"penalties": {"betta": 2}}, "penalties' names must be one of alpha"),
         ({"penalties": 3}, "settings must have the types"),
     ],
 )

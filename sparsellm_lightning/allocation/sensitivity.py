@@ -223,10 +223,12 @@ def _curve(
     if not errors[measured]:
         measured = len(at) - 1
         written = [pruned(p, dense, statistics[p.name], at[-1]) for p, dense in zip(part, before, strict=True)]
-    for p, new in zip(part, written, strict=True):
-        context.adapter.write_rows(p, new)
-    divergence = probe.divergence(block)
-    for p, dense in zip(part, before, strict=True):
-        context.adapter.write_rows(p, dense)
+    try:
+        for p, new in zip(part, written, strict=True):
+            context.adapter.write_rows(p, new)
+        divergence = probe.divergence(block)
+    finally:  # the model is dense also after an interruption
+        for p, dense in zip(part, before, strict=True):
+            context.adapter.write_rows(p, dense)
     reference = errors[measured] or 1.0
     return [divergence * error / reference for error in errors]

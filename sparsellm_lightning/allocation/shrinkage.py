@@ -259,9 +259,11 @@ class _Part:
         columns = kept.repeat_interleave(size)
         without = torch.zeros_like(dense)
         without[:, columns] = refit_columns(dense, statistics, columns)
-        adapter.write_whole(p, without)
-        divergence = probe.divergence(block)
-        adapter.write_whole(p, dense)
+        try:
+            adapter.write_whole(p, without)
+            divergence = probe.divergence(block)
+        finally:  # the model is dense also after an interruption
+            adapter.write_whole(p, dense)
         counts, values = ([pair[i] for pair in errors] for i in (0, 1))
         curve = np.interp(np.arange(self.groups + 1), counts, values)
         self.curve += divergence * curve / (curve[self.at] or 1.0)
@@ -273,9 +275,11 @@ class _Part:
         if self.removed and self.alone:
             adapter = self.context.adapter
             dense = [(p, adapter.whole(p).to(p.parameter.dtype).cpu()) for p, _ in self.removed]
-            self._write(self.removed)
-            self.curve *= probe.divergence(self.context.layout.blocks[0]) / self.alone
-            self._write(dense)
+            try:
+                self._write(self.removed)
+                self.curve *= probe.divergence(self.context.layout.blocks[0]) / self.alone
+            finally:
+                self._write(dense)
             self.removed.clear()
         return lambda number: float(self.curve[number])
 

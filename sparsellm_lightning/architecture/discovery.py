@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture.blocks import unwrapped_names
+from sparsellm_lightning.architecture.blocks import decoder_blocks, unwrapped_names
 from sparsellm_lightning.architecture.layout import (
     Block,
     DecoderLayout,
@@ -34,8 +34,8 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, tuple[Architecture | None, list[Block
 def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: RunModel = run_base) -> DecoderLayout:
     """Find a model's blocks and projections, and check that the settings can be applied to them.
 
-    The first call for a model probes it by forwards of 22 tokens, two of the model and a few of each block. Later calls only
-    look up the modules, which may have been wrapped since.
+    The first call for a model, or for another number of its blocks, probes it by forwards of 22 tokens, two of the model and a
+    few of each block. Later calls only look up the modules, which may have been wrapped since.
 
     Args:
         model: any causal language model of ``transformers``.
@@ -48,7 +48,8 @@ def describe(model: PreTrainedModel, config: PruningConfig | None = None, run: R
     """
     config = config or PruningConfig()
     row = ARCHITECTURES.get(model.config.model_type)
-    if model not in _FOUND or _FOUND[model][0] is not row:
+    found = _FOUND.get(model)
+    if found is None or found[0] is not row or len(found[1]) != len(decoder_blocks(model)):
         _check_weights(model)
         blocks = probe_blocks(model, run)
         names = unwrapped_names(model)

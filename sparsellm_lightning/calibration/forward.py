@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from sparsellm_lightning.architecture import (
     Linears,
     Network,
     Routing,
-    device_of,
     hidden_states,
     patched_forward,
     routing_in,
@@ -209,7 +209,7 @@ class _Batches:
         self.replayed_work = 0 if replay is None else block.forward_work(window, replay.last.module)
 
     def __iter__(self) -> Iterator[Any]:
-        adapter, device = self.context.adapter, device_of(self.block.module)
+        adapter, device = self.context.adapter, self.context.device
         cache, arguments = self.cache, self.cache.arguments[self.block.index]
         for index, (hidden, mask, (args, kwargs)) in enumerate(zip(cache.hidden, cache.valid, arguments, strict=True)):
             if self.left <= 0 and not adapter.forward_is_collective:
@@ -332,11 +332,8 @@ class _Recorder:
         """Blocks are called, with the hooks of their strategy, but do not compute."""
         with ExitStack() as stack:
             for block in self.layout.blocks:
-                stack.enter_context(patched_forward(block.module, self._forward_of(block)))
+                stack.enter_context(patched_forward(block.module, partial(self.call, block)))
             yield
-
-    def _forward_of(self, block: Block) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self.call(block, *args, **kwargs)
 
     @contextmanager
     def in_place_of_blocks(self) -> Iterator[None]:

@@ -77,7 +77,7 @@ class LayerSolver:
             return {name: dense[name] for name in targets}
         parts: dict[tuple[str, int], Tensor] = {}
         patterns: dict[tuple[str, int], Pattern] = {}
-        pruned_before: dict[tuple[str, int], Tensor] = {}
+        before: dict[tuple[str, int], Tensor] | None = {} if self.context.keep_zeros else None
         for name, target in chosen.items():
             for part, (rows, first_row, size) in enumerate(self._parts(projections[name])):
                 share = self._sparsity(projections[name], sparsity)
@@ -85,9 +85,9 @@ class LayerSolver:
                 patterns[name, part] = self.context.config.build_pattern(
                     size, self.context.ranks, share, first_row if projections[name].parts else None
                 )
-                pruned_before[name, part] = dense[name][rows] == 0
+                if before is not None:
+                    before[name, part] = dense[name][rows] == 0
         with phase("local_solve"):
-            before = pruned_before if self.context.keep_zeros else None
             solved = solve_stacked(parts, inputs, patterns, LOCAL_SOLVERS[self.name], before)
         stored = {
             name: torch.cat([rows for (of, _), rows in solved.items() if of == name])

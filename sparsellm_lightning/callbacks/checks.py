@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
@@ -84,8 +85,12 @@ def check_launcher(trainer: pl.Trainer, module: pl.LightningModule, export_dir: 
     Raises:
         UserError: spawned or forked processes, no export_dir, and a module with ``configure_model``.
     """
-    ends = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.world_size > 1
-    if ends and export_dir is None and is_overridden("configure_model", module):
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or trainer.world_size == 1:
+        return
+    rank_zero_warn(
+        "The report stays in the processes that Lightning spawns or forks. Read it from the files in export_dir."
+    )
+    if export_dir is None and is_overridden("configure_model", module):
         raise UserError(
             "Processes that Lightning spawns or forks would end with the pruned model in them. Set export_dir, run a script "
             "with strategy ddp, or use one device."

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import decoder_blocks, find_model, hidden_states
+from sparsellm_lightning.architecture import decoder_blocks, device_of, find_model, hidden_states
 from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
@@ -176,9 +176,13 @@ class Distillation(pl.Callback):
                     "Distillation needs a dense teacher, but the model it would copy is already sparse, or resumes a run that "
                     "may have pruned it. Give teacher: the path or hub id of the dense model."
                 )
-            source = copy.deepcopy(student)
-        dtype = source.dtype if self.teacher_dtype == "auto" else check_dtype(self.teacher_dtype)
-        if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()) and self.teacher_dtype != "auto":
+            device = device_of(student)
+            source = copy.deepcopy(student.cpu())  # the device may have no room for it before pruning ends
+            student.to(device)  # type: ignore[arg-type]
+        if self.teacher_dtype == "auto":
+            return source
+        dtype = check_dtype(self.teacher_dtype)
+        if any(p.dtype != dtype for p in source.parameters() if p.is_floating_point()):
             source = copy.deepcopy(source) if source is self.teacher else source
             with kept_in_float32(source):
                 source.to(dtype)  # type: ignore[arg-type]
@@ -339,6 +343,14 @@ def _brought_in_turn(model: PreTrainedModel, device: torch.device) -> Iterator[N
                 module._buffers[name] = buffer.to(device)
         for module in (*blocks, *others):
             module.to("cpu")
+            on_host = [(parameter, parameter.data) for parameter in module.parameters()]
             handles.callback(module.register_forward_pre_hook(lambda m, args: m.to(device) and None).remove)
-            handles.callback(module.register_forward_hook(lambda m, args, output: m.to("cpu") and None).remove)
+            handles.callback(module.register_forward_hook(partial(_leave, on_host)).remove)
         yield
+
+
+def _leave(on_host: list[tuple[torch.nn.Parameter, Tensor]], module: torch.nn.Module, args: Any, output: Any) -> None:
+    """Take a module off the device. Its parameters have not changed, so that nothing is copied back."""
+    for parameter, data in on_host:
+        parameter.data = data
+    module.to("cpu")  # its buffers

@@ -49,6 +49,7 @@ class SparseFinetuning(pl.Callback):
         self._stored: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._random_state: torch.Tensor | None = None
+        self._random_state_of_device: torch.Tensor | None = None
         self._resumes = True  # whether a state that is loaded is of the run that goes on
         self.checks = 0
 
@@ -56,7 +57,8 @@ class SparseFinetuning(pl.Callback):
         if stage != "fit":
             return
         self.checks = 0
-        self._masks, self._stored, self._random_state = None, {}, None
+        self._masks, self._stored = None, {}
+        self._random_state = self._random_state_of_device = None
         adapter_for(trainer)
         if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UserError(
@@ -106,7 +108,9 @@ class SparseFinetuning(pl.Callback):
     ) -> None:
         if self._random_state is not None:  # of a resumed run, so that dropout continues its sequence
             torch.set_rng_state(self._random_state)
-            self._random_state = None
+            if self._random_state_of_device is not None and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state_of_device, pl_module.device)
+            self._random_state = self._random_state_of_device = None
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._masks is not None:
@@ -134,7 +138,10 @@ class SparseFinetuning(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._masks is None:
             return {}
-        return {"zeros": self._masks.zeros, "random_state": torch.get_rng_state()}
+        states = {"random_state": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            states["random_state_of_device"] = torch.cuda.get_rng_state()
+        return {"zeros": self._masks.zeros, **states}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -147,6 +154,7 @@ class SparseFinetuning(pl.Callback):
             return
         self._stored = dict(state_dict.get("zeros", {}))
         self._random_state = state_dict.get("random_state")
+        self._random_state_of_device = state_dict.get("random_state_of_device")
 
     def _apply(self) -> None:
         if self._masks is not None:

@@ -49,7 +49,7 @@ def allow_checkpoints(trainer: pl.Trainer) -> None:
 
 
 def _save_nothing(*_: Any, **__: Any) -> None:
-    log.warning("No checkpoint is saved, because the model is half pruned.")
+    log.warning("No checkpoint is saved before the model is pruned.")
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +17,7 @@ from sparsellm_lightning.architecture import context_of
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
-from sparsellm_lightning.models import IGNORED, continued, first_prompts, model_inputs, perplexity
+from sparsellm_lightning.models import IGNORED, continued, first_prompts, labels_in, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import Profile, showing
@@ -111,7 +111,7 @@ class Measurer:
                 torch.manual_seed(0)  # a shuffled loader has the same order on all ranks
                 self._prompts = first_prompts(batches, *PROMPTS)
         adapter = adapter_for(trainer)
-        if adapter.ranks.total(int(self._prompts is None)) != [0]:
+        if not adapter.ranks.all(self._prompts is not None):
             return []
         assert self._prompts is not None
         with self.profile.phase("evaluation"):
@@ -142,8 +142,9 @@ def _noting_windows(batches: Iterable[Any], seen: list[tuple[int, int]]) -> Iter
     """The batches, of a shuffled loader in the same order on all ranks. ``seen`` gets their numbers of windows and lengths."""
     torch.manual_seed(0)  # the random state is restored after the measurement
     for batch in batches:
+        yield batch  # its shapes are checked there
         windows, length = token_input(model_inputs(batch)).shape[:2]
-        if isinstance(batch, Mapping) and "labels" in batch:  # windows without any make up an even share of the ranks
-            windows = int((batch["labels"].view(windows, -1) != IGNORED).any(1).sum())
+        labels = labels_in(batch)
+        if labels is not None:  # windows without any make up an even share of the ranks
+            windows = int((labels != IGNORED).any(1).sum())
         seen.append((windows, length))
-        yield batch

@@ -59,9 +59,10 @@ def check_pattern(config: PruningConfig) -> None:
         )
     for name, share in config.pattern.items():
         one_of("pattern's names", name, (*STRUCTURES, *BUDGETS))
-        count = name == "blocks" and isinstance(share, (int, float)) and share >= 1 and float(share).is_integer()
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        count = number and name == "blocks" and share >= 1 and float(share).is_integer()
         low = 0 if name in STRUCTURES else 1e-9
-        if not count and (isinstance(share, bool) or not isinstance(share, (int, float)) or not low <= share < 1):
+        if not count and not (number and low <= share < 1):
             whole = " or a number of blocks" if name == "blocks" else ""
             raise UserError(f"pattern's {name} must be a share below 1{whole}, got {share!r}. Write 0.25 for 25 %.")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, SupportsFloat
+
+import numpy as np
 
 from sparsellm_lightning.config.checks import (
     BLOCK_CHOICES,
@@ -125,6 +127,9 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
+        if isinstance(self.pattern, dict):
+            plain = {name: n.item() if isinstance(n, np.generic) else n for name, n in self.pattern.items()}
+            object.__setattr__(self, "pattern", plain)
         check_pattern(self)
         self._normalise()
         target_given = self.target is not None
@@ -157,6 +162,8 @@ class PruningConfig:
                 object.__setattr__(self, name, integer(name, value, least))
         object.__setattr__(self, "seed", integer("seed", self.seed))
         if isinstance(self.penalties, dict):  # as a report has them
+            for name in self.penalties:
+                one_of("penalties' names", name, [entry.name for entry in fields(Penalties)])
             object.__setattr__(self, "penalties", Penalties(**self.penalties))
         weights: dict[str, Any] = {name: float(getattr(self.penalties, name)) for name in ("alpha", "beta", "gamma")}
         object.__setattr__(self, "penalties", replace(self.penalties, **weights))
@@ -291,7 +298,7 @@ class PruningConfig:
         Raises:
             UserError: an index outside the model.
         """
-        if not self._can_alternate or self.alternation_blocks == "none":
+        if not self.alternates:
             return set()
         if self.alternation_blocks == "all":
             return set(range(num_blocks))

@@ -226,8 +226,8 @@ class TextDataModule(LightningDataModule):
         collate = None
         if not self._trains or (self.source == "self" and self.max_train_windows is None):
             # Lightning asks for a loader also in a run that only prunes, which asks the loader for no batch. The limits that a
-            # Trainer puts on batches leave some of these.
-            windows, collate = torch.empty(10_000, 0), self._refuse_batch
+            # Trainer puts on batches leave some of these, and its val_check_interval is not longer.
+            windows, collate = torch.empty(10_000_000, 0), self._refuse_batch
         elif self.source == "self":
             assert self.max_train_windows is not None
             windows = self._generated_windows(self.max_train_windows, self.seed)

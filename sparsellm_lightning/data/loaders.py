@@ -97,7 +97,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     if loader is None:
         combined = trainer.fit_loop._combined_loader
         assert combined is not None
-        fresh = [_Fresh(loader) if isinstance(loader, DataLoader) else loader for loader in combined.flattened]
+        fresh = [_fresh(loader) for loader in combined.flattened]
         # Of several loaders batches in turn, so that each has its part.
         batches = fresh[0] if len(fresh) == 1 else (b for one in zip_longest(*fresh) for b in one if b is not None)
         return batches, _is_sharded(combined.flattened), "training dataloader"
@@ -140,7 +140,11 @@ def _limited(loader: Any, limit: int | float | None) -> Iterable[Any]:
     """The first batches of a loader: a number (int), or a share (float). All, if that is 0 or 1.0."""
     if isinstance(limit, float):
         limit = max(int(limit * len(loader)), 1) if 0 < limit < 1 else None
-    return islice(loader, limit) if limit else loader
+    return islice(_fresh(loader), limit) if limit else _fresh(loader)
+
+
+def _fresh(loader: Any) -> Iterable[Any]:
+    return _Fresh(loader) if isinstance(loader, DataLoader) else loader
 
 
 class _Fresh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,15 +16,17 @@ def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
     """The module's tokenizer, or the datamodule's if the module has none. None if neither has one.
 
     Raises:
-        UserError: the model lacks its tokenizer and the datamodule has none, or the datamodule's is a name of none.
+        UserError: the model lacks its tokenizer and a :class:`TextDataModule` has none, or the datamodule's is a name of none.
     """
     given = getattr(data, "tokenizer", None) is not None
     found: PreTrainedTokenizerBase | None = None
     try:
         found = tokenizer_of(module)
-    except UserError:  # a model without its tokenizer
-        if not given:
+    except UserError as error:  # a model without its tokenizer
+        if isinstance(data, TextDataModule) and not given:
             raise
+        if not given:  # the data are tokens already
+            warnings.warn(f"The model goes without a tokenizer: {error}", stacklevel=2)
     if found is None and given:
         found = data._get_tokenizer() if isinstance(data, TextDataModule) else tokenizer_of(data)
     return found

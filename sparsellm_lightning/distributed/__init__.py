@@ -2,7 +2,7 @@
 
 from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, token_input
 from sparsellm_lightning.distributed.choose import adapter_for
-from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks
+from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks, ranks_on_this_host
 from sparsellm_lightning.distributed.sharding import FSDP2Strategy, load_sharded, shard_blocks
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "adapter_for",
     "load_sharded",
     "local_tensor",
+    "ranks_on_this_host",
     "shard_blocks",
     "token_input",
 ]

@@ -92,11 +92,13 @@ class StrategyAdapter:
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
         """Logits of this rank's part of an evaluation batch. None if the rank has no part of it."""
-        if not len(token_input(inputs)):
+        given = token_input(inputs)
+        if not len(given) and not self.forward_is_collective:
             return None
+        part = inputs if len(given) else {"input_ids": given.new_zeros(1, 2, dtype=torch.long)}
         with self.forward_context():
-            logits: Tensor = model(**inputs, use_cache=False).logits
-        return logits
+            logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits
+        return logits if len(given) else None
 
     def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache | None) -> Tensor:
         """Logits of the token after ``ids``, (batch, vocabulary).
@@ -141,7 +143,9 @@ class StrategyAdapter:
 
     def whole_bias(self, projection: Projection) -> Tensor | None:
         """The whole bias as float32, or None."""
-        return None if projection.bias is None else projection.bias_of(projection.bias.detach()).float()
+        if projection.bias is None:
+            return None
+        return projection.bias_of(projection.bias.detach()).to(torch.float32, copy=True)
 
     def count_zeros(self, projection: Projection) -> Tensor:
         """Zeros in this rank's part of the weight. Summed over ranks, every entry is counted once."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,9 +35,19 @@ class FSDP1Adapter(ShardedAdapter):
             raise UserError(
                 "FSDPStrategy with cpu_offload keeps shards where GPUs cannot exchange them. Leave cpu_offload out."
             )
+        self.prefetches = bool(strategy.kwargs.get("forward_prefetch"))
+        if not strategy.kwargs.get("use_orig_params", True):
+            raise UserError(
+                "FSDPStrategy must keep the parameters of single layers, got use_orig_params False. Leave it out."
+            )
         self.ranks = ProcessGroupRanks(device=strategy.root_device)
 
     def check(self, layout: DecoderLayout) -> None:
+        if self.prefetches:
+            raise UserError(
+                "Pruning changes a block after the one before has run, but with forward_prefetch FSDPStrategy has gathered it "
+                "by then. Leave forward_prefetch out."
+            )
         if self.sharding != "FULL_SHARD":  # SHARD_GRAD_OP runs on with gathered weights from before they were pruned
             raise UserError(
                 f"Pruning needs FSDPStrategy with FULL_SHARD, got {self.sharding}. Set sharding_strategy='FULL_SHARD'. A "
@@ -73,6 +83,14 @@ class FSDP1Adapter(ShardedAdapter):
                     "Use ModelParallelStrategy (FSDP2)."
                 )
 
+    @contextmanager
+    def holding(self, block: nn.Module) -> Iterator[None]:
+        if (
+            self.ranks.device.type == "cuda"
+        ):  # only the root's forward has the stream that gathers wait for written weights
+            torch.cuda.synchronize(self.ranks.device)
+        yield
+
     def inner(self, block: nn.Module) -> nn.Module:
         assert isinstance(block, FullyShardedDataParallel)
         return block.module
@@ -97,8 +115,7 @@ class FSDP1Adapter(ShardedAdapter):
         if projection.bias is None:
             return None
         with self._summoned(projection, write=False):
-            bias: Tensor = projection.bias_of(projection.bias.detach()).to(torch.float32, copy=True)
-        return bias
+            return super().whole_bias(projection)
 
     def state_dict(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
         offload = self.ranks.device.type != "cpu"  # torch would free what it has "moved" to the CPU

@@ -40,6 +40,12 @@ class FSDP2Adapter(ShardedAdapter):
                     f"Every decoder block must be sharded on its own, but {block.name} is not: pruning it would gather the "
                     "whole model. Call fully_shard on each block, then on the model, in configure_model()."
                 )
+        units = [module for module in layout.model.modules() if isinstance(module, FSDPModule)]
+        if any(getattr(unit._get_fsdp_state(), "_states_to_forward_prefetch", None) for unit in units):
+            raise UserError(
+                "Pruning changes a block after the one before has run, but set_modules_to_forward_prefetch has gathered it by "
+                "then. Call that after pruning."
+            )
         for projection in layout.projections():
             parameter = projection.parameter
             if isinstance(parameter, DTensor) and tuple(parameter.placements) != (Shard(0),):

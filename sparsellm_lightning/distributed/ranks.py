@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +24,12 @@ _HEARD = "heard"  # key of the store: number of ranks that have read the failure
 _CONTEXTS = itertools.count()  # equal on all ranks, which enter the same contexts in the same order
 _SMALL = 2**15  # largest number of elements, over all ranks, that are gathered and added rather than reduced
 _PATIENCE = 10.0  # seconds that a failing rank waits for the others to read its message
+
+
+def ranks_on_this_host(ranks: Ranks) -> int:
+    """Number of ranks that share this machine's memory. All ranks call this together."""
+    host = zlib.crc32(socket.gethostname().encode())
+    return ranks.gather_counts(host).count([host])
 
 
 class PeerError(RuntimeError):
@@ -98,7 +106,7 @@ class ProcessGroupRanks(Ranks):
             store.set(FAILURE, message)
             # Closing the connections wakes ranks that wait in a collective, but NCCL would wait for them: there their watchers
             # end them. They then need time to read the message, because the store may live in this process.
-            if dist.get_backend(self.group) != "nccl":
+            if "nccl" not in dist.get_backend(self.group):  # or cpu:gloo,cuda:nccl
                 dist.destroy_process_group()
             deadline = time.monotonic() + _PATIENCE
             while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:

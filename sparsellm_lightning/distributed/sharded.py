@@ -6,13 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import patched_forward
-from sparsellm_lightning.distributed.adapter import StrategyAdapter, token_input
+from sparsellm_lightning.distributed.adapter import StrategyAdapter
 
 
 class ShardedAdapter(StrategyAdapter):
@@ -26,13 +25,6 @@ class ShardedAdapter(StrategyAdapter):
         one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._through_root(lambda: model(**inputs, **one, use_cache=False))
 
-    def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
-        given = token_input(inputs)
-        part = inputs if len(given) else {"input_ids": given.new_zeros(1, 2, dtype=torch.long)}
-        with self.forward_context():
-            logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits
-        return logits if len(given) else None
-
     def _through_root(self, call: Callable[[], Any]) -> Any:
         """Call a function inside the forward of the outermost wrapped module, whose hooks gather its parameters."""
         assert self.strategy is not None
@@ -41,6 +33,5 @@ class ShardedAdapter(StrategyAdapter):
         if not isinstance(outer, (FSDPModule, FullyShardedDataParallel)):
             return call()
         assert module is not None
-        assert outer is not None
         with patched_forward(module, call):
             return outer()

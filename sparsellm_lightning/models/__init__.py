@@ -7,6 +7,7 @@ from sparsellm_lightning.models.checkpoint import check_checkpoint
 from sparsellm_lightning.models.evaluation import (
     IGNORED,
     check_inputs,
+    labels_in,
     model_inputs,
     perplexity,
     positions_together,
@@ -67,6 +68,7 @@ __all__ = [
     "is_sparse_already",
     "keep_in_conversions",
     "kept_in_float32",
+    "labels_in",
     "likely_tokens",
     "load_model",
     "load_tokenizer",

@@ -16,10 +16,10 @@ def pretrained_of(module: pl.LightningModule) -> str | None:
     return str(name) if isinstance(name, (str, Path)) else None
 
 
-def tokenizer_of(*owners: Any) -> Any | None:
-    """The first ``tokenizer`` among those of several objects that is one of ``transformers``. None if there is none."""
-    found = (getattr(owner, "tokenizer", None) for owner in owners)
-    return next((t for t in found if hasattr(t, "save_pretrained") and hasattr(t, "batch_decode")), None)
+def tokenizer_of(owner: Any) -> Any | None:
+    """The ``tokenizer`` of an object, if it is one of ``transformers``. None otherwise."""
+    found = getattr(owner, "tokenizer", None)
+    return found if hasattr(found, "save_pretrained") and hasattr(found, "batch_decode") else None
 
 
 def weights_of(module: pl.LightningModule) -> str | None:

@@ -122,6 +122,12 @@ def new_metric(over_ranks: bool = True) -> Perplexity:
     return _Perplexity(ignore_index=IGNORED, **options)
 
 
+def labels_in(batch: Any) -> Tensor | None:
+    """The ``labels`` of a batch, if it is a mapping that has some."""
+    labels = batch.get("labels") if hasattr(batch, "get") else None
+    return labels if isinstance(labels, Tensor) else None
+
+
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
     """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and the first token after padding on the left.
 
@@ -132,14 +138,15 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     if labels is None:
         raise UserError(
             f"Perplexity needs labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader add labels, "
-            "or set measure to false."
+            "or prune with measure false."
         )
     shape = token_input(batch).shape[:2]
     if labels.shape != shape:
         raise UserError(
             f"Perplexity needs a label for each token, got labels of shape {tuple(labels.shape)} for tokens of shape "
-            f"{tuple(shape)}. Leave the labels out, or set measure to false."
+            f"{tuple(shape)}. Leave the labels out, or prune with measure false."
         )
+    labels = labels.long()  # cross entropy takes no other integers
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return labels
@@ -222,13 +229,9 @@ def perplexity(
             windows = len(token_input(whole))
             mine = {key: value[rank::size] if len(value) == windows else value for key, value in whole.items()}
             inputs = {key: value.to(device) for key, value in mine.items()}
-            labels = batch["labels"][rank::size].to(device) if "labels" in _keys(batch) else None
-            targets = labels_of(inputs | ({} if labels is None else {"labels": labels}))
+            labels = labels_in(batch)
+            targets = labels_of(inputs | ({} if labels is None else {"labels": labels[rank::size].to(device)}))
             together = adapter.ranks if adapter.forward_is_collective else SINGLE
             update(metric, model, targets, partial(adapter.logits, model, inputs), together)
     adapter.finish(model)
     return float(metric.compute())
-
-
-def _keys(batch: Any) -> Iterable[str]:
-    return batch.keys() if hasattr(batch, "keys") else ()

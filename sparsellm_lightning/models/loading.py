@@ -244,8 +244,8 @@ def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loade
     except Exception as error:  # a damaged file or configuration raises almost any class
         cause = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:500]
         raise UserError(
-            f"pretrained must be a causal language model that transformers can load, got {pretrained}: {cause}. "
-            "Check the name, the network and HF_HUB_OFFLINE, or name a local folder."
+            f"transformers must be able to load {pretrained}, but cannot: {cause}. Check the name, the network and "
+            "HF_HUB_OFFLINE, or name a local folder of a causal language model and its tokenizer."
         ) from error
 
 

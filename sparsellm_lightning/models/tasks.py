@@ -25,21 +25,17 @@ def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
-    folder: str | None = None,
+    manager: TaskManager,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics by task, such as ``{"arc_easy": {"acc": 0.61}}``. Those of which less is better have :data:`LESS` behind.
 
     Args:
         model, tokenizer: to evaluate.
-        tasks: names that ``lm_eval ls tasks`` lists, or of tasks in ``folder``.
-        folder: with YAML files of further tasks.
+        tasks: names of tasks that the manager knows.
+        manager: from :func:`find_tasks`.
         limit: examples of each task. None: all.
-
-    Raises:
-        UserError: see :func:`find_tasks`.
     """
-    manager = find_tasks(tasks, folder)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     found: Any = simple_evaluate(
         wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False

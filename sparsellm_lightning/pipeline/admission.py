@@ -104,8 +104,9 @@ def warn_of_dense_layers(context: Context) -> None:
 
 
 def warn_of_pruned_parts(context: Context) -> None:
-    """Warn of a model that is sparse in part, as an interrupted run leaves it, and of zeros that a pattern fills."""
-    layers, _ = layer_rows(context.layout, context.adapter)
+    """Warn of a model that is sparse in part, as an interrupted run leaves it, and of zeros that the run fills."""
+    layers, zeros = layer_rows(context.layout, context.adapter)
+    asked = context.config.requested_sparsity
     sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
     if context.ranks.rank != 0 or not sparse:
         return
@@ -113,6 +114,12 @@ def warn_of_pruned_parts(context: Context) -> None:
         warnings.warn(
             f"Pattern {context.config.pattern_name} fits matrices anew, {sparse[0]} for one, and may fill the zeros that they "
             "have. Remove parts of the dense model first.",
+            stacklevel=3,
+        )
+    elif zeros > asked + 0.01 and not context.keep_zeros:
+        warnings.warn(
+            f"The model has {zeros:.0%} zeros already, more than the {asked:.0%} asked for, so that some are filled. Prune the "
+            "dense model, or ask for more. To train a sparse model with its zeros, use SparseFinetuning (model.weights).",
             stacklevel=3,
         )
     if len(sparse) < len(layers):

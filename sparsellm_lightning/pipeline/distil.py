@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.data import CalibrationBatch, equally_many, regrouped, split_windows
+from sparsellm_lightning.distributed import ranks_on_this_host
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     Forward,
@@ -88,7 +89,7 @@ class Distiller:
                 "head. Set distillation_steps to 0."
             )
         made = [self._steps(part) for part in (*split_windows(batches, fitted), written)]
-        self._check_room(max((batch.windows * batch.length for part in made for batch in part), default=0))
+        self._check_room([batch for part in made for batch in part])
         self._output: Any = None  # of the decoder: the form in which other hidden states are put
         first = next((batch for part in made for batch in part), None)
         if not self.ranks.all(first is None or self._decode(first) is not None):
@@ -121,6 +122,7 @@ class Distiller:
             are held out.
         """
         steps = len(self.schedule)
+        self.adapter.finish(self.model)  # flags that are set on gathered parameters would be lost
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
         best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
@@ -153,26 +155,27 @@ class Distiller:
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
-    def _check_room(self, tokens: int) -> None:
-        """Choose where the vectors of kept entries lie. Gradients of parameters and activations lie on the device.
-
-        Args:
-            tokens: of the largest batch.
-        """
+    def _check_room(self, batches: Sequence[CalibrationBatch]) -> None:
+        """Choose where the vectors of kept entries lie. Gradients of parameters and activations lie on the device."""
         context, split = self.context, self.adapter.weights_are_split
         gradients, vectors = memory_of_tuning(context.layout.blocks, context.config, split)
-        gradients += activations_of_tuning(context.layout, tokens, self.autocast_dtype)
+        gradients += max(
+            (activations_of_tuning(context.layout, b.windows, b.length, self.autocast_dtype) for b in batches),
+            default=0.0,
+        )
         device, limit = context.device, room(context.config.memory, context.device)
+        host, sharing = torch.device("cpu"), ranks_on_this_host(self.ranks)
         needed, what = gradients, "gradients and activations"
-        if device.type == "cpu":
+        if device == host:
             needed, what = gradients + vectors, "gradients, activations and Adam's moments"
+            limit = limit / sharing if context.config.memory == "auto" else limit
         if not self.ranks.all(needed <= limit):
             raise UserError(
                 f"distillation_steps need {format_bytes(needed)} besides the model, for {what}, and there are "
                 f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or use more ranks."
             )
-        fits, host = self.ranks.all(gradients + vectors <= limit), torch.device("cpu")
-        if not fits and not self.ranks.all(vectors <= room("auto", host)):
+        fits = self.ranks.all(gradients + vectors <= limit)
+        if not fits and not self.ranks.all(vectors * sharing <= room("auto", host)):
             raise UserError(
                 f"distillation_steps need {format_bytes(vectors)} for Adam's moments, for which neither device nor host has "
                 "room. Set distillation_steps to 0, or use more ranks."
@@ -210,12 +213,12 @@ class Distiller:
         if self.adapter.forward_is_collective or not self.fitted:
             return False
         batch, goal = next(iter(self.fitted.values()))
-        forward = partial(self.adapter.logits, self.model, batch.inputs)
-        return can_sample(self.model, lambda: self._logits(forward, goal[:, :1].to(self.context.device)))
+        hidden = goal[:, :1].to(self.context.device)
+        return can_sample(self.model, lambda: self._logits(self._forward_of(batch), hidden))
 
     def _likely(self, batch: CalibrationBatch, goal: Tensor) -> Tensor:
         """Whether a token of the vocabulary is likely after one of the batch's, for the dense model."""
-        forward = partial(self.adapter.logits, self.model, batch.inputs)
+        forward = self._forward_of(batch)
         found = [
             likely_tokens(self._logits(forward, goal[:, positions].to(self.context.device)))
             for positions in positions_together(self.model, batch.windows, batch.length)
@@ -240,8 +243,7 @@ class Distiller:
         After the caller has taken the gradient of every part, this takes that of the decoder. Sharded weights need one whole
         forward and backward instead.
         """
-        goal, valid = goal.to(self.context.device), batch.counts()
-        forward = partial(self.adapter.logits, self.model, batch.inputs)
+        goal, valid, forward = goal.to(self.context.device), batch.counts(), self._forward_of(batch)
         if self.adapter.forward_is_collective:
             dense = self._logits(forward, goal)
             with self.context.autocast():
@@ -270,11 +272,13 @@ class Distiller:
         return logits
 
     def _decode(self, batch: CalibrationBatch) -> Any:
-        forward = partial(self.adapter.logits, self.model, batch.inputs)
         with self.context.autocast():
-            output = decoder_output(self.model, forward, (batch.windows, batch.length))
+            output = decoder_output(self.model, self._forward_of(batch), (batch.windows, batch.length))
         self._output = self._output or output
         return output
+
+    def _forward_of(self, batch: CalibrationBatch) -> Forward:
+        return partial(self.adapter.logits, self.model, batch.inputs)
 
     def _choices(self, batches: Sequence[CalibrationBatch], mine: Sequence[int]) -> Iterator[list[int]]:
         """Those of the indices ``mine``, of this rank's batches, for each step: each once, in random order, then again."""

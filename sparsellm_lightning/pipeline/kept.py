@@ -15,7 +15,7 @@ from sparsellm_lightning.architecture import Block, DecoderLayout, Experts, Line
 from sparsellm_lightning.calibration import Context
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.distributed import local_tensor
-from sparsellm_lightning.solvers import Ranks
+from sparsellm_lightning.solvers import Ranks, moved
 from sparsellm_lightning.sparsity import pruned_before
 
 STEP_TOKENS = 512  # tokens of a tuning step, over all ranks
@@ -42,7 +42,7 @@ class KeptParameters:
         blocks: pruned. Their zeros stay zero, also those of projections that are ignored and were pruned before.
         learning_rate: in units of each parameter's scale.
         steps: that are planned.
-        storage: of the vectors. None: the model's device.
+        storage: of the vectors.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class KeptParameters:
         blocks: Sequence[Block],
         learning_rate: float,
         steps: int,
-        storage: torch.device | None = None,
+        storage: torch.device,
     ) -> None:
         self.adapter, self.ranks = context.adapter, context.ranks
         self.device = context.device
-        self.storage = storage or context.device
+        self.storage = storage
         projections = [p for block in blocks for p in block.projections()]
         weights = {id(p.parameter) for p in projections}
         # What a module outside these blocks uses too stays as it is: tuning it would change that.
@@ -73,7 +73,7 @@ class KeptParameters:
         held |= {id(p.parameter) for p in pruned_before(ignored, self.adapter)}
         self.locals = [local_tensor(parameter) for parameter in self.parameters]
         self.kept = [
-            _positions(local).to(self.storage) if id(parameter) in held else None
+            moved(_positions(local), self.storage) if id(parameter) in held else None
             for local, parameter in zip(self.locals, self.parameters, strict=True)
         ]
         self.values = [self._kept_of(index, local) for index, local in enumerate(self.locals)]
@@ -167,7 +167,7 @@ class KeptParameters:
         kept, flat = self.kept[index], local.detach().reshape(-1)
         if kept is None:
             return flat.to(self.storage, torch.float32, copy=True)
-        return flat.index_select(0, kept.to(flat.device)).to(self.storage, torch.float32)
+        return flat.index_select(0, kept.to(flat.device, non_blocking=True)).to(self.storage, torch.float32)
 
     def _store(self) -> None:
         """Write the kept entries into the parameters."""
@@ -176,7 +176,7 @@ class KeptParameters:
                 local.copy_(values.view(local.shape))
                 continue
             flat = local.reshape(-1)  # a copy, if the parameter is not contiguous
-            flat.index_copy_(0, kept.to(local.device).long(), values.to(local.device, local.dtype))
+            flat.index_copy_(0, kept.to(local.device, non_blocking=True).long(), values.to(local.device, local.dtype))
             if flat.data_ptr() != local.data_ptr():
                 local.copy_(flat.view_as(local))
 
@@ -244,18 +244,23 @@ def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool
     return sum(gradients) if split else max(gradients), VECTORS * 4 * kept
 
 
-def activations_of_tuning(layout: DecoderLayout, tokens: int, cast: torch.dtype | None = None) -> float:
+def activations_of_tuning(layout: DecoderLayout, windows: int, length: int, cast: torch.dtype | None = None) -> float:
     """About the bytes that a forward of all blocks keeps for its backward on one device.
 
-    These are the inputs and outputs of products, and what two norms a block keep in float32. An expert has its share of the
-    tokens.
+    These are the inputs and outputs of products, what two norms a block keep in float32, and of attention that is computed
+    step by step ("eager") its softmax, in float32 and in a lower dtype of the products. An expert has its share of the tokens.
 
     Args:
         layout: of the model.
-        tokens: of the forward.
+        windows, length: number and tokens of the forward's windows.
         cast: dtype of the products, if it is not that of the weights, whose copies are kept too. None: that of the weights.
     """
-    total, norms = 0.0, 16.0 * layout.widest[0] * len(layout.blocks)
+    tokens, total, norms = windows * length, 0.0, 16.0 * layout.widest[0] * len(layout.blocks)
+    dtype = cast or next(layout.projections()).parameter.dtype
+    if getattr(layout.model.config, "_attn_implementation", None) == "eager":
+        heads = getattr(layout.model.config.get_text_config(decoder=True), "num_attention_heads", 0)
+        attending = sum(block.attention is not None for block in layout.blocks)
+        total += attending * heads * tokens * length * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
     for unit in (unit for block in layout.blocks for unit in block.units):
         numbers = sum(p.shape[0] for p in unit.projections)
         if isinstance(unit, Linears):
@@ -263,7 +268,6 @@ def activations_of_tuning(layout: DecoderLayout, tokens: int, cast: torch.dtype 
         numbers += sum(network.first[0].shape[1] + network.roles["down"].shape[1] for network in unit.networks)
         share = unit.share if isinstance(unit, Experts) else 1.0
         copies = 0 if cast is None else sum(p.size for p in unit.projections)
-        dtype = cast or unit.projections[0].parameter.dtype
         total += (numbers * share * tokens + copies) * dtype.itemsize
     return total + norms * tokens
 

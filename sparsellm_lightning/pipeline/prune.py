@@ -78,7 +78,7 @@ def prune_model(
         calibration_batches: dicts with ``input_ids`` (batch, sequence) and optionally ``attention_mask``, whose padded
             positions are left out of every statistic; or tensors of token ids. The first ``config.num_calibration_samples``
             windows (rows) are used.
-        config: what to prune and how.
+        config: what to prune and how. Neurons, heads and blocks become zeros here. A Trainer's ``export_dir`` leaves them out.
         adapter: of the strategy the model runs under. None: a single device.
         sharded: whether the batches are this rank's own share already.
         keep_zeros: weights that are zero already are pruned first, so that the new mask contains the old one.

@@ -49,7 +49,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | Path, context: Context, batches: Iterable[CalibrationBatch]) -> None:
-        self.folder, self.ranks = Path(folder), context.ranks
+        self.folder, self.adapter, self.ranks = Path(folder), context.adapter, context.ranks
         self.restored_seconds = 0.0  # that earlier runs took for the blocks restored so far
         # A folder that cannot be written is refused here.
         self._write_file(f"trial-rank-{self.ranks.rank}", b"").unlink()
@@ -90,6 +90,8 @@ class Journal:
         if found is None:
             return None
         tensors, noted = found
+        with self.adapter.holding(block.module):
+            pass  # a unit that a forward has left gathered is sharded again
         for name, parameter in block.module.named_parameters():
             local_tensor(parameter).copy_(tensors[name])
         result = BlockResult(**noted)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block, device_of
+from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import ActivationCache, Context, block_output
 from sparsellm_lightning.pipeline.kept import (
     STEP_TOKENS,
@@ -65,7 +65,7 @@ class Reconstructor:
         self.adapter, self.ranks = context.adapter, context.ranks
         self.importance = 1.0 if importance is None else importance
         self.batch_tokens = batch_tokens
-        self.device = device_of(block.module)
+        self.device = context.device
         self.generator = torch.Generator().manual_seed(context.config.seed + block.index)
         _, vectors = memory_of_tuning([block], context.config, self.adapter.weights_are_split)
         # All ranks agree, because Adam rounds otherwise on another device.

@@ -54,9 +54,9 @@ def solve_stacked(
         ``sparsegpt`` is at most that of magnitude pruning, in matrices of 128 rows and more judged by a sample of the rows.
     """
     sizes = [len(target) for target in targets.values()]
-    pattern: Pattern = Stacked([patterns[name] for name in targets], sizes)
     if pruned_before is not None:
-        pattern = Containing(pattern, torch.cat([pruned_before[name] for name in targets]))
+        patterns = {name: Containing(patterns[name], pruned_before[name]) for name in targets}
+    pattern = Stacked([patterns[name] for name in targets], sizes)
     stacked = torch.cat(list(targets.values()))
     if not bool(inputs.gram.diagonal().any()):  # all masks have error 0, and ties would be broken by position
         solver = LOCAL_SOLVERS["magnitude"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 
 _RADIX_BITS = 11  # 32 bits in three steps
 _GATHERED = 2**20  # largest number of scores, over all ranks, that are exchanged instead of counted
+
+Counted = tuple[Tensor, int, int]
+"""Scores of this rank's rows, number of the smallest over all ranks to prune, and largest number of rows that a rank holds."""
 
 
 class Pattern:
@@ -45,6 +49,10 @@ class Pattern:
             bool, the shape of ``scores``.
         """
         raise NotImplementedError
+
+    def counted(self, scores: Tensor, first_column: int) -> Counted | None:
+        """What one threshold for the whole matrix has to find. None: groups of columns decide."""
+        return None
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
         """The same pattern for some rows.
@@ -74,11 +82,12 @@ class Unstructured(Pattern):
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         if per_row:
-            # A stable sort prunes equal scores from the left on every backend.
-            order = scores.argsort(dim=1, stable=True)
-            kept = torch.arange(scores.shape[1], device=scores.device) >= self._row_counts(scores)[:, None]
-            return torch.zeros_like(kept).scatter_(1, order, kept)
-        return ~_smallest([scores], [self.count(scores)], self.ranks)[0]
+            return ~_smallest_of_rows(scores, self._row_counts(scores))
+        return ~_smallest([self.counted(scores, first_column)], self.ranks)[0]
+
+    def counted(self, scores: Tensor, first_column: int) -> Counted:
+        pruned, _, largest = self._counts(scores)
+        return scores, pruned, largest
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
         return replace(self, rows=None, first_row=None)
@@ -89,11 +98,6 @@ class Unstructured(Pattern):
         first = self.ranks.local_rows(rows).start if self.first_row is None else self.first_row
         ends = torch.arange(first, first + scores.shape[0] + 1, device=scores.device) * pruned // max(rows, 1)
         return ends.diff()
-
-    def count(self, scores: Tensor) -> tuple[int, int]:
-        """Number of entries to prune over all ranks, and largest number of rows that a rank may hold."""
-        pruned, _, largest = self._counts(scores)
-        return pruned, largest
 
     def _counts(self, scores: Tensor) -> tuple[int, int, int]:
         """Entries to prune and rows over all ranks, and the largest number of rows that a rank may hold."""
@@ -147,28 +151,43 @@ class Stacked(Pattern):
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         parts = scores.split(list(self.rows))
-        flexible = [pattern for pattern in self.patterns if isinstance(pattern, Unstructured)]
-        if len(flexible) == len(self.patterns) and not per_row:
-            counts = [pattern.count(part) for pattern, part in zip(flexible, parts, strict=True)]
-            return ~torch.cat(_smallest(parts, counts, flexible[0].ranks))
-        together = zip(self.patterns, parts, strict=True)
-        return torch.cat([pattern.select(part, per_row=per_row) for pattern, part in together])
+        together = list(zip(self.patterns, parts, strict=True))
+        if not per_row and self.group == 1:
+            counted = [
+                found for pattern, part in together if (found := pattern.counted(part, first_column)) is not None
+            ]
+            return ~torch.cat(_smallest(counted, self.ranks))
+        chosen = [pattern.select(part, per_row=per_row, first_column=first_column) for pattern, part in together]
+        return torch.cat(chosen)
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
-        return Stacked([pattern.of_rows(rows, counts) for pattern in self.patterns], counts)
+        starts = accumulate(self.rows, initial=0)
+        own = [part - start for part, start in zip(rows.split(list(counts)), starts, strict=False)]
+        return Stacked([p.of_rows(part, [len(part)]) for p, part in zip(self.patterns, own, strict=True)], counts)
 
 
 @dataclass(frozen=True)
 class Containing(Pattern):
-    """A pattern that prunes given entries first. If more are given than the pattern prunes, all of them are pruned.
+    """A pattern that prunes given entries, and so many of the others that the matrix gets the pattern's sparsity.
+
+    Columns or rows that are decided apart all lose the same share of the entries that are not given. If more are given than
+    the pattern prunes, all of them are pruned, and no others.
 
     Args:
         pattern: decides how many entries are pruned, and how they are grouped.
-        pruned: (rows, columns of the whole matrix) bool, True = prune first; this rank's rows.
+        pruned: (rows, columns of the whole matrix) bool, True = given; this rank's rows.
+        share: of the others to prune. None: counted, by all ranks together. N:M patterns do without it.
     """
 
     pattern: Pattern
     pruned: Tensor
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is None and isinstance(self.pattern, Unstructured):
+            given, entries = self.ranks.total(int(self.pruned.sum()), self.pruned.numel())
+            wanted = max(round(self.pattern.sparsity * entries) - given, 0)
+            object.__setattr__(self, "share", wanted / max(entries - given, 1))
 
     @property
     def group(self) -> int:  # type: ignore[override]
@@ -179,30 +198,64 @@ class Containing(Pattern):
         return self.pattern.ranks
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
-        pruned = self.pruned[:, first_column : first_column + scores.shape[1]]
-        ranked = scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(pruned, 0)
-        return self.pattern.select(ranked, per_row=per_row) & ~pruned
+        given = self._given(scores, first_column)
+        ranked = self._ranked(scores, given)
+        if self.share is None:
+            return self.pattern.select(ranked) & ~given
+        if per_row:
+            return ~_smallest_of_rows(ranked, self._row_counts(given, self.share))
+        counted = self.counted(scores, first_column)
+        assert counted is not None
+        return ~_smallest([counted], self.ranks)[0]
+
+    def counted(self, scores: Tensor, first_column: int) -> Counted | None:
+        inner = self.pattern.counted(scores, first_column)
+        if inner is None or self.share is None:
+            return None
+        given = self._given(scores, first_column)
+        pruned, entries = self.ranks.total(int(given.sum()), given.numel())
+        return self._ranked(scores, given), pruned + round(self.share * (entries - pruned)), inner[2]
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
-        return Containing(self.pattern.of_rows(rows, counts), self.pruned[rows])
+        return Containing(self.pattern.of_rows(rows, counts), self.pruned[rows], self.share)
+
+    def _given(self, scores: Tensor, first_column: int) -> Tensor:
+        return self.pruned[:, first_column : first_column + scores.shape[1]]
+
+    def _ranked(self, scores: Tensor, given: Tensor) -> Tensor:
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(given, 0)
+
+    def _row_counts(self, given: Tensor, share: float) -> Tensor:
+        """Number of entries to prune in each row: those given, and the share of the others, exact in the sum over rows."""
+        free = (~given).sum(1)
+        before = sum(rows for (rows,) in self.ranks.gather_counts(int(free.sum()))[: self.ranks.rank])
+        ends = torch.nn.functional.pad(free.cumsum(0), (1, 0)) + before
+        return given.sum(1) + (ends.double() * share).round().long().diff()
 
 
-def _smallest(matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ranks: Ranks) -> list[Tensor]:
+def _smallest_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
+    """The mask of the ``counts`` smallest scores of each row. Of equal scores the left ones are taken, on every backend."""
+    order = scores.argsort(dim=1, stable=True)
+    smallest = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(smallest).scatter_(1, order, smallest)
+
+
+def _smallest(counted: Sequence[Counted], ranks: Ranks) -> list[Tensor]:
     """For each matrix, the mask of its ``count`` smallest scores over all ranks.
 
     Equal scores are taken in row order, lower ranks first. The matrices share every message between ranks.
 
     Args:
-        matrices: this rank's rows of each matrix.
-        counts: of each matrix, the number of scores to take and the largest number of rows that a rank may hold.
+        counted: of each matrix.
         ranks: hold the other rows.
     """
+    matrices = [scores for scores, _, _ in counted]
     flats = [matrix.contiguous().view(-1) for matrix in matrices]
-    wanted = [count for count, _ in counts]
+    wanted = [count for _, count, _ in counted]
     if ranks.size == 1:
         found = [_kth_smallest(flat, count) for flat, count in zip(flats, wanted, strict=True)]
-    elif ranks.size * sum(m.shape[1] * rows for (_, rows), m in zip(counts, matrices, strict=True)) <= _GATHERED:
-        found = _kth_smallest_of_gathered(matrices, counts, ranks)
+    elif ranks.size * sum(matrix.shape[1] * rows for matrix, _, rows in counted) <= _GATHERED:
+        found = _kth_smallest_of_gathered(counted, ranks)
     else:
         found = _kth_smallest_over_ranks(flats, wanted, ranks)
     masks = []
@@ -219,21 +272,18 @@ def _smallest(matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ran
     return masks
 
 
-def _kth_smallest_of_gathered(
-    matrices: Sequence[Tensor], counts: Sequence[tuple[int, int]], ranks: Ranks
-) -> list[tuple[Tensor, int, int]]:
+def _kth_smallest_of_gathered(counted: Sequence[Counted], ranks: Ranks) -> list[tuple[Tensor, int, int]]:
     """:func:`_kth_smallest` of scores spread over ranks, by one exchange of all scores. For few scores, latency dominates."""
-    columns = [matrix.shape[1] for matrix in matrices]
     # Messages have equal sizes, ranks unequal numbers of rows. Infinity, never among the smallest, fills the rest.
-    sizes = [rows * width for (_, rows), width in zip(counts, columns, strict=True)]
+    sizes = [rows * matrix.shape[1] for matrix, _, rows in counted]
     message = torch.cat(
         [
             torch.nn.functional.pad(matrix.flatten(), (0, size - matrix.numel()), value=torch.inf)
-            for matrix, size in zip(matrices, sizes, strict=True)
+            for (matrix, _, _), size in zip(counted, sizes, strict=True)
         ]
     )
     gathered = torch.stack(ranks.gather(message)).split(sizes, dim=1)
-    return [_kth_smallest(part.reshape(-1), count) for part, (count, _) in zip(gathered, counts, strict=True)]
+    return [_kth_smallest(part.reshape(-1), count) for part, (_, count, _) in zip(gathered, counted, strict=True)]
 
 
 def _kth_smallest(flat: Tensor, count: int) -> tuple[Tensor, int, int]:

@@ -231,6 +231,30 @@ def test_damages_against_plain_transformers(
     assert max(divergences) > 2 * min(divergences), "the projections differ"
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", {"parameters": 0.8}])
+def test_an_interruption_leaves_the_dense_model(pattern: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, for one. The next run would take the part that is pruned for dense."""
+    model, ids = build_model("llama"), torch.randint(1, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+    before, divergence, calls = state_of(model), OutputProbe.divergence, [0]
+    allocation: Any = "kl_blocks" if pattern == "unstructured" else "uniform"
+    config = PruningConfig(preset="paper", method="sparsegpt", allocation=allocation, pattern=pattern, sparsity=None)
+
+    def counts(self: OutputProbe, *args: Any) -> float:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise torch.OutOfMemoryError("no room")
+        return divergence(self, *args)
+
+    monkeypatch.setattr(OutputProbe, "divergence", counts)
+    failing = 0
+    prune_model(build_model("llama"), [ids], config)
+    for failing in range(1, calls[0] + 1):
+        calls[0] = 0
+        with pytest.raises(Exception, match="no room"):
+            prune_model(model, [ids], config)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), failing
+
+
 @pytest.mark.parametrize("tokens", [1, 36, 10_000])
 def test_tokens_that_outputs_are_compared_on(tokens: int) -> None:
     """The beginnings of the first windows, for any batches and any number of ranks. Shorter windows are left out."""

@@ -160,6 +160,10 @@ def test_found_once_and_bound_to_what_the_model_holds_now() -> None:
     model.model.layers[0].mlp.up_proj = new
     assert describe(model).blocks[0].networks[0].roles["up"].module is new
     assert not calls
+    for layers in (model.model.layers[:2], nn.ModuleList([*model.model.layers, copy.deepcopy(model.model.layers[0])])):
+        model.model.layers = layers
+        model.config.num_hidden_layers = len(layers)
+        assert len(describe(model).blocks) == len(layers)
 
 
 def test_ignore() -> None:

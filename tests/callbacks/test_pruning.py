@@ -9,6 +9,9 @@ import math
 import pickle
 import shutil
 import signal
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -357,19 +360,23 @@ def test_an_export_that_fails_at_the_end_is_rescued(tmp_path: Path, model_dir: P
     assert (rescued / "pruning_report.json").exists()
 
 
-def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path) -> None:
-    """Takes the place of one that the model lacks. Without either, the run ends before pruning."""
+def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path, ids: torch.Tensor) -> None:
+    """Takes the place of one that the model lacks. Without either, text ends the run before pruning; tokens need none."""
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))
     for file in model.glob("tokenizer*"):
         file.unlink()
     pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "out"))
     options: dict[str, Any] = {"sequence_length": 32, "batch_size": 8, "max_eval_windows": 2}
-    with pytest.raises(UserError, match="transformers can load"):
+    with pytest.raises(UserError, match="transformers must be able to load"):
         trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options))
     assert pruner.report is None
     trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options, tokenizer=str(model_dir)))
     wanted = AutoTokenizer.from_pretrained(model_dir)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == wanted.get_vocab()
+    pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "plain"))
+    with pytest.warns(UserWarning, match="The model goes without a tokenizer"):
+        trainer(pruner).fit(CausalLM(str(model)), DataLoader(ids, batch_size=8))
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
 def test_the_tokenizer_of_the_model_is_exported(tmp_path: Path, model_dir: Path) -> None:
@@ -561,6 +568,31 @@ def test_parts_that_were_pruned_before_are_named(ids: torch.Tensor) -> None:
         trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=8))
 
 
+def test_a_model_sparser_than_asked(ids: torch.Tensor) -> None:
+    """Its zeros beyond those asked for are filled, unless they are asked to stay."""
+    config = PruningConfig(preset="paper", method="sparsegpt", sparsity=0.6, num_calibration_samples=8)
+    model = build_model("llama")
+    prune_model(model, [ids], config)
+    fewer = replace(config, sparsity=0.5)
+    with pytest.warns(UserWarning, match="The model has 60% zeros already, more than the 50% asked for"):
+        prune_model(copy.deepcopy(model), [ids], fewer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prune_model(copy.deepcopy(model), [ids], fewer, keep_zeros=True)
+        prune_model(model, [ids], config)
+
+
+@pytest.mark.parametrize("pattern", ["heads", "neurons"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm", "magnitude"])
+def test_zeros_behind_parts_that_left(ids: torch.Tensor, pattern: str, method: str) -> None:
+    """These leave whole rows and columns of zeros. The matrices have the sparsity asked for all the same."""
+    model = build_model("llama")
+    prune_model(model, [ids], PruningConfig(preset="paper", pattern=pattern, sparsity=0.5))
+    config = PruningConfig(preset="paper", method=method, sparsity=0.7)  # type: ignore[arg-type]
+    report = prune_model(model, [ids], config, keep_zeros=True)
+    assert [row["sparsity"] for row in report.layers] == pytest.approx([0.7] * len(report.layers), abs=0.002)
+
+
 def test_several_training_loaders_calibrate_in_turn(ids: torch.Tensor) -> None:
     loaders = [DataLoader(ids[:12], batch_size=4), DataLoader(ids[12:16], batch_size=4)]
     wanted = [ids[:4], ids[12:16], ids[4:8], ids[8:12]]
@@ -587,7 +619,7 @@ def test_labels_of_windows_are_refused(ids: torch.Tensor) -> None:
     batches = [{"input_ids": row, "labels": torch.tensor(1)} for row in ids]
     loader = DataLoader(batches, batch_size=4)  # type: ignore[arg-type, var-annotated]
     pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=8)
-    with pytest.raises(UserError, match=r"labels of shape \(4,\) for tokens of shape \(4, 64\).*measure to false"):
+    with pytest.raises(UserError, match=r"labels of shape \(4,\) for tokens of shape \(4, 64\).*measure false"):
         trainer(pruner, num_sanity_val_steps=0).fit(OwnModule(build_model("llama")), loader, loader)
 
 
@@ -611,6 +643,30 @@ def test_validation_batches_in_any_arrangement(ids: torch.Tensor) -> None:
     assert pruner.report is not None
     found.append(pruner.report.perplexity["dense"])
     assert found == [pytest.approx(perplexity(build_model("llama"), ids[:20].split(4)))] * 4
+
+
+def test_a_shuffled_validation_loader_measures_the_same_windows(ids: torch.Tensor) -> None:
+    """Its own generator goes on with every iteration, so that dense and pruned would be compared on other windows."""
+    loader = DataLoader(ids, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", sparsity=0.0, num_calibration_samples=4)
+    run = trainer(pruner, num_sanity_val_steps=0, limit_val_batches=1)
+    run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), loader)
+    assert pruner.report is not None
+    assert pruner.report.perplexity["dense"] == pruner.report.perplexity["pruned"]
+
+
+@pytest.mark.parametrize("unshaped", [True, False])
+def test_validation_batches_of_another_form(ids: torch.Tensor, unshaped: bool) -> None:
+    """Windows without a batch dimension are refused in words, and labels that are None are none."""
+    batches = [{"input_ids": row} for row in ids] if unshaped else [{"input_ids": ids[:4].int(), "labels": None}]
+    pruner = SparseLLMCallback(preset="paper", method="magnitude", num_calibration_samples=4)
+    run = trainer(pruner, num_sanity_val_steps=0)
+    with pytest.raises(UserError, match="integers of shape") if unshaped else nullcontext():
+        loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type, var-annotated]
+        run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), loader)
+    if not unshaped:
+        assert pruner.report is not None
+        assert pruner.report.perplexity["dense"] == pytest.approx(perplexity(build_model("llama"), [ids[:4]]))
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -951,6 +1007,9 @@ def test_a_run_that_only_prunes_makes_no_training_windows(model_dir: Path, monke
         assert pruner.report is not None
         assert ("train" in made) == finetune
         assert len(data.train_dataloader()) == 2, "behind the run there are windows"
+        trainer(SparseLLMCallback(**settings), val_check_interval=5000).fit(
+            CausalLM(str(model_dir)), TextDataModule(sequence_length=32, max_eval_windows=4)
+        )
         made.clear()
 
 
@@ -958,7 +1017,8 @@ def test_processes_that_would_take_the_result_with_them() -> None:
     run = trainer(strategy="ddp_spawn", devices=2)
     with pytest.raises(UserError, match="Processes that Lightning spawns or forks"):
         check_launcher(run, CausalLM("model"), None)
-    check_launcher(run, CausalLM("model"), "out")
+    with pytest.warns(UserWarning, match="Read it from the files in export_dir"):
+        check_launcher(run, CausalLM("model"), "out")
     check_launcher(run, OwnModule(build_model("llama")), None)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from support import jobs
 from support.batches import random_batches
@@ -29,6 +30,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model, verify_export
 from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.distributed import fsdp1
+from sparsellm_lightning.distributed.fsdp1 import FSDP1Adapter
+from sparsellm_lightning.solvers import SINGLE
 
 Exported = tuple[PreTrainedModel, dict[str, Any]]
 
@@ -262,8 +266,9 @@ def test_shards_that_are_refused(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
 ) -> None:
     for said in ranks(2).run("refusals_of_fsdp2", tmp_path, model=folder_of("llama")):
-        assert len(said) == 4, said
-        whole, other_dimension, elsewhere, dtypes = said
+        assert len(said) == 5, said
+        whole, other_dimension, elsewhere, early, dtypes = said
+        assert "Call that after pruning" in early
         assert "model.layers.0 is not" in whole
         assert "Shard(dim=1)" in other_dimension
         assert "q_proj lies on cpu. Leave CPUOffloadPolicy out" in elsewhere
@@ -375,6 +380,17 @@ def test_fsdp1_wraps_blocks_as_a_whole(
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, **options)
     assert all("LlamaMLP inside model.layers.0 is wrapped too" in text for text in failure.value.tracebacks.values())
+
+
+@pytest.mark.parametrize("option", ["use_orig_params", "forward_prefetch"])
+def test_options_of_fsdp1_that_are_refused(option: str) -> None:
+    """Without its parameters tuning would fill the zeros, and a block that is gathered early has the weights from before."""
+    strategy = FSDPStrategy(**{option: option == "forward_prefetch"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp1, "ProcessGroupRanks", lambda **_: SINGLE)
+        patch.setattr(FSDPStrategy, "root_device", torch.device("cpu"))
+        with pytest.raises(UserError, match=f"{option}.* Leave (it|forward_prefetch) out"):
+            FSDP1Adapter(strategy).check(describe(build_model("llama")))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_estimated_operations(name: str, settings: dict[str, str]) -> None:
     config = PruningConfig(num_calibration_samples=64, calibration_val_fraction=0.0, **settings)  # type: ignore[arg-type]
     layout = describe(model, config)
     expected = estimate_work(layout, config, 64 * 32, 32)
-    tuning = sum(memory_of_tuning(layout.blocks, config)) + activations_of_tuning(layout, 512)
+    tuning = sum(memory_of_tuning(layout.blocks, config)) + activations_of_tuning(layout, 1, 512)
     assert expected.distillation == (tuning if name == "gpt2" else 0)
     counted = prune_model(model, batches, config).work
     tuned = ("statistics", "reconstruction", "distillation")

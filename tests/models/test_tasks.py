@@ -63,7 +63,7 @@ def accuracy_by_hand(model_dir: Path) -> float:
 
 def test_accuracy(folder: Path, model_dir: Path) -> None:
     model, tokenizer = load_model(str(model_dir)).eval(), load_tokenizer(str(model_dir))
-    found = evaluate_tasks(model, tokenizer, ["local_choice"], str(folder))
+    found = evaluate_tasks(model, tokenizer, ["local_choice"], find_tasks(["local_choice"], str(folder)))
     assert found == {"local_choice": {"acc": pytest.approx(accuracy_by_hand(model_dir))}}
     assert 0 < found["local_choice"]["acc"] < 1
 

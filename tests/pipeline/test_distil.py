@@ -19,6 +19,7 @@ from transformers import LlamaModel, PreTrainedModel
 
 from sparsellm_lightning import PruningConfig, TextDataModule, UserError, perplexity, prune_model
 from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.distributed import ranks_on_this_host
 from sparsellm_lightning.models import evaluation, vocabulary
 from sparsellm_lightning.pipeline import distil
 from sparsellm_lightning.pipeline.distil import Distiller
@@ -307,6 +308,17 @@ def test_a_preset_goes_without_what_the_memory_does_not_allow(monkeypatch: pytes
     assert report.distillation is None
 
 
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_ranks(3, ranks_on_this_host) == [3, 3, 3]
+    monkeypatch.setattr(distil, "room", lambda *_: 8e6)  # of which one rank needs about 3
+    config = PruningConfig(num_calibration_samples=8, reconstruction_steps=2, distillation_steps=2)
+    report = prune_model(build_model("llama"), random_batches(), config)
+    assert report.distillation is not None
+    monkeypatch.setattr(distil, "ranks_on_this_host", lambda ranks: 4)
+    with pytest.raises(UserError, match=r"and there are 1\.907 MiB"):
+        prune_model(build_model("llama"), random_batches(), config)
+
+
 def test_no_room_for_gradients_is_refused_before_long_work() -> None:
     model = build_model("llama")
     before = copy.deepcopy(model.state_dict())
@@ -346,9 +358,11 @@ def test_few_written_windows_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("name", "cast"), [("llama", None), ("opt", None), ("gpt2", None), ("llama", torch.bfloat16)])
-def test_memory_of_the_activations_of_a_step(name: str, cast: torch.dtype | None) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_memory_of_the_activations_of_a_step(name: str, cast: torch.dtype | None, attention: str) -> None:
     """About what autograd keeps. GPT-2 computes its activation function in parts, which are kept too."""
     model = build_model(name)
+    model.set_attn_implementation(attention)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -362,6 +376,6 @@ def test_memory_of_the_activations_of_a_step(name: str, cast: torch.dtype | None
     autocast = torch.autocast("cpu", cast, enabled=cast is not None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         outputs = model.base_model(ids, use_cache=False)  # held, so that no storage is used twice
-    estimated = activations_of_tuning(describe(model), ids.numel(), cast)
+    estimated = activations_of_tuning(describe(model), *ids.shape, cast)
     assert outputs is not None
     assert (0.65 if name == "gpt2" else 0.8) < estimated / sum(kept.values()) < 1.7

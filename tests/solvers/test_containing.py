@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.solvers import Containing, NofM, Pattern, Stacked, Unstructured
+from sparsellm_lightning.solvers import Containing, NofM, Stacked, Unstructured
 
 
 def brute_force(scores: Tensor, given: Tensor, count: int) -> Tensor:
@@ -34,27 +34,50 @@ def test_containing(sparsity: float, fraction: float) -> None:
     """Given entries are pruned with any score. If more are given than the pattern prunes, all of them are pruned."""
     for scores in scores_with_ties(6, 20):
         given = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < fraction
+        count = max(round(sparsity * 120), int(given.sum()))
         kept = Containing(Unstructured(sparsity), given).select(scores)
-        assert torch.equal(kept, brute_force(scores, given, round(sparsity * 120)))
-        assert int((~kept).sum()) == max(round(sparsity * 120), int(given.sum()))
+        assert torch.equal(kept, brute_force(scores, given, count))
+        assert int((~kept).sum()) == count
         per_row = Containing(Unstructured(sparsity), given).select(scores, per_row=True)
+        assert int((~per_row).sum()) == count
+        share = (count - int(given.sum())) / max(int((~given).sum()), 1)
         for row in range(6):
-            assert torch.equal(per_row[row], brute_force(scores[row], given[row], round(sparsity * 20)))
+            pruned = int((~per_row[row]).sum())
+            assert abs(pruned - int(given[row].sum()) - share * int((~given[row]).sum())) <= 1
+            assert torch.equal(per_row[row], brute_force(scores[row], given[row], pruned))
+
+
+def test_uneven_zeros() -> None:
+    """What is decided apart loses the same share of its other entries, so that the matrix gets the pattern's sparsity."""
+    scores = torch.rand(16, 32, generator=torch.Generator().manual_seed(0))
+    given = torch.zeros(16, 32, dtype=torch.bool)
+    given[:, :8] = True  # as a head that has left leaves the columns of its output
+    pattern = Containing(Unstructured(0.5), given)
+    kept = torch.cat([pattern.select(scores[:, at : at + 8], first_column=at) for at in range(0, 32, 8)], dim=1)
+    assert (~kept).sum(0).split(8)[0].tolist() == [16] * 8
+    assert [int((~part).sum()) for part in kept.split(8, dim=1)[1:]] == [43, 43, 43], "a third of 128"
+    given = torch.zeros(16, 32, dtype=torch.bool)
+    given[:4] = True  # as units that have left leave the rows of their inputs
+    kept = Containing(Unstructured(0.5), given).select(scores, per_row=True)
+    pruned = (~kept).sum(1)
+    assert pruned[:4].tolist() == [32] * 4
+    assert set(pruned[4:].tolist()) == {10, 11}
+    assert int(pruned.sum()) == 256
 
 
 def test_containing_by_columns_and_groups() -> None:
     """A sweep selects a few columns at a time. Stacked matrices and groups of four have masks of their own."""
     for scores in scores_with_ties(6, 20):
         given = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) < 0.3
-        stacked_pattern: Pattern = Stacked([Unstructured(0.5), Unstructured(0.75)], [2, 4])
+        halves = Containing(Unstructured(0.5), given[:2]), Containing(Unstructured(0.75), given[2:])
         for first in (0, 8):
             columns = slice(first, first + 8)
             part, wanted = scores[:, columns], given[:, columns]
-            kept = Containing(Unstructured(0.5), given).select(part, first_column=first)
-            assert torch.equal(kept, brute_force(part, wanted, 24))
-            both = Containing(stacked_pattern, given).select(part, first_column=first)
-            assert torch.equal(both[:2], brute_force(part[:2], wanted[:2], 8))
-            assert torch.equal(both[2:], brute_force(part[2:], wanted[2:], 24))
+            both = Stacked(halves, [2, 4]).select(part, first_column=first)
+            for rows, pattern in ((slice(2), halves[0]), (slice(2, 6), halves[1])):
+                alone = pattern.select(part[rows], first_column=first)
+                assert torch.equal(both[rows], alone)
+                assert torch.equal(alone, brute_force(part[rows], wanted[rows], int((~alone).sum())))
             grouped = Containing(NofM(2, 4), given)
             assert grouped.group == 4
             chosen = grouped.select(part, first_column=first)

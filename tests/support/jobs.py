@@ -380,11 +380,11 @@ def reading(job: Job) -> bool:
 
 
 def refusals_of_fsdp2(job: Job) -> list[str]:
-    """What the adapter says of a model that is not sharded, of one along another dimension, and of shards elsewhere."""
+    """What the adapter says of a model that is not sharded, of other shards, and of blocks that are gathered early."""
     mesh = init_device_mesh("cpu", (job.processes,))
     meshes = {"tensor_parallel": SimpleNamespace(size=lambda: 1), "data_parallel": mesh}
     said = []
-    for dimension, device in ((None, "cpu"), (1, "cpu"), (0, "meta")):
+    for dimension, device, prefetches in ((None, "cpu", 0), (1, "cpu", 0), (0, "meta", 0), (0, "cpu", 1)):
         model = AutoModelForCausalLM.from_pretrained(job.options["model"])
         for layer in () if dimension is None else model.model.layers:
             placed = None if dimension == 0 else lambda p: Shard(p.dim() - 1)
@@ -392,6 +392,8 @@ def refusals_of_fsdp2(job: Job) -> list[str]:
         layout = describe(model)
         for layer in () if dimension is None else model.model.layers:
             layer.reshard()  # a forward has found the blocks
+        if prefetches:
+            model.model.layers[0].set_modules_to_forward_prefetch([model.model.layers[1]])
         adapter: Any = FSDP2Adapter(SimpleNamespace(device_mesh=meshes, root_device=torch.device("cpu")))  # type: ignore[arg-type]
         adapter.ranks.device = torch.device(device)
         try:
