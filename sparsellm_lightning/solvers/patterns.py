@@ -50,9 +50,9 @@ class Pattern:
         """
         raise NotImplementedError
 
-    def counted(self, scores: Tensor, first_column: int) -> Counted | None:
-        """What one threshold for the whole matrix has to find. None: groups of columns decide."""
-        return None
+    def counted(self, scores: Tensor, first_column: int) -> Counted:
+        """What one threshold for all these scores has to find. Only if columns are not decided in groups."""
+        raise NotImplementedError
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
         """The same pattern for some rows.
@@ -153,9 +153,7 @@ class Stacked(Pattern):
         parts = scores.split(list(self.rows))
         together = list(zip(self.patterns, parts, strict=True))
         if not per_row and self.group == 1:
-            counted = [
-                found for pattern, part in together if (found := pattern.counted(part, first_column)) is not None
-            ]
+            counted = [pattern.counted(part, first_column) for pattern, part in together]
             return ~torch.cat(_smallest(counted, self.ranks))
         chosen = [pattern.select(part, per_row=per_row, first_column=first_column) for pattern, part in together]
         return torch.cat(chosen)
@@ -176,7 +174,7 @@ class Containing(Pattern):
     Args:
         pattern: decides how many entries are pruned, and how they are grouped.
         pruned: (rows, columns of the whole matrix) bool, True = given; this rank's rows.
-        share: of the others to prune. None: counted, by all ranks together. N:M patterns do without it.
+        share: of the others to prune. None: counted, by all ranks together. Groups (N:M) do without it.
     """
 
     pattern: Pattern
@@ -199,22 +197,18 @@ class Containing(Pattern):
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
         given = self._given(scores, first_column)
-        ranked = self._ranked(scores, given)
         if self.share is None:
-            return self.pattern.select(ranked) & ~given
+            return self.pattern.select(_given_first(scores, given)) & ~given
         if per_row:
-            return ~_smallest_of_rows(ranked, self._row_counts(given, self.share))
-        counted = self.counted(scores, first_column)
-        assert counted is not None
-        return ~_smallest([counted], self.ranks)[0]
+            return ~_smallest_of_rows(_given_first(scores, given), self._row_counts(given, self.share))
+        return ~_smallest([self.counted(scores, first_column)], self.ranks)[0]
 
-    def counted(self, scores: Tensor, first_column: int) -> Counted | None:
-        inner = self.pattern.counted(scores, first_column)
-        if inner is None or self.share is None:
-            return None
+    def counted(self, scores: Tensor, first_column: int) -> Counted:
+        assert self.share is not None
         given = self._given(scores, first_column)
         pruned, entries = self.ranks.total(int(given.sum()), given.numel())
-        return self._ranked(scores, given), pruned + round(self.share * (entries - pruned)), inner[2]
+        _, _, largest = self.pattern.counted(scores, first_column)
+        return _given_first(scores, given), pruned + round(self.share * (entries - pruned)), largest
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
         return Containing(self.pattern.of_rows(rows, counts), self.pruned[rows], self.share)
@@ -222,15 +216,17 @@ class Containing(Pattern):
     def _given(self, scores: Tensor, first_column: int) -> Tensor:
         return self.pruned[:, first_column : first_column + scores.shape[1]]
 
-    def _ranked(self, scores: Tensor, given: Tensor) -> Tensor:
-        return scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(given, 0)
-
     def _row_counts(self, given: Tensor, share: float) -> Tensor:
         """Number of entries to prune in each row: those given, and the share of the others, exact in the sum over rows."""
         free = (~given).sum(1)
         before = sum(rows for (rows,) in self.ranks.gather_counts(int(free.sum()))[: self.ranks.rank])
         ends = torch.nn.functional.pad(free.cumsum(0), (1, 0)) + before
         return given.sum(1) + (ends.double() * share).round().long().diff()
+
+
+def _given_first(scores: Tensor, given: Tensor) -> Tensor:
+    """Scores of which those of given entries are the smallest."""
+    return scores.clamp(min=torch.finfo(scores.dtype).tiny).masked_fill_(given, 0)
 
 
 def _smallest_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
