@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsellm_lightning.allocation.divergence import OutputProbe
+from sparsellm_lightning.allocation.divergence import OutputProbe, restoring
 from sparsellm_lightning.architecture import Block
 from sparsellm_lightning.calibration import ActivationCache, Context, run_block
 from sparsellm_lightning.data import CalibrationBatch
@@ -60,16 +60,9 @@ def leave_out(context: Context, block: Block) -> None:
 def _check_residual(context: Context, sample: ActivationCache) -> None:
     """Refuse blocks that are more than a sum of the hidden states and what projections give. Weights are restored."""
     for block in context.layout.blocks:
-        before = [(p, context.adapter.read_rows(p)) for p in block.projections()]
-        biases = [(local_tensor(p.bias), local_tensor(p.bias).clone()) for p, _ in before if p.bias is not None]
-        try:
+        with restoring(context, block.projections()):
             leave_out(context, block)
             outputs = run_block(context, block, sample)
-        finally:
-            for p, rows in before:
-                context.adapter.write_rows(p, rows)
-            for bias, values in biases:
-                bias.copy_(values)
         changed = sum(not torch.equal(out, given) for out, given in zip(outputs, sample.hidden, strict=True))
         if context.ranks.total(changed) != [0]:
             raise UserError(

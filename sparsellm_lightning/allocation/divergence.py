@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.architecture import Block
+from sparsellm_lightning.architecture import Block, Projection
 from sparsellm_lightning.calibration import Context, capture, run_block, tail_logits
 from sparsellm_lightning.data import CalibrationBatch, first_tokens
+from sparsellm_lightning.distributed import local_tensor
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import VocabularySample, can_sample, likely_tokens
 from sparsellm_lightning.solvers import kl_divergence
 
 OUTPUT_TOKENS = 512  # tokens, over all ranks, on which the model's output is compared
 OUTPUT_LENGTH = 128  # of these, in each window
+
+
+@contextmanager
+def restoring(context: Context, projections: Iterable[Projection]) -> Iterator[None]:
+    """Weights and biases that are changed inside are put back at the end. All ranks enter together.
+
+    After an exception too, so that another run finds the dense model, but then not with several ranks: the others would not
+    take part.
+    """
+    before = [(p, context.adapter.read_rows(p).to(p.parameter.dtype).cpu()) for p in projections]
+    biases = [(local_tensor(p.bias), local_tensor(p.bias).clone()) for p, _ in before if p.bias is not None]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if not failed or context.ranks.size == 1:
+            for p, rows in before:
+                context.adapter.write_rows(p, rows.to(context.device))
+            for bias, values in biases:
+                bias.copy_(values)
 
 
 class OutputProbe:

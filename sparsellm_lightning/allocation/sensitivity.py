@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.allocation.divergence import OutputProbe
+from sparsellm_lightning.allocation.divergence import OutputProbe, restoring
 from sparsellm_lightning.allocation.rules import (
     Curve,
     above,
@@ -208,7 +208,7 @@ def _curve(
 
     Or at the last one, if pruning to the middle one changes nothing.
     """
-    errors, before, written = [0.0] * len(at), [], []
+    errors, written = [0.0] * len(at), []
     measured = len(at) // 2
 
     def pruned(p: Projection, dense: Tensor, inputs: InputStatistics, s: float) -> Tensor:
@@ -218,17 +218,13 @@ def _curve(
         inputs, dense = statistics[p.name], context.adapter.read_rows(p)
         rows = [pruned(p, dense, inputs, s) for s in at]
         errors = [error + solver.error(dense, new, inputs) for error, new in zip(errors, rows, strict=True)]
-        before.append(dense)
         written.append(rows[measured])
     if not errors[measured]:
         measured = len(at) - 1
-        written = [pruned(p, dense, statistics[p.name], at[-1]) for p, dense in zip(part, before, strict=True)]
-    try:
+        written = [pruned(p, context.adapter.read_rows(p), statistics[p.name], at[-1]) for p in part]
+    with restoring(context, part):
         for p, new in zip(part, written, strict=True):
             context.adapter.write_rows(p, new)
         divergence = probe.divergence(block)
-    finally:  # the model is dense also after an interruption
-        for p, dense in zip(part, before, strict=True):
-            context.adapter.write_rows(p, dense)
     reference = errors[measured] or 1.0
     return [divergence * error / reference for error in errors]

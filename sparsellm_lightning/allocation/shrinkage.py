@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsellm_lightning.allocation.depth import choose_blocks
-from sparsellm_lightning.allocation.divergence import OutputProbe
+from sparsellm_lightning.allocation.divergence import OutputProbe, restoring
 from sparsellm_lightning.allocation.sensitivity import STATISTICS_TOKENS, BlockStatistics
 from sparsellm_lightning.architecture import Block, DecoderLayout, Projection
 from sparsellm_lightning.calibration import ActivationCache, Context, run_block
@@ -259,11 +259,9 @@ class _Part:
         columns = kept.repeat_interleave(size)
         without = torch.zeros_like(dense)
         without[:, columns] = refit_columns(dense, statistics, columns)
-        try:
+        with restoring(self.context, [p]):
             adapter.write_whole(p, without)
             divergence = probe.divergence(block)
-        finally:  # the model is dense also after an interruption
-            adapter.write_whole(p, dense)
         counts, values = ([pair[i] for pair in errors] for i in (0, 1))
         curve = np.interp(np.arange(self.groups + 1), counts, values)
         self.curve += divergence * curve / (curve[self.at] or 1.0)
@@ -273,16 +271,9 @@ class _Part:
     def damage(self, probe: OutputProbe) -> Damage:
         """Damage by number of groups. The probe is in front of the first block. Weights are restored."""
         if self.removed and self.alone:
-            adapter = self.context.adapter
-            dense = [(p, adapter.whole(p).to(p.parameter.dtype).cpu()) for p, _ in self.removed]
-            try:
-                self._write(self.removed)
+            with restoring(self.context, [p for p, _ in self.removed]):
+                for p, without in self.removed:
+                    self.context.adapter.write_whole(p, without.to(self.context.device, torch.float32))
                 self.curve *= probe.divergence(self.context.layout.blocks[0]) / self.alone
-            finally:
-                self._write(dense)
             self.removed.clear()
         return lambda number: float(self.curve[number])
-
-    def _write(self, matrices: Sequence[tuple[Projection, torch.Tensor]]) -> None:
-        for p, matrix in matrices:
-            self.context.adapter.write_whole(p, matrix.to(self.context.device, torch.float32))

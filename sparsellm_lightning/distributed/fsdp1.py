@@ -85,9 +85,8 @@ class FSDP1Adapter(ShardedAdapter):
 
     @contextmanager
     def holding(self, block: nn.Module) -> Iterator[None]:
-        if (
-            self.ranks.device.type == "cuda"
-        ):  # only the root's forward has the stream that gathers wait for written weights
+        # Only the root's forward lets the stream that gathers wait for weights that were written.
+        if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
         yield
 

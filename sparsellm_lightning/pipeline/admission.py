@@ -116,9 +116,9 @@ def warn_of_pruned_parts(context: Context) -> None:
             "have. Remove parts of the dense model first.",
             stacklevel=3,
         )
-    elif zeros > asked + 0.01 and not context.keep_zeros:
+    elif zeros > asked + 0.01 and asked:
         warnings.warn(
-            f"The model has {zeros:.0%} zeros already, more than the {asked:.0%} asked for, so that some are filled. Prune the "
+            f"The model has {zeros:.0%} zeros already, more than the {asked:.0%} asked for, and some may be filled. Prune the "
             "dense model, or ask for more. To train a sparse model with its zeros, use SparseFinetuning (model.weights).",
             stacklevel=3,
         )
