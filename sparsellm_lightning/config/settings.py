@@ -298,7 +298,7 @@ class PruningConfig:
         Raises:
             UserError: an index outside the model.
         """
-        if not self.alternates:
+        if not self._can_alternate or self.alternation_blocks == "none":
             return set()
         if self.alternation_blocks == "all":
             return set(range(num_blocks))

@@ -65,7 +65,7 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
         windows = max(min(STEP_TOKENS, tokens) // window, 1)
         memory += activations_of_tuning(layout, windows, min(window, tokens))
     done = {phase: work for phase, work in operations.items() if work}
-    auxiliary_tokens = min(tokens, ALTERNATION_TOKENS * layout.widest[1]) if alternating else 0
+    auxiliary_tokens = min(tokens, ALTERNATION_TOKENS * layout.widest[1]) if alternating and config.alternates else 0
     return Estimate(done, sizes_of_block(layout, config, tokens, auxiliary_tokens), memory)
 
 

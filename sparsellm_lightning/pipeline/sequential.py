@@ -325,7 +325,7 @@ def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Siz
         context.layout,
         config,
         cache.tokens,
-        sum(carrying) if context.alternating_blocks else 0,
+        sum(carrying) if context.alternating_blocks and config.num_iterations > 1 else 0,
         itemsize=max((h.element_size() for h in cache.hidden), default=4),
         auxiliary_itemsize=_auxiliary_dtype(context).itemsize,
     )

@@ -309,7 +309,8 @@ def test_precisions(
     strategy: str,
     precision: str,
 ) -> None:
-    options = {"model": folder_of("llama"), "pruner": SPARSELLM}
+    # Few windows, because some CPUs take minutes for products in bfloat16.
+    options = {"model": folder_of("llama"), "pruner": {**EXPERTS, "num_calibration_samples": 17}}
     ranks(2).run("prune", tmp_path, strategy=strategy, precision=precision, **options)
     model, report = exported(tmp_path)
     assert model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)

@@ -115,7 +115,7 @@ def test_empty_name() -> None:
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_hub_id_that_cannot_be_loaded(load, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="got nobody/no-such-model: ") as caught:
+    with pytest.raises(UserError, match="able to load nobody/no-such-model, but cannot: ") as caught:
         load("nobody/no-such-model")
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
