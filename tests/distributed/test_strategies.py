@@ -309,8 +309,7 @@ def test_precisions(
     strategy: str,
     precision: str,
 ) -> None:
-    # Few windows, because some CPUs take minutes for products in bfloat16.
-    options = {"model": folder_of("llama"), "pruner": {**EXPERTS, "num_calibration_samples": 17}}
+    options = {"model": folder_of("llama"), "pruner": SPARSELLM}
     ranks(2).run("prune", tmp_path, strategy=strategy, precision=precision, **options)
     model, report = exported(tmp_path)
     assert model.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)

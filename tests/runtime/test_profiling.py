@@ -220,3 +220,5 @@ def test_gemm_peak_is_the_fastest_of_several_products(monkeypatch: pytest.Monkey
     ticks = iter([0, 1, 3, 4, 10, 11, 11.5])  # the end is 5: two products, of 2 seconds and of 1 second
     monkeypatch.setattr("sparsellm_lightning.runtime.profiling.time.perf_counter", lambda: next(ticks))
     assert gemm_peak(torch.device("cpu"), torch.float32, size=16, seconds=5) == 2 * 16**3
+    ticks = iter([0, 1, 3, 4, 10, 12, 13])  # of the size 256 and then 512
+    assert gemm_peak(torch.device("cpu"), torch.float32, seconds=5) == 2 * 512**3 / 2
