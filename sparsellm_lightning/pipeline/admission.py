@@ -15,7 +15,7 @@ from sparsellm_lightning.config import PRESETS, PruningConfig
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import layer_rows
-from sparsellm_lightning.runtime import check_device
+from sparsellm_lightning.runtime import check_device, dtype_of_products, gemm_peak
 from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
 
 
@@ -88,6 +88,21 @@ def warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
         warnings.warn(
             f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
             "statistics are rank-deficient. Use more or longer windows.",
+            stacklevel=3,
+        )
+
+
+def warn_of_slow_products(context: Context) -> None:
+    """Warn of forwards in a dtype in which this CPU multiplies many times slower than in float32, as many do in bfloat16."""
+    with context.adapter.forward_context():
+        dtype = dtype_of_products(next(context.layout.projections()).parameter)
+    if context.device.type != "cpu" or context.ranks.rank > 0 or dtype == torch.float32:
+        return
+    own, single = (gemm_peak(context.device, kind, seconds=0.02) for kind in (dtype, torch.float32))
+    if single > 3 * own:
+        warnings.warn(
+            f"This CPU multiplies {single / own:.0f} times slower in {str(dtype).removeprefix('torch.')} than in float32. Load "
+            "the model in float32 (model.dtype), without another precision of the Trainer, if there is room.",
             stacklevel=3,
         )
 

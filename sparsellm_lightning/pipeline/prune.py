@@ -37,6 +37,7 @@ from sparsellm_lightning.pipeline.admission import (
     warn_of_dense_layers,
     warn_of_few_tokens,
     warn_of_pruned_parts,
+    warn_of_slow_products,
     without_predictions,
 )
 from sparsellm_lightning.pipeline.distil import Distiller
@@ -149,6 +150,7 @@ def prune_model(
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
         warn_of_few_tokens(context, windows, tokens)
+        warn_of_slow_products(context)
         warn_of_dense_layers(context)
         if not keep_zeros:
             warn_of_pruned_parts(context)

@@ -28,8 +28,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
 from sparsellm_lightning.architecture import Block, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
+from sparsellm_lightning.pipeline import admission, sequential
 from sparsellm_lightning.pipeline import block as block_pipeline
-from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.block import alternation_windows
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
@@ -368,6 +368,15 @@ def test_few_tokens_warn_with_both_numbers() -> None:
     with pytest.warns(UserWarning, match="is 200, but the dataloader gave 3"):
         report = prune_model(build_model("llama"), [windows], PruningConfig(**settings, num_calibration_samples=200))
     assert report.calibration["windows"] == 3
+
+
+def test_a_dtype_that_is_slow_here_is_named(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(admission, "gemm_peak", lambda device, dtype, seconds: 50.0 if dtype == torch.float32 else 1.0)
+    config = PruningConfig(preset="paper", method="magnitude", num_calibration_samples=8)
+    prune_model(build_model("llama"), random_batches(), config)
+    assert not [one for one in recwarn if "times slower" in str(one.message)]
+    with pytest.warns(UserWarning, match="multiplies 50 times slower in bfloat16 than in float32"):
+        prune_model(build_model("llama").to(torch.bfloat16), random_batches(), config)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (640, 10), (641, 11), (6399, 100), (6400, None)])
