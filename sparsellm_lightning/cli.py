@@ -33,6 +33,7 @@ from sparsellm_lightning.models import (
     REPORT_NAME,
     CausalLM,
     check_checkpoint,
+    is_sparse_already,
     load_model,
     load_tokenizer,
     pretrained_of,
@@ -55,7 +56,7 @@ class PruningTrainer(pl.Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        *,
         max_epochs: int | None = None,
         max_steps: int = -1,
         max_time: str | timedelta | dict[str, int] | None = None,
@@ -64,14 +65,14 @@ class PruningTrainer(pl.Trainer):
         least = kwargs.get("min_epochs") or kwargs.get("min_steps")
         if max_epochs is None and max_steps == -1 and max_time is None and not least:
             max_epochs = 1
-        super().__init__(*args, max_epochs=max_epochs, max_steps=max_steps, max_time=max_time, **kwargs)
+        super().__init__(max_epochs=max_epochs, max_steps=max_steps, max_time=max_time, **kwargs)
 
     def prune(self, model: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         """Measure the dense model, prune it, measure again, export, and print a table."""
         pruner = _pruner(self)
         if pruner.finetune:
             raise UserError("'prune' stops after pruning, but pruner.finetune is true. Use 'fit', or set it to false.")
-        if weights_of(model) is not None:
+        if is_sparse_already(model):
             raise UserError(
                 "'prune' prunes model.pretrained, but model.weights names a model that is sparse already, whose zeros stay as "
                 "they are. Train it with 'fit', or prune it further as model.pretrained."
@@ -231,7 +232,17 @@ class Parser(LightningArgumentParser):
 
 
 class SparseLLMCLI(LightningCLI):
-    """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``."""
+    """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``.
+
+    Args:
+        command: the only one whose options are made, which takes a fifth of the time. None: those of all commands.
+    """
+
+    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+        every = self.subcommands()
+        if command in every:
+            self.subcommands = lambda: {command: every[command]}  # type: ignore[method-assign]
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -248,17 +259,19 @@ class SparseLLMCLI(LightningCLI):
             raise UserError(f"The Trainer must accept its settings, but it does not: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse what is no checkpoint before any work, and what would execute code."""
+        """Refuse what is no checkpoint before any work, and what would execute code.
+
+        Lightning reads the whole file here, for hyperparameters, which CausalLM does not save.
+        """
         path = self.config[self.config.subcommand].get("ckpt_path")
         if not _by_name(path) and Path(path).expanduser().exists():
             check_checkpoint(path)
-        super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there or not of this run, and a run that would keep no result."""
         self._check_ckpt_path("go on from it")
         pruner, checkpoints = _pruner(self.trainer), self.trainer.checkpoint_callbacks
-        trains = pruner.finetune or weights_of(self.model) is not None
+        trains = pruner.finetune or is_sparse_already(self.model)
         kept = checkpoints if trains else [c for c in checkpoints if getattr(c, "save_last", None)]
         if pruner.export_dir is None and not kept:
             raise UserError(
@@ -343,6 +356,7 @@ def main(args: Any = None) -> None:
             seed_everything_default=0,
             parser_class=Parser,
             args=None if args is None else arguments,
+            command=arguments[0] if arguments else None,
         )
     except (UserError, NumericalError, PeerError, MisconfigurationException) as error:
         _end(f"error: {error}", 1)

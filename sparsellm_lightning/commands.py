@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
@@ -36,31 +36,18 @@ def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0
     print(f"{folder} is what its report says.")
 
 
-@dataclass
-class ModelName:
-    """A model to look at.
-
-    Args:
-        pretrained: hub id, folder, GGUF file or package:NAME. A configuration without weights is enough.
-    """
-
-    pretrained: str
-
-
-def inspect(
-    model: ModelName,
-    pruner: PruningConfig | None = None,
-    sequence_length: int = 512,
-) -> None:
+def inspect(model: str, pruner: PruningConfig | None = None, sequence_length: int = 512) -> None:
     """Print what would be pruned in a model, and about what that takes on this machine.
 
     Args:
-        model: the model.
+        model: hub id, folder, GGUF file or package:NAME. A configuration without weights is enough.
         pruner: the settings of the estimate.
         sequence_length: tokens of a calibration window, data.sequence_length of the run.
     """
+    if sequence_length < 1:
+        raise UserError(f"sequence_length must be at least 1, got {sequence_length}. Leave it out for the default.")
     config = pruner or PruningConfig()
-    layout = inspect_model(model.pretrained, config)
+    layout = inspect_model(model, config)
     print(structure(layout))
     tokens = config.num_calibration_samples * sequence_length
     expected = estimate_work(layout, config, tokens, sequence_length)

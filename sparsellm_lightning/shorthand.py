@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PREFIX = "recipe:"
-TAKES_A_MODEL = ("prune", "fit", "evaluate", "inspect")
+TAKES_A_MODEL = ("prune", "fit", "evaluate", "validate", "test")
 
 
 def recipes() -> dict[str, Path]:

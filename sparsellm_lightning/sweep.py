@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.config import PRESETS, Method, PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import load_model, load_tokenizer, perplexity
+from sparsellm_lightning.models import load_model, load_tokenizer, perplexity, replace_text
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import format_table, save_sweep, versions
 from sparsellm_lightning.runtime import claimed, showing, to_best_device
@@ -202,12 +203,11 @@ def _write(folder: Path, rows: dict[tuple[str, float], Row]) -> dict[tuple[str, 
     """Write the table. Returns its rows, with R where SparseGPT's gap is known."""
     gaps = {row.sparsity: row.gap for row in rows.values() if row.variant == "sparsegpt" and row.gap > 0}
     rows = {key: replace(row, r=row.gap / gaps.get(row.sparsity, math.nan)) for key, row in rows.items()}
-    new = folder / f".{TABLE}"
-    with new.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_NAMES)
-        writer.writerows([list(vars(row).values()) for row in rows.values()])
-    new.replace(folder / TABLE)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_NAMES)
+    writer.writerows([list(vars(row).values()) for row in rows.values()])
+    replace_text(folder / TABLE, text.getvalue())
     return rows
 
 

@@ -39,7 +39,7 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 
 
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
-    """A sparsity for every projection to be pruned. Over all their weights, the share asked for is zero.
+    """A sparsity for every projection to be pruned. Of all their weights together, the share asked for becomes zero.
 
     ``atp``, ``owl`` and ``kl_blocks`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
     all projections of one role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place

@@ -45,10 +45,10 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
         try:
             found: Any = model.base_model.get_submodule(row.blocks)
             return list(found)
-        except AttributeError as error:
+        except (AttributeError, TypeError) as error:
             raise UserError(
-                f"The row for {model.config.model_type!r} names {row.blocks!r}, which {type(model.base_model).__name__} does "
-                f"not have ({error}). Correct the row with register_architecture."
+                f"The row for {model.config.model_type!r} must name a list of blocks of {type(model.base_model).__name__}, got "
+                f"{row.blocks!r} ({error}). Correct the row with register_architecture."
             ) from None
     text = model.config.get_text_config(decoder=True)
     lists = [found for found in _outer_lists(model, model, text) if _weights(found)]

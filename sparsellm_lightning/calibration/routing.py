@@ -60,16 +60,20 @@ class RoutedTokens:
 
     def __init__(self, context: Context, block: Block, cache: ActivationCache, experts: Experts) -> None:
         self.context, self.experts, self.fitted_windows = context, experts, cache.fitted
-        self.windows: list[Routing] = []
+        self.lengths: list[int] = []  # of the windows, which may be none
+        windows: list[list[Tensor]] = []
 
         def see(routing: Routing) -> None:
             if routing.chosen is None:  # each expert has every token, but those of others are zero
-                self.windows.append(Routing(routing.hidden.to_sparse(2).to(cache.storage)))
-                return
-            tensors = (routing.hidden, routing.chosen, routing.weights)
-            self.windows.append(Routing(*(None if t is None else moved(t.clone(), cache.storage) for t in tensors)))  # type: ignore[arg-type]
+                windows.append([routing.hidden.to_sparse(2).to(cache.storage)])
+            else:
+                assert routing.weights is not None
+                tensors = (routing.hidden, routing.chosen, routing.weights)
+                windows.append([moved(t.clone(), cache.storage) for t in tensors])
+            self.lengths.append(windows[-1][0].shape[-2])
 
         observe_routing(context, block, cache, experts, see)
+        self.routing = Routing(*(torch.cat(tensors, -2) for tensors in zip(*windows, strict=True))) if windows else None
 
     def of(self, expert: int, borrowing_below: int) -> ExpertTokens:
         """The tokens that are routed to an expert.
@@ -79,33 +83,28 @@ class RoutedTokens:
         multiplies an expert's input, as in Llama 4, the input of other tokens is zero: an expert without tokens is pruned by
         magnitude.
         """
-        parts = [window.of(expert) for window in self.windows]
-        squares = [weight.float().square() for _, weight in parts]
-        fitted = squares[: self.fitted_windows]
-        totals = (
-            torch.tensor([[float(w.sum()), float((w > 0).sum()), float(len(w))] for w in fitted], dtype=torch.float64)
-            .reshape(len(fitted), 3)  # a rank may have no windows
-            .sum(0)
-            .to(self.context.device)
-        )
+        device = self.context.device
+        if self.routing is None:
+            features = self.experts.networks[expert].roles["up"].shape[1]
+            x, weight = torch.empty(0, features, device=device), torch.empty(0, device=device)
+        else:
+            x, weight = self.routing.of(expert)
+        square = weight.float().square()
+        chosen = square > 0
+        # By window, so that the result does not depend on which rank has which; read from the device once.
+        by_window = zip(square.split(self.lengths), chosen.split(self.lengths), strict=True)
+        sums = [torch.stack([w.sum(), some.sum()]).double() for w, some in by_window]
+        found = torch.stack(sums).cpu() if sums else torch.empty(0, 2, dtype=torch.float64)
+        fitted = slice(self.fitted_windows)
+        totals = torch.cat([found[fitted].sum(0), found.new_tensor([sum(self.lengths[fitted])])]).to(device)
         self.context.ranks.sum_(totals)
         energy, routed, every = totals.tolist()
         own = min(routed / borrowing_below, 1.0) if energy > 0 else 0.0
-        borrows = own < 1.0
-        xs, weights, chunks, fitted_chunks = [], [], [], 0
-        for index, ((x, _), square) in enumerate(zip(parts, squares, strict=True)):
-            if borrows:
-                weight = own * every * square / max(energy, 1e-30) + (1 - own)
-            else:
-                chosen = square > 0
-                x, weight = x[chosen], square[chosen] * (routed / energy)
-            xs.append(x)
-            weights.append(weight)
-            chunks += chunks_in([len(x)])
-            if index < self.fitted_windows:
-                fitted_chunks = len(chunks)
-        device, lengths = self.context.device, [len(x) for x in xs[: self.fitted_windows]]
-        if not xs:  # a rank without windows
-            features = self.experts.networks[expert].roles["up"].shape[1]
-            xs, weights = [torch.empty(0, features, device=device)], [torch.empty(0, device=device)]
-        return ExpertTokens(torch.cat(xs), torch.cat(weights).to(device), chunks, fitted_chunks, lengths, borrows)
+        borrows, lengths = own < 1.0, self.lengths
+        if borrows:
+            weight = own * every * square / max(energy, 1e-30) + (1 - own)
+        else:
+            lengths = [int(number) for number in found[:, 1]]
+            x, weight = x[chosen], square[chosen] * (routed / energy)
+        fitted_chunks = len(chunks_in(lengths[fitted]))
+        return ExpertTokens(x, weight.to(device), chunks_in(lengths), fitted_chunks, lengths[fitted], borrows)

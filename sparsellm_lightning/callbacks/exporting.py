@@ -18,7 +18,7 @@ from sparsellm_lightning.architecture import DecoderLayout, device_of, unwrapped
 from sparsellm_lightning.callbacks.checks import check_folders_apart
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import datamodule_of, run_tokenizer
-from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.distributed import adapter_for, failing_with_first
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     check_companions,
@@ -63,7 +63,7 @@ class Exporter:
             UserError: a folder that is not empty, or that another run has claimed; a journal or checkpoints inside it; a hub
                 that cannot be written.
         """
-        with _failing_together(trainer):
+        with failing_with_first(trainer):
             check_folders_apart(trainer, self.folder, resume_dir)
             if trainer.is_global_zero:
                 if self.push_to_hub is not None:
@@ -92,7 +92,7 @@ class Exporter:
         split = adapter_for(trainer).weights_are_split
         if not split:
             note_untied(model)
-        with _failing_together(trainer):
+        with failing_with_first(trainer):
             tokenizer = run_tokenizer(datamodule_of(trainer), pl_module)
             if trainer.is_global_zero:  # a copy that another rank has received counts as changed
                 check_companions(model, tokenizer, Path(self.folder))
@@ -118,7 +118,7 @@ class Exporter:
         adapter, start = adapter_for(trainer), time.perf_counter()
         state = adapter.state_dict(model)
         layout = adapter.describe(model, config) if config.removes else None
-        with _failing_together(trainer):
+        with failing_with_first(trainer):
             if trainer.is_global_zero:
                 with nullcontext() if adapter.weights_are_split else _on_the_host(model):
                     if layout is not None:
@@ -175,18 +175,3 @@ def _on_the_host(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.to(device)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _failing_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Where the first rank fails inside, all ranks fail, with its message. They wait for it at the end."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    kind, message = trainer.strategy.broadcast((isinstance(failure, UserError), failure and str(failure)))
-    if failure is None and message is not None:  # on the first rank
-        failure = UserError(message) if kind else RuntimeError(message)
-    if failure is not None:
-        raise failure

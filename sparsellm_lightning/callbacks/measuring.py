@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,12 +65,15 @@ class Measurer:
             return None
         return found
 
-    def sparsegpt(self, trainer: pl.Trainer, model: PreTrainedModel, config: PruningConfig) -> float | None:
+    def sparsegpt(
+        self, trainer: pl.Trainer, model: PreTrainedModel, config: PruningConfig, resume_dir: Path | None = None
+    ) -> float | None:
         """Perplexity of the model pruned by SparseGPT on the same windows. Its weights are dense again afterwards.
 
         Args:
             trainer, model: of the run. All ranks call this together.
             config: of the run. Pattern, sparsity, ignored projections and windows are taken from it.
+            resume_dir: folder that keeps finished blocks, as in :func:`~sparsellm_lightning.prune_model`.
         """
         same = ("sparsity", "pattern", "ignore", "num_calibration_samples", "seed", "memory")
         baseline = PruningConfig(preset="paper", method="sparsegpt", **{name: getattr(config, name) for name in same})
@@ -79,7 +83,9 @@ class Measurer:
         adapter, progress = adapter_for(trainer), shows_progress(trainer)
         try:
             with self.profile.phase("baseline"):
-                prune_model(model, batches, baseline, adapter=adapter, sharded=sharded, progress=progress)
+                prune_model(
+                    model, batches, baseline, adapter=adapter, sharded=sharded, resume_dir=resume_dir, progress=progress
+                )
             return self.perplexity(trainer, model)
         finally:
             for weight, before in zip(weights, dense, strict=True):

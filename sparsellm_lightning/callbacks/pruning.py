@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,10 @@ from sparsellm_lightning.callbacks.figures import log_block, log_results, log_se
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
 from sparsellm_lightning.callbacks.interruptions import allow_checkpoints, ending_on_sigterm, forbid_checkpoints
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
-from sparsellm_lightning.callbacks.schedule import check_run, check_schedule
+from sparsellm_lightning.callbacks.schedule import check_run, check_schedule, warn_of_late_stages
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of, run_tokenizer
-from sparsellm_lightning.distributed import adapter_for
+from sparsellm_lightning.distributed import adapter_for, failing_with_first
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import (
     is_sparse_already,
@@ -34,7 +35,7 @@ from sparsellm_lightning.models import (
 )
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
-from sparsellm_lightning.runtime import Profile
+from sparsellm_lightning.runtime import Profile, claimed
 from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases, pruned_before
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,13 @@ class SparseLLMCallback(SparseFinetuning):
         # The report of a checkpoint is restored later. Pruning checks again.
         if trainer.ckpt_path is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
             adapter_for(trainer).check(layout)
+            if self.resume_dir is not None:
+                journal = Path(self.resume_dir) / "stage-0"
+                with (
+                    failing_with_first(trainer),
+                    claimed(journal, "resume_dir") if trainer.is_global_zero else nullcontext(),
+                ):
+                    pass  # refuses a folder that cannot be written, or that another run uses
         if self._exporter is not None:
             self._exporter.check(pl_module, layout, self.config)
         if self.schedule is not None and has_adapters(pl_module):
@@ -175,6 +183,8 @@ class SparseLLMCallback(SparseFinetuning):
         elif is_sparse_already(pl_module):
             self._start_from_sparse(trainer, pl_module)
         else:
+            if self.schedule is not None:
+                warn_of_late_stages(trainer, self.schedule)
             self._prune(trainer, pl_module)
         assert self.report is not None
         self.report.model = pretrained_of(pl_module) or self.report.model
@@ -277,15 +287,16 @@ class SparseLLMCallback(SparseFinetuning):
         """Prune, or prune further, and measure before and after."""
         model, adapter = self._model(pl_module), adapter_for(trainer)
         log_settings(trainer, self.config)
+        # First of all, because text may be missing or too short.
+        batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         before = self._perplexity(trainer, model)
         known = {"dense": before}
         if self.report is not None:
             before_this = self._measurer.comparable(self.report)
             known = {name: before_this[name] for name in ("dense", "sparsegpt") if name in before_this}
         elif self.baseline:
-            known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config)
+            known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config, self._journal("baseline"))
         examples = self._examples(trainer, pl_module, "dense") if self.report is None else self.report.examples
-        batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
         stages = [] if self.report is None else self.report.stages
         config = self.config
         if self.schedule is not None:
@@ -297,7 +308,7 @@ class SparseLLMCallback(SparseFinetuning):
             adapter=adapter,
             sharded=sharded,
             keep_zeros=bool(stages),
-            resume_dir=None if self.resume_dir is None else Path(self.resume_dir) / f"stage-{len(stages)}",
+            resume_dir=self._journal(f"stage-{len(stages)}"),
             progress=shows_progress(trainer),
             on_block=partial(log_block, trainer),
         )
@@ -316,6 +327,10 @@ class SparseLLMCallback(SparseFinetuning):
             stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
             report.stages = [*stages, stage]
         return report
+
+    def _journal(self, name: str) -> Path | None:
+        """A folder inside ``resume_dir``."""
+        return None if self.resume_dir is None else Path(self.resume_dir) / name
 
     def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report a model that is sparse already, and hold its zeros."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsellm_lightning.callbacks.finetuning import AVERAGING
 from sparsellm_lightning.config import PruningConfig
@@ -31,6 +32,17 @@ def check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: 
             f"pattern {config.pattern_name}. Leave both out."
         )
     return stages
+
+
+def warn_of_late_stages(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
+    """Name the stages that the run will not reach, as far as its loaders and limits say how many steps it takes."""
+    steps = trainer.estimated_stepping_batches
+    late = [step for step in schedule if 0 <= steps <= step]
+    if late:
+        rank_zero_warn(
+            f"The run takes about {steps:.0f} steps, so that the schedule's stages at {', '.join(map(str, late))} do not come. "
+            "Train longer, or prune earlier."
+        )
 
 
 def check_run(trainer: pl.Trainer, schedule: dict[int, float]) -> None:

@@ -2,6 +2,7 @@
 
 from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, token_input
 from sparsellm_lightning.distributed.choose import adapter_for
+from sparsellm_lightning.distributed.first import failing_with_first
 from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks, ranks_on_this_host
 from sparsellm_lightning.distributed.sharding import FSDP2Strategy, load_sharded, shard_blocks
 
@@ -11,6 +12,7 @@ __all__ = [
     "ProcessGroupRanks",
     "StrategyAdapter",
     "adapter_for",
+    "failing_with_first",
     "load_sharded",
     "local_tensor",
     "ranks_on_this_host",

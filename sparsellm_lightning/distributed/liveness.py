@@ -27,7 +27,7 @@ def watching_peers(store: Store, rank: int, size: int, what: str = "Pruning") ->
     with the square of the ranks. The rank whose neighbour has been silent for :data:`SILENCE` seconds notes that as a failure.
     Every rank that finds a failure and has not ended after :data:`GRACE` seconds exits with status 1: a main thread that waits
     in a collective cannot be interrupted otherwise. The first rank that leaves the context without an exception ends the watch
-    of all, because no rank waits for another behind its last collective.
+    of all: inside, no rank waits for another behind its last collective.
 
     Args:
         store: shared by all ranks. Its keys must be this context's own.
@@ -61,8 +61,9 @@ class _Watch:
 
     def beat(self) -> None:
         """Exchange signs of life through the store, until this or another rank leaves."""
-        while not (self.over or self.left.is_set()):
-            self.left.wait(BEAT)
+        leaving = False
+        while not (self.over or leaving):
+            leaving = self.left.wait(BEAT)  # one more round follows, which tells the others
             try:
                 self.store.add(str(self.rank), 1)
                 self.over = self.store.add("left", int(self.succeeded)) > 0

@@ -21,6 +21,7 @@ from sparsellm_lightning.models.export import (
     check_rebuildable,
     export_model,
     export_or_rescue,
+    replace_text,
 )
 from sparsellm_lightning.models.head import Forward, decoder_output, head_in, logits_at
 from sparsellm_lightning.models.hub import check_hub, upload
@@ -80,6 +81,7 @@ __all__ = [
     "plain_class",
     "positions_together",
     "pretrained_of",
+    "replace_text",
     "shrink",
     "size_of_sample",
     "stop_keeping",

@@ -11,25 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-Buffers = list[tuple[nn.Module, str, Tensor]]
+from torch import nn
 
 
-def unsaved_float32_buffers(module: nn.Module) -> Buffers:
-    """Float32 buffers inside a module that its state does not hold: owner, name and tensor."""
-    return [
+@contextmanager
+def kept_in_float32(module: nn.Module) -> Iterator[None]:
+    """After a conversion inside this context, float32 buffers outside the module's state are so again, on their new device."""
+    before = [
         (child, name, buffer)
         for child in module.modules()
         for name in sorted(child._non_persistent_buffers_set)
         if (buffer := child._buffers[name]) is not None and buffer.dtype == torch.float32
     ]
-
-
-@contextmanager
-def kept_in_float32(module: nn.Module) -> Iterator[None]:
-    """After a conversion inside this context, :func:`unsaved_float32_buffers` are float32 again, on their current device."""
-    before = unsaved_float32_buffers(module)
     yield
     for child, name, buffer in before:
         now = child._buffers[name]

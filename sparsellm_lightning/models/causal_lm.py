@@ -16,7 +16,7 @@ from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.buffers import kept_in_float32
 from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
-from sparsellm_lightning.models.evaluation import IGNORED, check_inputs, labels_of, new_metric, update
+from sparsellm_lightning.models.evaluation import IGNORED, check_inputs, model_inputs, new_metric, targets_of, update
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
@@ -110,17 +110,15 @@ class CausalLM(pl.LightningModule):
         assert source is not None
         return load_tokenizer(source)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits, (batch, sequence, vocabulary)."""
-        logits: Tensor = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-        ).logits
+    def forward(self, batch: Any) -> Tensor:
+        """Logits, (batch, sequence, vocabulary). For batches see :func:`~sparsellm_lightning.models.model_inputs`."""
+        logits: Tensor = self.model(**model_inputs(batch), use_cache=False).logits
         return logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self(batch)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        targets = targets_of(batch)
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels_of(batch)[:, 1:].flatten(), ignore_index=IGNORED
+            self(batch)[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED
         )
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -129,15 +127,15 @@ class CausalLM(pl.LightningModule):
         """Renew the metric: that of an evaluation before, in inference mode, takes no update in a fit."""
         self.perplexity.reset()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluation_step(batch, "val_perplexity")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluation_step(batch, "test_perplexity")
 
-    def _evaluation_step(self, batch: dict[str, Tensor], name: str) -> None:
-        check_inputs(self.model, batch)
-        update(self.perplexity, self.model, labels_of(batch), lambda: self(batch))
+    def _evaluation_step(self, batch: Any, name: str) -> None:
+        check_inputs(self.model, model_inputs(batch))
+        update(self.perplexity, self.model, targets_of(batch), lambda: self(batch))
         self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

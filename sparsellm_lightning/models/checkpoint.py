@@ -78,7 +78,7 @@ def load_checkpoint(model: PreTrainedModel, path: str, prefix: str) -> None:
     if not at.exists():
         raise UserError(f"weights looks like a checkpoint, but {path} does not exist. Correct the path.")
     try:
-        state = _read_sharded(at) if at.is_dir() else torch.load(at, "cpu", weights_only=True)
+        state = _read_sharded(at) if at.is_dir() else torch.load(at, "cpu", weights_only=True, mmap=True)
         model.load_state_dict(
             {name.removeprefix(prefix): t for name, t in state["state_dict"].items() if name.startswith(prefix)}
         )

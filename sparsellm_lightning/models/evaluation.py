@@ -128,6 +128,12 @@ def labels_in(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
+def targets_of(batch: Any) -> Tensor:
+    """Labels of a batch that :func:`model_inputs` accepts, see :func:`labels_of`."""
+    labels = labels_in(batch)
+    return labels_of(model_inputs(batch) | ({} if labels is None else {"labels": labels}))
+
+
 def labels_of(batch: dict[str, Tensor]) -> Tensor:
     """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and the first token after padding on the left.
 
@@ -137,14 +143,14 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     labels = batch["labels"] if "labels" in batch else batch.get("input_ids")
     if labels is None:
         raise UserError(
-            f"Perplexity needs labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader add labels, "
-            "or prune with measure false."
+            f"The loss and perplexity need labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader "
+            "add labels. (With measure false, pruning needs none.)"
         )
     shape = token_input(batch).shape[:2]
     if labels.shape != shape:
         raise UserError(
-            f"Perplexity needs a label for each token, got labels of shape {tuple(labels.shape)} for tokens of shape "
-            f"{tuple(shape)}. Leave the labels out, or prune with measure false."
+            f"The loss and perplexity need a label for each token, got labels of shape {tuple(labels.shape)} for tokens of "
+            f"shape {tuple(shape)}. Leave the labels out. (With measure false, pruning needs none.)"
         )
     labels = labels.long()  # cross entropy takes no other integers
     mask = batch.get("attention_mask")
@@ -233,5 +239,5 @@ def perplexity(
             targets = labels_of(inputs | ({} if labels is None else {"labels": labels[rank::size].to(device)}))
             together = adapter.ranks if adapter.forward_is_collective else SINGLE
             update(metric, model, targets, partial(adapter.logits, model, inputs), together)
-    adapter.finish(model)
-    return float(metric.compute())
+        adapter.finish(model)
+        return float(metric.compute())

@@ -185,7 +185,7 @@ def add_to_report(folder: str | Path, **entries: Any) -> None:
         content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries, indent=2, allow_nan=False)
         replace_text(path, content + "\n")
     except (OSError, ValueError) as error:
-        warnings.warn(f"{path} does not get {', '.join(entries)}: {error}", stacklevel=2)
+        warnings.warn(f"{', '.join(entries)} could not be added to {path}: {error}", stacklevel=2)
 
 
 def export_or_rescue(export: Callable[..., object], export_dir: Path, overwrite: bool) -> None:
@@ -242,4 +242,8 @@ def _put_in_place(folder: Path, target: Path) -> None:
         return
     with _beside(target, "old") as old:
         target.rename(old / target.name)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except BaseException:
+            (old / target.name).rename(target)
+            raise

@@ -23,6 +23,7 @@ from transformers import (
 
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.packed import is_packed, read_packed
+from sparsellm_lightning.runtime import explaining_memory
 
 PACKAGE_PREFIX = "package:"
 
@@ -91,9 +92,6 @@ def load_exported(folder: str | Path) -> PreTrainedModel:
     Raises:
         UserError: see :func:`load_model`.
     """
-
-    if is_packed(folder):
-        return load_model(folder)
 
     def load() -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # nosec B615
@@ -238,7 +236,10 @@ def _inside(path: Path, roots: list[Path]) -> str:
 def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loaded:
     """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line."""
     try:
-        return load()
+        with explaining_memory(
+            lambda: f"{pretrained} does not fit. Use 16 bits (model.dtype), or shard it over devices."
+        ):
+            return load()
     except UserError:
         raise
     except Exception as error:  # a damaged file or configuration raises almost any class

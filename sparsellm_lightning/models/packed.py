@@ -57,14 +57,13 @@ def is_packed(folder: str | Path) -> bool:
     return Path(folder).is_dir() and any(Path(folder).glob(f"{_PACKED}*.safetensors"))
 
 
-def pack_folder(folder: Path) -> dict[str, int | None]:
+def pack_folder(folder: Path) -> dict[str, int]:
     """Replace the safetensors files that ``save_pretrained`` wrote by packed ones.
 
     Returns:
-        bytes of the ``plain`` files, of the ``packed`` ones, and of the plain ones under ``zstd`` (level 3; None without the
-        package ``zstandard``).
+        bytes of the ``plain`` files, and of the ``packed`` ones.
     """
-    sizes: dict[str, int | None] = {"plain": 0, "packed": 0, "zstd": 0}
+    sizes = {"plain": 0, "packed": 0}
     for plain in sorted(folder.glob(f"{_PLAIN}*.safetensors")):
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, list[int]] = {}
@@ -79,9 +78,8 @@ def pack_folder(folder: Path) -> dict[str, int | None]:
                     shapes[name] = list(tensor.shape)
         packed = plain.with_name(_PACKED + plain.name.removeprefix(_PLAIN))
         save_file(tensors, packed, {"format": "pt", "shapes": json.dumps(shapes)})
-        for name, size in (("plain", plain.stat().st_size), ("packed", packed.stat().st_size), ("zstd", _zstd(plain))):
-            before = sizes[name]
-            sizes[name] = None if size is None or before is None else before + size
+        sizes["plain"] += plain.stat().st_size
+        sizes["packed"] += packed.stat().st_size
         plain.unlink()
     (folder / f"{_PLAIN}.safetensors.index.json").unlink(missing_ok=True)
     return sizes
@@ -112,14 +110,3 @@ def read_packed(folder: str | Path) -> dict[str, Tensor]:
             for name in {*file.keys()} - parts:
                 state[name] = file.get_tensor(name)
     return state
-
-
-def _zstd(path: Path) -> int | None:
-    """Bytes of a file under zstd."""
-    try:
-        import zstandard
-    except ImportError:
-        return None
-    with path.open("rb") as file:
-        chunks = zstandard.ZstdCompressor(level=3, threads=-1).read_to_iter(file)
-        return sum(len(chunk) for chunk in chunks)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import context_of, vocabulary_of
@@ -89,13 +90,12 @@ def measure_speed(
                 f"The context of {name} holds {context_of(model)} tokens, got prompt_tokens {prompt_tokens} and new_tokens "
                 f"{new_tokens}. Lower them."
             )
-        tensors = [*model.parameters(), *model.buffers()]
         found.append(
             Speed(
                 name,
                 sum(p.numel() for p in model.parameters()),
                 sum(int((p == 0).sum()) for p in model.parameters()),
-                sum(t.numel() * t.element_size() for t in tensors),
+                _memory_bytes(model),
                 _file_bytes(Path(name)),
             )
         )
@@ -104,7 +104,8 @@ def measure_speed(
         if has_kernels and any(True for _ in _semi_structured(model)):
             models.append(copy.deepcopy(model))
             use_semi_structured(models[-1])
-            found.append(replace(found[-1], kernels="2:4", load=[], prefill=[], decode=[]))
+            memory = _memory_bytes(models[-1])
+            found.append(replace(found[-1], kernels="2:4", memory_bytes=memory, load=[], prefill=[], decode=[]))
     for repetition in range(repeats + 1):
         for speed, model in zip(found, models, strict=True):
             load = _seconds(partial(load_model, speed.name), device)
@@ -115,6 +116,16 @@ def measure_speed(
                 speed.prefill.append(prefill)
                 speed.decode.append(decode)
     return found
+
+
+def _memory_bytes(model: PreTrainedModel) -> int:
+    """Of parameters and buffers. A semi-structured tensor has the shape of the dense one, and holds smaller ones."""
+
+    def size(tensor: Tensor) -> int:
+        inside: list[str] = tensor.__tensor_flatten__()[0] if isinstance(tensor, SparseSemiStructuredTensor) else []
+        return sum(size(getattr(tensor, name)) for name in inside) or tensor.numel() * tensor.element_size()
+
+    return sum(map(size, (*model.parameters(), *model.buffers())))
 
 
 def use_semi_structured(model: PreTrainedModel) -> int:

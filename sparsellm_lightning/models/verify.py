@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection, describe
@@ -18,11 +17,8 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.evaluation import perplexity
 from sparsellm_lightning.models.export import REPORT_NAME
 from sparsellm_lightning.models.loading import load_exported
-from sparsellm_lightning.models.packed import is_packed, read_packed
 from sparsellm_lightning.runtime import to_best_device
 from sparsellm_lightning.solvers import all_finite
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tolerance: float = 0.01) -> list[str]:
@@ -50,15 +46,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         for name in report["files"]
         if not (path / name).exists()
     ]
-    if is_packed(path):
-        try:
-            stored: Mapping[str, Tensor] = read_packed(path)
-        except (ValueError, OSError, SafetensorError) as error:
-            return [*found, str(error)]
-    else:
-        stored = _Stored(path)
-        found += stored.damaged
-    found += [f"{name}: holds NaN or infinity" for name in stored if not all_finite(stored[name])]
+    found += _compare_values(path)
     try:
         model = load_exported(path).eval()
     except UserError as error:
@@ -81,44 +69,15 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
     return found
 
 
-class _Stored(Mapping[str, Tensor]):
-    """The tensors in the safetensors files of a folder.
-
-    Attributes:
-        damaged: one sentence for each file that cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        self.damaged: list[str] = []
+def _compare_values(folder: Path) -> Iterator[str]:
+    for file in sorted(folder.glob("*.safetensors")):
         try:
-            index = folder / _INDEX
-            names = (
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                if index.exists()
-                else {_SINGLE}
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            names = set()
-            self.damaged.append(f"{_INDEX}: cannot be read ({error})")
-        for name in sorted(names):
-            file = folder / Path(name).name  # an index must not lead out of the folder
-            try:
-                with safe_open(file, "pt") as opened:
-                    self._files |= dict.fromkeys(opened.keys(), file)
-            except (OSError, SafetensorError) as error:
-                self.damaged.append(f"{name}: cannot be read ({error})")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                    if not all_finite(opened.get_tensor(name)):
+                        yield f"{name}: holds NaN or infinity"
+        except (OSError, SafetensorError) as error:
+            yield f"{file.name}: cannot be read ({error})"
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

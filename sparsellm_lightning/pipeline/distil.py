@@ -67,6 +67,10 @@ class Distiller:
         fitted: number of these that are fitted: the first ones. The best state is chosen on the others.
         written: windows of this rank that the model has written, which are fitted too.
 
+    Attributes:
+        kept: ``steps`` that are in the model, and the mean ``divergence`` on held-out windows before and after; on the fitted
+            ones if none are held out. Empty before the first check.
+
     Raises:
         UserError: a model without a language-model head, or whose forward does not call its decoder once; or no room for the
             gradients or Adam's moments.
@@ -82,6 +86,7 @@ class Distiller:
     ) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
+        self.kept: dict[str, Any] = {}
         self.model, self.ranks, self.adapter = context.layout.model, context.ranks, context.adapter
         if self.model.get_output_embeddings() is None:
             raise UserError(
@@ -113,37 +118,36 @@ class Distiller:
 
     @torch.no_grad()
     def tune(self) -> dict[str, Any]:
-        """Tune the model in place for ``distillation_steps``, and keep the best of the checked states.
-
-        If it fails, the model is in the best state so far.
+        """Tune the model in place for ``distillation_steps``, and keep the best of the checked states, also if it fails.
 
         Returns:
-            ``steps`` that were kept, and the mean divergences on held-out windows before and after; on the fitted ones if none
-            are held out.
+            :attr:`kept`.
         """
         steps = len(self.schedule)
         self.adapter.finish(self.model)  # flags that are set on gathered parameters would be lost
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
-        best, best_step, checks = parameters.state(), 0, min(MAX_CHECKS, steps)
+        best, checks = parameters.state(), min(MAX_CHECKS, steps)
         rounded = None if self.adapter.weights_are_split else self.autocast_dtype
         try:
             with head_in(self.model, rounded), parameters.trainable([self.model]):
                 before = least = self.divergence()
+                self.kept = {"steps": 0, "divergence": [before, least]}
                 for step, chosen in enumerate(tracked(self.schedule, "Distilling", "step")):
                     self._add_gradients(parameters, chosen)
                     parameters.step()
                     if (step + 1) * checks // steps > step * checks // steps:
                         divergence = self.divergence()
                         if divergence < least:  # False for NaN
-                            least, best_step = divergence, step + 1
+                            least = divergence
                             parameters.update(best)
+                            self.kept = {"steps": step + 1, "divergence": [before, least]}
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # they hold a step's tensors
             raise
         finally:
             parameters.restore(best)
-        return {"steps": best_step, "divergence": [before, least]}
+        return self.kept
 
     def divergence(self) -> float:
         """Mean divergence over all ranks' held-out tokens. Over those that steps see if none are held out."""

@@ -160,31 +160,30 @@ def prune_model(
             results.append(result)
             shown.block()
             on_block(result)
-        distillation = None
         if distiller is not None:
-            distillation = _distilling(context, distiller.tune)
+            _distilling(context, distiller.tune, "ends its distillation early")
         adapter.finish(model)
         restored = 0.0 if journal is None else journal.restored_seconds
         seconds = time.perf_counter() - start + restored
         dtypes = {dtype for counts in profile.work.values() for dtype in counts}
         peaks = {_name(dtype): gemm_peak(context.device, dtype) for dtype in dtypes}
-    return _report(
-        context,
-        results,
-        profile,
-        distillation=distillation,
-        calibration={
-            "windows": windows,
-            "held_out": held_out_windows(windows, config.held_out_fraction),
-            "written": number_written,
-            "tokens": tokens,
-        },
-        phases=profile.seconds | ({RESTORED: restored} if restored else {}),
-        gemm_peak=peaks,
-        wall_seconds=seconds,
-        peak_memory_bytes=memory.peak(),
-        added_memory_bytes=memory.added(),
-    )
+        return _report(
+            context,
+            results,
+            profile,
+            distillation=distiller.kept or None if distiller is not None else None,
+            calibration={
+                "windows": windows,
+                "held_out": held_out_windows(windows, config.held_out_fraction),
+                "written": number_written,
+                "tokens": tokens,
+            },
+            phases=profile.seconds | ({RESTORED: restored} if restored else {}),
+            gemm_peak=peaks,
+            wall_seconds=seconds,
+            peak_memory_bytes=memory.peak(),
+            added_memory_bytes=memory.added(),
+        )
 
 
 def _report(context: Context, results: Sequence[BlockResult], profile: Profile, **measured: Any) -> PruningReport:
@@ -279,10 +278,10 @@ def _distiller(
     """What tunes all blocks at the end. None if nothing asks for it, or it cannot be done."""
     if not context.config.distillation_steps or context.config.requested_sparsity == 0:
         return None
-    return _distilling(context, lambda: Distiller(context, batches, fitted, written))
+    return _distilling(context, lambda: Distiller(context, batches, fitted, written), "goes without distillation")
 
 
-def _distilling(context: Context, do: Callable[[], _Done]) -> _Done | None:
+def _distilling(context: Context, do: Callable[[], _Done], otherwise: str) -> _Done | None:
     """A part of the distillation. None, with a warning, if only the preset asks for it and it cannot be done."""
     config = context.config
     try:
@@ -293,15 +292,17 @@ def _distilling(context: Context, do: Callable[[], _Done]) -> _Done | None:
         if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
             raise
         if context.ranks.rank == 0:
-            warnings.warn(f"Preset {config.preset} goes without distillation: {error}", stacklevel=4)
+            warnings.warn(f"Preset {config.preset} {otherwise}: {error}", stacklevel=4)
         return None
 
 
 def _explain_distillation(context: Context) -> str:
+    lower = f"lower memory ({context.config.memory!r}), to keep the moments on the host, "
+    lower *= context.device.type != "cpu"
     return (
         "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a step of about "
-        f"{STEP_TOKENS} tokens, at least one window. Set distillation_steps to 0, lower memory ({context.config.memory!r}), to "
-        "keep the moments on the host, or shard the model over more devices."
+        f"{STEP_TOKENS} tokens, at least one window. Set distillation_steps to 0, {lower}or shard the model over more "
+        "devices."
     )
 
 

@@ -27,6 +27,7 @@ from sparsellm_lightning.solvers import Ranks
 
 _FINGERPRINT = "fingerprint.json"
 _WEIGHTS = "model.weights"  # key of the fingerprint
+_HASHES = {"windows": "the calibration windows (text, tokenizer or seed)", _WEIGHTS: "the model's weights"}
 
 
 class Journal:
@@ -214,10 +215,10 @@ def _over_ranks(digest: Any, ranks: Ranks) -> str:
 
 
 def _differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str]]:
-    """Keys whose values differ, each with both values as text."""
+    """Keys whose values differ, each with a text that says what differs."""
     one, other = _flat(stored), _flat(wanted)
-    keys = sorted({*one, *other})
-    return [(k, f"{k}: {one.get(k)} there, {other.get(k)} here") for k in keys if one.get(k) != other.get(k)]
+    keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+    return [(key, _HASHES.get(key) or f"{key}: {one.get(key)} there, {other.get(key)} here") for key in keys]
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

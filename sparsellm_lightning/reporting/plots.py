@@ -34,7 +34,7 @@ def sweep_figure(model: str, rows: Sequence[dict[str, Any]]) -> Figure:
     for variant in dict.fromkeys(row["variant"] for row in others):
         points = sorted((100 * row["sparsity"], row["perplexity"]) for row in others if row["variant"] == variant)
         axes.plot(*zip(*points, strict=True), marker="o", label=variant)
-    axes.set(title=model, xlabel="zeros (%)", ylabel="perplexity")
+    axes.set(title=model, xlabel="sparsity asked for (%)", ylabel="perplexity")
     axes.set_yscale("log")
     axes.legend()
     return figure

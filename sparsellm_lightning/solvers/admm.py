@@ -52,7 +52,7 @@ def admm(
     target = w @ h
     count(2 * w.numel() * len(h))
     rho = _FIRST_PENALTY
-    inverse = _damped_inverse(h, rho)
+    inverse = spd_inverse(h, rho)
     d, u = w, torch.zeros_like(w)
     keep = support = pattern.select(w.square())
     if pattern.ranks.total(int((~keep).sum())) == [0]:
@@ -69,7 +69,7 @@ def admm(
             support = keep
             rho *= _GROWTH
             u /= _GROWTH
-            inverse = _damped_inverse(h, rho)
+            inverse = spd_inverse(h, rho)
     solved = solve_on_support(d, target, h, keep, refinements) / scale
     # Kept weights of dead inputs stay as they are.
     return torch.where(keep & dead, weight, solved)
@@ -101,9 +101,3 @@ def solve_on_support(weight: Tensor, target: Tensor, h: Tensor, keep: Tensor, st
         before, squares = squares, residual.square().sum(1, keepdim=True)
         direction = torch.where(moves, residual + squares / before * direction, 0)
     return weight
-
-
-def _damped_inverse(h: Tensor, rho: float) -> Tensor:
-    damped = h.clone()
-    damped.diagonal().add_(rho)
-    return spd_inverse(damped)

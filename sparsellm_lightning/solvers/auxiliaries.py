@@ -97,12 +97,12 @@ class Auxiliaries:
             ``Yᵀp / n``, otherwise None.
         """
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
-        k = down @ down.T
+        gram = down @ down.T
         count(2 * down.numel() * len(down))
         # Not less than float32 can resolve beside the entries of W Wᵀ, which is singular where outputs outnumber hidden units.
-        k.diagonal().add_((_LEAST_RIDGE * k.diagonal().mean()).clamp(min=max(self.gamma_over_beta, 1e-12)))
+        ridge = (_LEAST_RIDGE * gram.diagonal().mean()).clamp(min=max(self.gamma_over_beta, 1e-12))
         # Rounding is harmless here: it is averaged over the tokens before it reaches a weight.
-        k = spd_inverse(k).to(self.dtype)
+        k = spd_inverse(gram, ridge).to(self.dtype)
         rounded_down = down.to(self.dtype)
         cross = {
             layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype)

@@ -35,13 +35,15 @@ class Factor:
         return rows @ self.upper.T @ self.upper
 
 
-def spd_inverse(matrix: Tensor) -> Tensor:
-    """Inverse of a well-conditioned symmetric positive definite matrix, (d, d) float32.
+def spd_inverse(matrix: Tensor, ridge: Tensor | float = 0.0) -> Tensor:
+    """``(A + ridge · I)⁻¹`` of a matrix A, (d, d) float32, with which the sum is positive definite and well-conditioned.
 
     Raises:
-        NumericalError: the matrix is not positive definite.
+        NumericalError: the sum is not positive definite.
     """
-    upper = _inverse_factor(matrix.clone())
+    damped = matrix.clone()
+    damped.diagonal().add_(ridge)
+    upper = _inverse_factor(damped)
     if upper is None:
         raise NumericalError("A matrix that must be positive definite is not. Check the weights for NaN or infinity.")
     count(2 * len(upper) ** 3)
@@ -81,7 +83,7 @@ def factorize(gram: Tensor, damping: float, name: str = "") -> Factor:
             )
     raise NumericalError(
         f"{name or 'Gram matrix'}: not positive definite even with damping raised to {fraction:g} of its mean diagonal. "
-        "Use more calibration tokens, or raise damping."
+        "So it is no Gram matrix of finite activations. Check them for overflow, or run in bf16 or float32."
     )
 
 

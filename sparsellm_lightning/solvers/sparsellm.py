@@ -75,7 +75,8 @@ def solve_locally(
     weighted = (scaled(x_c, root) for x_c, root in tokens())
     inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")
     pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}, inputs)
-    iterate = _with_weights(dense, {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()})
+    first: dict[str, Any] = {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()}
+    iterate = replace(dense, **first)
     activations = (scaled(iterate.hidden(x_c), root) for x_c, root in tokens())
     hidden = _statistics(width, activations, device, ranks, damping, f"{name}down")
     down = prune({"down": _rows(dense.down, ranks)}, hidden)["down"]
@@ -119,8 +120,9 @@ def solve_feed_forward(
     The first iteration skips the regressions, so it is the local solver (:func:`solve_locally`). On the tokens of step 3, the
     result is never worse than the local solver's.
 
-    The regressions' λ is ``max(damping, 2 · columns / tokens)`` of the mean diagonal. With few tokens per column, a smaller λ
-    would fit the noise of the calibration text.
+    The regressions' λ is ``max(damping, 2 · columns / tokens)`` of the mean diagonal, for up and gate with the number of all
+    fitted tokens, for down with that of the tokens that its iteration sees. With few tokens per column, a smaller λ would fit
+    the noise of the calibration text.
 
     ``zᵀX`` is computed as ``(z − m)ᵀX + W_i XᵀX``, where ``m = X W_iᵀ`` is the pre-activation of the current weights. Only the
     small correction ``z − m`` is summed over tokens, so ``auxiliary_dtype`` may be coarse.
@@ -187,7 +189,8 @@ def solve_feed_forward(
         if last and auxiliaries is not None:
             auxiliaries.clear()
         pruned = prune(targets, inputs)
-        iterate = _with_weights(dense, {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()})
+        first: dict[str, Any] = {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()}
+        iterate = replace(dense, **first)
         seen, seen_energies = (
             (fitted, energies) if last or iteration == 0 or leading is fitted else (leading, leading_energies)
         )
@@ -219,10 +222,6 @@ def solve_feed_forward(
         targets = _regress(dense, iterate, corrections, inputs, _ridge(damping, x.shape[1], int(energies[2])), ranks)
     assert best is not None
     return Solution(best[0], inputs, InputStatistics(best[1], damping, f"{name}down"), errors, held_out_errors)
-
-
-def _with_weights(feed_forward: FeedForward, weights: dict[str, Any]) -> FeedForward:
-    return replace(feed_forward, **weights)
 
 
 def _first_layers(dense: FeedForward) -> list[str]:

@@ -86,7 +86,6 @@ def test_an_export_is_loaded_as_it_was(name: str, pattern: str, share: float, tm
     assert verify_export(tmp_path / "out") == []
     sizes = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["files_bytes"]
     assert sizes["packed"] == (tmp_path / "out" / "packed.safetensors").stat().st_size
-    assert 0 < sizes["zstd"] < sizes["plain"]
     assert sizes["packed"] < (1.01 if pattern == "neurons" else 0.8) * sizes["plain"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -204,25 +205,29 @@ def test_pruning_explains_an_allocator_error(
         prune_model(build_model("llama"), random_batches(4), config)
 
 
-def test_a_preset_without_room_for_a_step_of_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pruning is not lost: the model is as without the distillation."""
+@pytest.mark.parametrize(("failing", "kept"), [(2, 0), (30, 20)])
+def test_a_preset_without_room_for_a_step_of_distillation(
+    failing: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruning is not lost, nor the best state so far: without one the model is as without the distillation."""
     settings: dict[str, Any] = {"preset": "balanced", "num_calibration_samples": 4, "reconstruction_steps": 1}
     expected, model = build_model("llama"), build_model("llama")
     prune_model(expected, random_batches(4), PruningConfig(**settings, distillation_steps=0))
-    steps = iter(range(3))
+    steps, divergences = itertools.count(), iter([3.0, 2.0, 1.0])
 
     def fail_at_last(*args: Any) -> None:
-        if next(steps) == 2:
+        if next(steps) == failing:
             raise ALLOCATOR_ERRORS[0]
         step(*args)
 
     step = Distiller._add_gradients
     monkeypatch.setattr(Distiller, "_add_gradients", fail_at_last)
-    with pytest.warns(UserWarning, match="Preset balanced goes without distillation"):
+    monkeypatch.setattr(Distiller, "divergence", lambda self: next(divergences))
+    with pytest.warns(UserWarning, match="Preset balanced ends its distillation early"):
         report = prune_model(model, random_batches(4), PruningConfig(**settings))
-    assert report.distillation is None
-    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert report.distillation == {"steps": kept, "divergence": [3.0, 2.0 if kept else 3.0]}
+    same = [torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True)]
+    assert all(same) == (kept == 0)
 
 
 def test_pruning_does_not_explain_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:

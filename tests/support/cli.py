@@ -60,6 +60,7 @@ def instantiate(*arguments: object) -> SparseLLMCLI:
             auto_configure_optimizers=False,
             save_config_callback=None,
             args=[str(argument) for argument in arguments],
+            command=str(arguments[0]),
         )
 
 
