@@ -42,6 +42,7 @@ def test_arguments_are_expanded() -> None:
     ]
     assert expanded(["prune", "--config", "a.yaml"]) == ["prune", "--config", "a.yaml"]
     assert expanded(["verify", "folder"]) == ["verify", "folder"]
+    assert expanded(["test", "m"]) == ["test", "--model.pretrained", "m"]
     assert expanded([]) == []
 
 
@@ -68,6 +69,7 @@ def test_help_needs_no_other_package() -> None:
         (["sweep", "x", "--pruner.num_calibration_samples", "8"], "Write --settings.num_calibration_samples."),
         (["sweep", "x", "--sparsitis", "[0.5]"], "no option --sparsitis. Did you mean --sparsities?"),
         (["sweep", "x", "--sparsities", "0.5"], "--sparsities must be a list, got 0.5. Write [0.5]."),
+        (["inspect", "x", "--sequence_length", "0"], "sequence_length must be at least 1, got 0."),
         (["inspect", "x", "--pruner.sparsity", "70"], "sparsity must be in [0, 1), got 70.0. Write 0.7 for 70 %."),
         (["inspect", "x", "--pruner.sparsity", "70%"], "--pruner must be a number, got 70%. Write 0.7."),
         (["inspect", "x", "--pruner.sparsty", "0.7"], "there is no setting pruner.sparsty."),

@@ -192,7 +192,10 @@ def test_rows_override_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("llama")
     row = Architecture(blocks="layers", gate="mlp.up_proj", up="mlp.gate_proj", down="mlp.down_proj")
     table.register_architecture("llama", replace(row, blocks="h"))
-    with pytest.raises(UserError, match=r"row for 'llama' names 'h'"):
+    with pytest.raises(UserError, match=r"row for 'llama' must name a list of blocks of LlamaModel, got 'h'"):
+        describe(model)
+    table.register_architecture("llama", replace(row, blocks="norm"))
+    with pytest.raises(UserError, match="list of blocks of LlamaModel, got 'norm'"):
         describe(model)
     table.register_architecture("llama", row)  # gate and up are swapped
     with pytest.raises(UserError, match="does not reproduce"):

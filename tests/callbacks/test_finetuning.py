@@ -761,8 +761,14 @@ def test_schedules_that_do_not_fit_the_run(trained, loader: DataLoader[Any], mod
     for steps in (4, 2):
         with pytest.raises(UserError, match=f"stage at step 4, but the run ends at max_steps {steps}"):
             trainer(gradual(), max_steps=steps).fit(Module(trained("llama"), Mixing), loader)
-    with pytest.warns(UserWarning, match=r"ended at step 3, before the schedule's stages at 4\. Train longer"):
+    with pytest.warns(
+        UserWarning, match=r"ended at step 3, before the schedule's stages at 4\. Train longer"
+    ) as warned:
         trainer(gradual(), max_epochs=1, limit_train_batches=3).fit(Module(trained("llama"), Mixing), loader)
+    early = [
+        str(w.message) for w in warned if "takes about 3 steps, so that the schedule's stages at 4" in str(w.message)
+    ]
+    assert len(early) == 1, "and before the work"
     for callbacks in ([gradual(), EMAWeightAveraging()], [WeightAveraging(), gradual()]):
         with pytest.raises(UserError, match="weight averaging"):
             trainer(*callbacks, max_steps=6).fit(Module(trained("llama"), Mixing), loader)

@@ -53,6 +53,7 @@ from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
 from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.models import keep_in_conversions, load_model
+from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.reporting.card import model_card
 
 PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
@@ -108,6 +109,40 @@ def test_the_loss_beside_that_of_sparsegpt(tmp_path: Path, trained, text, ids: t
     gaps = [math.log(report.perplexity[name] / report.perplexity["dense"]) for name in ("pruned", "sparsegpt")]
     assert f"| {gaps[0]:.3f} | {gaps[0] / gaps[1]:.2f} |" in (tmp_path / "out" / "README.md").read_text()
     assert report.phases["baseline"] > 0
+
+
+def test_the_baseline_is_resumed(tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped while it prunes solves no block of the baseline again."""
+    write, written = Journal.write, []
+
+    def stop(*args: Any) -> None:
+        written.append(args)
+        if len(written) == 5:  # the second block of the run itself
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(Journal, "write", stop)
+    settings: dict[str, Any] = {**MAGNITUDE, "baseline": True, "resume_dir": str(tmp_path / "journal")}
+
+    def run() -> SparseLLMCallback:
+        held = SparseLLMCallback(**settings)
+        trainer(held).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8), DataLoader(ids[:4]))
+        return held
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run()
+    assert run().report is not None
+    assert len(written) == 7, "three of the baseline, one, the one that stopped, and the last two"
+
+
+def test_missing_calibration_text_is_named_before_the_dense_model_is_measured(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test.txt").write_text("A text of some words. " * 200)
+    monkeypatch.setattr("sparsellm_lightning.callbacks.measuring.perplexity", lambda *args, **kwargs: 1 / 0)
+    data = TextDataModule("files", test_files=[str(tmp_path / "test.txt")], sequence_length=16)
+    with pytest.raises(UserError, match="train_files"):
+        trainer(SparseLLMCallback(**MAGNITUDE)).fit(CausalLM(str(model_dir)), data)
 
 
 def test_the_baseline_needs_zeros() -> None:

@@ -43,6 +43,25 @@ def test_a_silent_rank_ends_the_run(clock: list[float], monkeypatch: pytest.Monk
         judged(clock, [float(second) for second in range(60)], monkeypatch)
 
 
+def test_a_rank_that_leaves_during_a_round_says_so() -> None:
+    """Otherwise the others would take it for a silent one."""
+    store = HashStore()
+    watch = liveness._Watch(store, 0, 1, "Pruning")
+    add, counted = store.add, []
+
+    def leaving(key: str, number: int) -> int:
+        counted.append(key)
+        if counted.count("1") == 1 and key == "1":  # the first round has told that this rank is still inside
+            watch.succeeded = True
+            watch.left.set()
+        return add(key, number)
+
+    watch.store = SimpleNamespace(add=leaving, check=store.check)
+    watch.left.wait = lambda seconds: watch.left.is_set()
+    watch.beat()
+    assert add("left", 0) == 1
+
+
 def test_a_run_that_was_suspended_goes_on(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """All ranks stood still, so that none has heard another. From then on silence counts again."""
     seconds = [1.0, 2.0, *(1000.0 + second for second in range(30))]

@@ -285,6 +285,10 @@ def test_evaluation_counts_every_window_once(
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
+def test_ranks_wait_for_the_first_as_long_as_it_takes(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(2).run("wait_for_first", tmp_path) == [(True, "no room")] * 2
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
 def test_the_same_generated_windows_on_every_rank(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from sparsellm_lightning import perplexity
+from sparsellm_lightning import CausalLM, perplexity
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models import evaluation, model_inputs
 from sparsellm_lightning.solvers import Ranks
@@ -112,6 +113,26 @@ def test_a_token_of_tiny_probability() -> None:
     metric = evaluation.new_metric()
     metric.update(logits, torch.ones(1, 100, dtype=torch.long))
     assert float(metric.compute()) == pytest.approx(math.exp((200 + 99 * math.log(8)) / 100), rel=1e-4)
+
+
+def test_causal_lm_gives_the_model_what_calibration_gives_it(tmp_path: Path) -> None:
+    """Position ids, on which the attention between packed documents depends; plain tensors; and labels that are None."""
+    build_model("llama").save_pretrained(tmp_path)
+    module = CausalLM(str(tmp_path))
+    module.configure_model()
+    module.eval()
+    ids = torch.randint(0, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
+    packed = {"input_ids": ids, "position_ids": torch.arange(20)[None] % 7}
+    with torch.no_grad():
+        assert torch.equal(module(packed), module.model(**packed, use_cache=False).logits)
+        assert not torch.equal(module(packed), module(ids))
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        for batch, same in ((packed, packed), (ids, {"input_ids": ids}), ({**packed, "labels": None}, packed)):
+            expected = module.model(**same, labels=ids, use_cache=False).loss
+            assert torch.allclose(module.training_step(batch, 0), expected)
+            module.perplexity.reset()
+            module.validation_step(batch, 0)
+            assert float(module.perplexity.compute()) == pytest.approx(float(expected.exp()), rel=1e-5)
 
 
 def test_padding_on_the_left_changes_nothing() -> None:

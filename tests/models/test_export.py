@@ -132,6 +132,24 @@ def test_an_export_that_fails_leaves_the_earlier_one(model: PreTrainedModel, tmp
     assert names(tmp_path) == {"out"}
 
 
+def test_an_export_that_cannot_be_put_in_place_leaves_the_earlier_one(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_model(model, tmp_path / "out", report=lambda: {"run": 1})
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export_model(model, tmp_path / "out", overwrite=True, report=lambda: {"run": 2})
+    assert json.loads((tmp_path / "out" / REPORT_NAME).read_text())["run"] == 1
+    assert names(tmp_path) == {"out"}
+
+
 def test_the_new_export_is_in_place_before_the_old_one_goes(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +255,7 @@ def test_an_export_that_cannot_be_changed_keeps_its_report(model: PreTrainedMode
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert json.loads(report.read_text())["speed"] == []
     report.write_text("{")
-    with pytest.warns(UserWarning, match=f"{REPORT_NAME} does not get speed"):
+    with pytest.warns(UserWarning, match=rf"speed could not be added to .*{REPORT_NAME}"):
         add_to_report(tmp_path / "out", speed=[])
 
 

@@ -26,7 +26,7 @@ def test_a_configuration_shows_what_the_weights_show(name: str, tmp_path: Path) 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     CONFIGS["mixtral"].save_pretrained(tmp_path)
-    main(["inspect", "--model.pretrained", str(tmp_path), "--pruner.sparsity", "0.7", "--pruner.ignore", "[o_proj]"])
+    main(["inspect", str(tmp_path), "--pruner.sparsity", "0.7", "--pruner.ignore", "[o_proj]"])
     shown = capsys.readouterr().out
     assert "model.layers.0 to 2 (MixtralDecoderLayer)" in shown
     assert "self_attn.o_proj 64 x 64 (dense)" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_table_compares_pair_by_pair() -> None:
     assert lines["decode, tokens/s"][2:] == ["30.0", "11.0", "2.00"]
 
 
+def test_the_ratio_is_of_the_fastest_kernels() -> None:
+    """Of the first model. The last one is compared on dense kernels."""
+    rates: dict[str, list[float]] = {"load": [1.0], "prefill": [100.0]}
+    dense, sparse = (Speed("a", 50, 25, 4, 2, decode=[speed], **rates) for speed in (10.0, 13.0))
+    sparse = replace(sparse, kernels="2:4", memory_bytes=3)
+    other = Speed("b", 50, 0, 4, 2, decode=[10.0], **rates)
+    for speeds in ([dense, sparse], [dense, sparse, other], [dense, sparse, other, replace(other, kernels="2:4")]):
+        lines = {line.split("  ")[0]: line.split() for line in speed_table(speeds).splitlines()}
+        assert lines["decode, tokens/s"][-1] == "1.30"
+        assert lines["memory, MiB"][-1] == "0.75"
+
+
 def test_weights_that_sparse_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers in 16 bits with 2:4 zeros, in the shapes of the kernels; the head is dense. Their call is a stand-in."""
     model = build_model("llama").bfloat16()
@@ -83,6 +96,7 @@ def test_sparse_kernels(tmp_path: Path) -> None:
     dense, sparse = measure_speed([str(tmp_path)], prompt_tokens=16, new_tokens=4, repeats=1)
     assert (dense.kernels, sparse.kernels) == ("dense", "2:4")
     assert min(sparse.prefill + sparse.decode) > 0
+    assert sparse.memory_bytes < dense.memory_bytes
 
 
 def test_an_export_keeps_its_speed_in_its_report(tmp_path: Path) -> None:

@@ -106,11 +106,11 @@ def test_tokens_sorted_by_expert_are_stored_once() -> None:
             cache.hidden = run_block(context, before, cache)
         seen.clear()
         tokens = RoutedTokens(context, block, cache, experts)
+    assert tokens.routing is not None
     sorted_tokens = torch.cat([x.view(len(experts.networks), -1, x.shape[-1]) for x in seen], 1)
     for expert in range(len(experts.networks)):
-        x = torch.cat([window.of(expert)[0] for window in tokens.windows])
-        assert torch.equal(x, sorted_tokens[expert])
-    stored = sum(window.hidden.values().numel() for window in tokens.windows)
+        assert torch.equal(tokens.routing.of(expert)[0], sorted_tokens[expert])
+    stored = tokens.routing.hidden.coalesce().values().numel()
     assert stored == int(sorted_tokens.any(-1).sum()) * sorted_tokens.shape[-1] < sorted_tokens.numel()
 
 

@@ -174,12 +174,12 @@ def test_other_errors_are_not_explained(error: Exception) -> None:
         (
             "pipeline.sequential.solve_feed_forward",
             {},
-            r"In model\.layers\.0: .*auxiliaries.*Lower memory.*num_calibration_samples,",
+            r"In model\.layers\.0: .*auxiliaries.*To need less, lower num_calibration_samples,",
         ),
         (
             "pipeline.sequential.allocate",
             {"allocation": "kl"},
-            r"In allocation: .*Lower memory.*num_calibration_samples,",
+            r"In allocation: .*To need less, lower num_calibration_samples,",
         ),
         (
             "data.synthetic._sample",

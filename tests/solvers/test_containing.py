@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.ranks import on_ranks
 from torch import Tensor
 
-from sparsellm_lightning.solvers import Containing, NofM, Stacked, Unstructured
+from sparsellm_lightning.solvers import Containing, NofM, Ranks, Stacked, Unstructured
 
 
 def brute_force(scores: Tensor, given: Tensor, count: int) -> Tensor:
@@ -45,6 +46,21 @@ def test_containing(sparsity: float, fraction: float) -> None:
             pruned = int((~per_row[row]).sum())
             assert abs(pruned - int(given[row].sum()) - share * int((~given[row]).sum())) <= 1
             assert torch.equal(per_row[row], brute_force(scores[row], given[row], pruned))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(7, 3), (2, 3)])
+def test_ranks_choose_as_one_process(rows: int, size: int, per_row: bool) -> None:
+    """Also with ranks that have no row."""
+    for scores in scores_with_ties(rows, 20):
+        given = torch.rand(rows, 20, generator=torch.Generator().manual_seed(1)) < 0.3
+
+        def local(ranks: Ranks, scores: Tensor = scores, given: Tensor = given) -> Tensor:
+            mine = ranks.local_rows(rows)
+            return Containing(Unstructured(0.6, ranks), given[mine]).select(scores[mine], per_row=per_row)
+
+        whole = Containing(Unstructured(0.6), given).select(scores, per_row=per_row)
+        assert torch.equal(torch.cat(on_ranks(size, local)), whole)
 
 
 def test_uneven_zeros() -> None:

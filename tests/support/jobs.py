@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,7 +45,14 @@ from sparsellm_lightning import (
     perplexity,
 )
 from sparsellm_lightning.architecture import decoder_blocks, describe
-from sparsellm_lightning.distributed import FSDP2Strategy, ProcessGroupRanks, adapter_for, local_tensor, shard_blocks
+from sparsellm_lightning.distributed import (
+    FSDP2Strategy,
+    ProcessGroupRanks,
+    adapter_for,
+    failing_with_first,
+    local_tensor,
+    shard_blocks,
+)
 from sparsellm_lightning.distributed.fsdp2 import FSDP2Adapter
 
 
@@ -377,6 +386,29 @@ def reading(job: Job) -> bool:
     rows = ReadingRows()
     job.trainer(rows).fit(job.module(), job.data())
     return rows.copies
+
+
+def wait_for_first(job: Job) -> tuple[bool, str]:
+    """Whether the others find, without a collective, what the first rank has written; and what they say if it fails."""
+
+    def broadcast(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    written, said = job.folder / "written", ""
+    with failing_with_first(SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))):
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+            written.touch()
+    found = written.exists()
+    try:
+        with failing_with_first(SimpleNamespace(strategy=SimpleNamespace(broadcast=broadcast))):
+            if dist.get_rank() == 0:
+                raise UserError("no room")
+    except UserError as error:
+        said = str(error)
+    return found, said
 
 
 def refusals_of_fsdp2(job: Job) -> list[str]:
