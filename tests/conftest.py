@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 from support.models import SEQUENCE, load_or_train, train_tokenizer
 from support.pool import RankPool
+from support.quick import constant_speed, without_drawing
 from support.text import tokenised_once
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -129,6 +131,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(autouse=True)
-def _constant_gemm_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run's report gets a constant for the speed of large products. Measuring it takes longer than a tiny run."""
-    monkeypatch.setattr("sparsellm_lightning.pipeline.prune.gemm_peak", lambda *args: 1e12)
+def _quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Speeds of products are a constant, and plots are drawn only in tests with the marker ``draws``."""
+    with constant_speed(), nullcontext() if "draws" in request.keywords else without_drawing():
+        yield

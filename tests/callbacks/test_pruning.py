@@ -52,7 +52,7 @@ from sparsellm_lightning.callbacks import exporting
 from sparsellm_lightning.callbacks.checks import check_launcher, check_trainer
 from sparsellm_lightning.data.loaders import calibration_batches, validation_batches
 from sparsellm_lightning.distributed import adapter_for
-from sparsellm_lightning.models import keep_in_conversions, load_model
+from sparsellm_lightning.models import load_model
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.reporting.card import model_card
 
@@ -296,6 +296,7 @@ def test_seed_orders_a_shuffled_train_loader(trained, ids: torch.Tensor) -> None
     assert not torch.equal(pruned_with(1), pruned_with(2))
 
 
+@pytest.mark.draws
 def test_export_and_report_are_true(tmp_path: Path, model_dir: Path) -> None:
     """Plain transformers reads the exported model, which has the sparsities and the perplexity of the report."""
     target = tmp_path / "out"
@@ -874,13 +875,16 @@ def test_a_tokenizer_that_the_datamodule_names_is_exported(tmp_path: Path, model
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("for x in y")["input_ids"]
 
 
-def test_the_trainer_can_be_pickled_while_it_prunes(ids: torch.Tensor) -> None:
+def test_the_trainer_can_be_pickled_while_it_prunes(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that are not forked get it, if the user's collate function belongs to the datamodule."""
-    run = trainer()
-    keep_in_conversions(run.precision_plugin)
-    again = pickle.loads(pickle.dumps(run.precision_plugin))
-    model = build_model("llama")
-    assert again.convert_module(model) is model
+    held, pickled = SparseLLMCallback(**MAGNITUDE), []
+    monkeypatch.setattr(
+        "sparsellm_lightning.callbacks.pruning.log_block", lambda trainer, result: pickled.append(pickle.dumps(trainer))
+    )
+    trainer(held, precision="bf16-true").fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+    again, model = pickle.loads(pickled[1]), build_model("llama")
+    assert again.precision_plugin.convert_module(model) is model
+    assert model.dtype == torch.bfloat16
 
 
 def test_the_callback_can_be_pickled_while_it_trains(tmp_path: Path, ids: torch.Tensor) -> None:

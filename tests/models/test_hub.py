@@ -48,7 +48,13 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def prune(folder: Path, repo: str, **settings: Any) -> None:
     pruner = SparseLLMCallback(
-        sparsity=0.5, preset="paper", num_calibration_samples=4, measure=False, push_to_hub=repo, **settings
+        sparsity=0.5,
+        preset="paper",
+        method="magnitude",
+        num_calibration_samples=4,
+        measure=False,
+        push_to_hub=repo,
+        **settings,
     )
     ids = torch.arange(64).view(4, 16) % VOCABULARY
     trainer(pruner, max_steps=1, default_root_dir=folder).fit(

@@ -58,9 +58,8 @@ def test_parts_that_do_not_belong_together() -> None:
 
 
 def exported(folder: Path, name: str, **settings: Any) -> Any:
-    pruner = SparseLLMCallback(
-        **{"preset": "paper", "num_calibration_samples": 8, "export_dir": str(folder), "measure": False, **settings}
-    )
+    given = {"preset": "paper", "method": "magnitude", "num_calibration_samples": 8, "measure": False, **settings}
+    pruner = SparseLLMCallback(**given, export_dir=str(folder))
     model = build_model(name)
     ids = torch.randint(0, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(2))
     with warnings.catch_warnings():

@@ -81,7 +81,9 @@ def test_greedy_choice() -> None:
 )
 def test_the_export_is_smaller_and_gives_the_same_logits(name: str, finetune: bool, tmp_path: Path) -> None:
     model, dense = build_model(name), build_model(name)
-    smaller, report = exported_smaller(model, tmp_path / "out", finetune, **BLOCKS, reconstruction_steps=4)
+    smaller, report = exported_smaller(
+        model, tmp_path / "out", finetune, **BLOCKS, reconstruction_steps=4, distillation_steps=2
+    )
     gone = removed_from(model)
     blocks = len(describe(dense).blocks)
     assert len(gone) == round(0.3 * blocks)

@@ -45,10 +45,13 @@ def test_only_the_last_window_counts() -> None:
     assert_same_weights(found, expected)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
-    "name",
-    ["model.layers.2.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight", "model.embed_tokens.weight"],
+    ("preset", "name"),
+    [
+        *((preset, "model.layers.2.mlp.down_proj.weight") for preset in PRESETS),
+        ("paper", "model.layers.2.input_layernorm.weight"),
+        ("paper", "model.embed_tokens.weight"),
+    ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_is_not_finite(preset: Any, name: str, value: float) -> None:

@@ -57,6 +57,7 @@ def report() -> PruningReport:
     return report
 
 
+@pytest.mark.draws
 def test_report_page(report: PruningReport, tmp_path: Path) -> None:
     model = report.built  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path)
@@ -89,6 +90,7 @@ def test_png(shape: tuple[int, int]) -> None:
     assert torch.equal(pixels(source) < 128, kept)
 
 
+@pytest.mark.draws
 def test_sweep_page(tmp_path: Path) -> None:
     rows = [
         {"variant": "dense", "sparsity": 0.0, "perplexity": 10.0},

@@ -151,11 +151,12 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     import torch.distributed as dist
 
     from support import jobs, mixtures  # noqa: F401  a model class of its own is registered
+    from support.quick import constant_speed, without_drawing
     from support.text import tokenised_once
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    with tokenised_once():
+    with tokenised_once(), constant_speed(), without_drawing():
         while True:
             try:
                 job, folder, options = pickle.loads(connection.recv_bytes())
