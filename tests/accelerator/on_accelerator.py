@@ -19,7 +19,7 @@ from support.models import build_model
 from support.training import Module, ZeroWatch, trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import XGLMConfig, XGLMForCausalLM
+from transformers import PreTrainedModel, XGLMConfig, XGLMForCausalLM
 
 from sparsellm_lightning import (
     CausalLM,
@@ -32,7 +32,6 @@ from sparsellm_lightning import (
     UserError,
     generate_windows,
     holding_zeros,
-    perplexity,
     prune_model,
     verify_export,
 )
@@ -114,6 +113,10 @@ CASES = [
 ]
 
 
+def zeros_of(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [(p.matrix.cpu() == 0).flatten() for p in describe(model).projections()]
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_prune(device: torch.device, name: str, settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storages: list[torch.device] = []
@@ -129,7 +132,8 @@ def test_prune(device: torch.device, name: str, settings: str, monkeypatch: pyte
     prune_model(expected, random_batches(), replace(chosen, memory="auto"))
     prune_model(model, random_batches(), chosen)
     assert all(parameter.device == DEVICE for parameter in model.parameters())
-    assert perplexity(model, random_batches()) == pytest.approx(perplexity(expected, random_batches()), rel=0.02)
+    same = torch.cat([zeros == others for zeros, others in zip(zeros_of(model), zeros_of(expected), strict=True)])
+    assert float(same.double().mean()) > (0.95 if chosen.reconstruction_steps else 0.99)
     if settings == "on the host, tuned":
         assert storages[-1].type == "cpu"
     elif chosen.distillation_steps:

@@ -20,7 +20,7 @@ def main() -> None:
     options = arguments.parse_args()
 
     configs: dict[str, dict[str, Any]] = {"sparsegpt": {"preset": "paper", "method": "sparsegpt"}}
-    for blocks in options.blocks:
+    for blocks in (number for number in options.blocks if number <= (options.layers or number)):
         chosen = list(range(blocks)) if blocks else "none"
         configs[f"sparsellm, {blocks} blocks"] = {
             "preset": "paper",
@@ -29,10 +29,10 @@ def main() -> None:
         }
     with prepared(options) as job:
         figures = {name: measure({**job, "config": {"sparsity": 0.7, **config}}) for name, config in configs.items()}
-    one = figures["sparsegpt"]["peak_bytes"]
-    rows: list[tuple[str, ...]] = [("run", "peak MiB", "of SparseGPT's", "seconds")]
-    for name, figure in figures.items():
-        peak = figure["peak_bytes"]
+    peaks = {name: figure["peak_bytes"] - figure["before_bytes"] for name, figure in figures.items()}
+    one = peaks["sparsegpt"]
+    rows: list[tuple[str, ...]] = [("run", "peak over the loaded model, MiB", "of SparseGPT's", "seconds")]
+    for (name, figure), peak in zip(figures.items(), peaks.values(), strict=True):
         rows.append((name, f"{peak / 2**20:.0f}", f"{peak / one:.3f}", f"{figure['seconds']:.0f}"))
     print(format_table(rows))
     if options.json:

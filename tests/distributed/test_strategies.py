@@ -285,6 +285,14 @@ def test_evaluation_counts_every_window_once(
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
+def test_a_file_that_one_rank_lacks(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
+    """All ranks solve that block again, with the same result. One process refuses the journal of two."""
+    settings: dict[str, Any] = {"preset": "paper", "num_iterations": 2, "sparsity": 0.6, "num_calibration_samples": 8}
+    assert ranks(2).run("resume", tmp_path, pruner=settings) == [([1], True)] * 2
+    with pytest.raises(UserError, match="ranks: 2 there, 1 here"):
+        prune_model(build_model("llama"), random_batches(), PruningConfig(**settings), resume_dir=tmp_path / "journal")
+
+
 def test_ranks_wait_for_the_first_as_long_as_it_takes(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
     assert ranks(2).run("wait_for_first", tmp_path) == [(True, "no room")] * 2
 

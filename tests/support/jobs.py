@@ -257,8 +257,9 @@ def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
         config = PruningConfig(**job.options["pruner"])
         prune_model(model, random_batches(), config, adapter=adapter, resume_dir=job.folder / "journal")
         solved: list[int] = []
+        again = moved(build_model(job.options["model"]))
         prune_model(
-            moved(build_model(job.options["model"])),
+            again,
             random_batches(),
             config,
             adapter=adapter,
@@ -266,7 +267,33 @@ def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
             on_iteration=lambda block, *_: solved.append(block),
         )
         assert not solved, "every block is restored from the journal"
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(again.parameters(), model.parameters(), strict=True))
         return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+
+
+def resume(job: Job) -> tuple[list[int], bool]:
+    """Prune, lose the second rank's file of block 1, and prune again. Returns the blocks solved then; whether weights agree."""
+    from sparsellm_lightning import PruningConfig, prune_model
+    from sparsellm_lightning.distributed import StrategyAdapter
+    from support.batches import random_batches
+    from support.models import build_model
+
+    adapter, solved = StrategyAdapter(), set()
+    adapter.ranks = ProcessGroupRanks()
+    config, journal = PruningConfig(**job.options["pruner"]), job.folder / "journal"
+    first, again = build_model("llama"), build_model("llama")
+    prune_model(first, random_batches(), config, adapter=adapter, resume_dir=journal)
+    if adapter.ranks.rank == 1:
+        next(journal.glob("block-00001-rank-1.*")).unlink()
+    prune_model(
+        again,
+        random_batches(),
+        config,
+        adapter=adapter,
+        resume_dir=journal,
+        on_iteration=lambda block, *_: solved.add(block),
+    )
+    return sorted(solved), all(torch.equal(a, b) for a, b in zip(again.parameters(), first.parameters(), strict=True))
 
 
 def fit_on_accelerator(job: Job) -> None:
