@@ -25,6 +25,7 @@ from support.batches import random_batches
 from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.pool import JobFailed, RankPool
+from support.runs import zero_smaller_half
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -285,6 +286,13 @@ def test_evaluation_counts_every_window_once(
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
+def untrained(name: str, folder: Path, folder_of: Callable[[str], str]) -> str:
+    """A folder with a random tiny model, and the tokenizer of the trained ones."""
+    build_model(name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder_of("llama")).save_pretrained(folder)
+    return str(folder)
+
+
 def test_a_file_that_one_rank_lacks(tmp_path: Path, ranks: Callable[[int], RankPool]) -> None:
     """All ranks solve that block again, with the same result. One process refuses the journal of two."""
     settings: dict[str, Any] = {"preset": "paper", "num_iterations": 2, "sparsity": 0.6, "num_calibration_samples": 8}
@@ -394,15 +402,35 @@ def test_fsdp1_wraps_blocks_as_a_whole(
     assert all("LlamaMLP inside model.layers.0 is wrapped too" in text for text in failure.value.tracebacks.values())
 
 
-@pytest.mark.parametrize("option", ["use_orig_params", "forward_prefetch"])
+@pytest.mark.parametrize("option", ["use_orig_params", "forward_prefetch", "cpu_offload"])
 def test_options_of_fsdp1_that_are_refused(option: str) -> None:
     """Without its parameters tuning would fill the zeros, and a block that is gathered early has the weights from before."""
-    strategy = FSDPStrategy(**{option: option == "forward_prefetch"})
+    options: dict[str, Any] = {option: option != "use_orig_params"}
+    strategy = FSDPStrategy(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp1, "ProcessGroupRanks", lambda **_: SINGLE)
         patch.setattr(FSDPStrategy, "root_device", torch.device("cpu"))
-        with pytest.raises(UserError, match=f"{option}.* Leave (it|forward_prefetch) out"):
+        with pytest.raises(UserError, match=f"{option}.* Leave (it|{option}) out"):
             FSDP1Adapter(strategy).check(describe(build_model("llama")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"job": "hold_zeros", "strategy": "ddp"},
+        pytest.param({"job": "train_sparse", "strategy": "fsdp1", "sharding": "SHARD_GRAD_OP"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: options["strategy"],
+)
+def test_a_sparse_model_is_trained(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], options: dict[str, Any]
+) -> None:
+    folder = Path(untrained("llama", tmp_path / "sparse", folder_of))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    zero_smaller_half(describe(model).projections())
+    model.save_pretrained(folder)
+    job, *_ = options.values()
+    ranks(2).run(job, tmp_path, model=str(folder), **{name: value for name, value in options.items() if name != "job"})
 
 
 @pytest.mark.slow
@@ -461,13 +489,6 @@ def test_tensor_parallelism_is_refused(
         ranks(2).run("prune", tmp_path, model=folder_of("llama"), strategy="tensor_parallel", pruner=FAILING)
     assert failure.value.tracebacks.keys() == {0, 1}
     assert all("UserError" in text and "tensor_parallel_size=1" in text for text in failure.value.tracebacks.values())
-
-
-def untrained(name: str, folder: Path, folder_of: Callable[[str], str]) -> str:
-    """A folder with a random tiny model, and the tokenizer of the trained ones."""
-    build_model(name).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder_of("llama")).save_pretrained(folder)
-    return str(folder)
 
 
 def test_rows_that_are_read_are_copies(

@@ -471,3 +471,18 @@ def test_settings_reach_the_solvers(
         torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-3)
     assert bool(given) == (settings["method"] == "sparsellm")
     assert all((one["damping"], one["penalties"]) == (damping, config.penalties) for one in given)
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_the_alternation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long runs compile the z and s steps. Their errors are those of the plain steps, to rounding."""
+
+    def errors() -> list[float]:
+        config = PruningConfig(preset="paper", sparsity=0.6, num_iterations=2, num_calibration_samples=8)
+        report = prune_model(build_model("llama"), random_batches(), config)
+        return [error for block in report.blocks for error in block["errors"]]
+
+    plain, before = errors(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(sequential, "WORTH_COMPILING", 0)
+    assert errors() == pytest.approx(plain, rel=1e-2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before

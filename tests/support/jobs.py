@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from sparsellm_lightning import (
@@ -42,6 +43,7 @@ from sparsellm_lightning import (
     SparseLLMCallback,
     TextDataModule,
     UserError,
+    holding_zeros,
     perplexity,
 )
 from sparsellm_lightning.architecture import decoder_blocks, describe
@@ -365,6 +367,33 @@ def life(job: Job) -> None:
             new = job.trainer(SparseFinetuning(), watch, max_steps=1)
             new.fit(job.module(weights=checkpoint), job.data())
             assert new.global_step == 1
+
+
+def train_sparse(job: Job) -> None:
+    """Train a sparse model with its zeros held."""
+    fit = job.trainer(SparseFinetuning(), ZerosHeld(), max_steps=2)
+    fit.fit(job.module(weights=job.options["model"]), job.data())
+    assert fit.global_step == 2
+
+
+def hold_zeros(job: Job) -> None:
+    """Train a sparse model that torch's DDP wraps, in a plain loop. Each rank has a window of its own."""
+    model = AutoModelForCausalLM.from_pretrained(job.options["model"])
+    zeros = {name: p == 0 for name, p in model.named_parameters() if "proj" in name}
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+    ids = torch.randint(0, 400, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    with holding_zeros(wrapped):  # type: ignore[arg-type]
+        for _ in range(2):
+            wrapped(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ranks = ProcessGroupRanks()
+    for name, pruned in zeros.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight == 0, pruned), name
+        assert not bool(optimizer.state[weight]["exp_avg"][pruned].any()), name
+        assert all(torch.equal(other, weight.detach()) for other in ranks.gather(weight.detach())), name
 
 
 def fail(job: Job) -> None:
