@@ -23,11 +23,17 @@ from sparsellm_lightning.runtime import fastest_float32, keeping_freed_memory
 from sparsellm_lightning.solvers import SINGLE, Ranks
 
 
+def copied(matrix: Tensor) -> Tensor:
+    """A contiguous copy in float32."""
+    return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 class StrategyAdapter:
-    """A single device: every weight is whole. The adapters of other strategies derive from this one.
+    """Every rank has the whole model. The adapters of strategies that split it derive from this one.
 
     Args:
         strategy: of the Trainer. None: no Trainer, no autocast.
+        ranks: that have a part of the calibration windows each. Each solves its rows of every weight.
     """
 
     # Whether a forward is a collective. Then all ranks must make the same number of forwards.
@@ -35,9 +41,9 @@ class StrategyAdapter:
     # Whether each rank holds a piece of every parameter, instead of the whole.
     weights_are_split = False
 
-    def __init__(self, strategy: Strategy | None = None) -> None:
+    def __init__(self, strategy: Strategy | None = None, ranks: Ranks = SINGLE) -> None:
         self.strategy = strategy
-        self.ranks: Ranks = SINGLE
+        self.ranks = ranks
 
     def check(self, layout: DecoderLayout) -> None:
         """Refuse a model that is laid out over ranks in a way that is not supported."""
@@ -126,7 +132,7 @@ class StrategyAdapter:
     def read_rows(self, projection: Projection) -> Tensor:
         """A copy of this rank's rows of a weight, (rows, in features) float32."""
         rows = self.ranks.local_rows(projection.shape[0])
-        return projection.matrix[rows].to(torch.float32, copy=True).contiguous()
+        return copied(projection.matrix[rows])
 
     def write_rows(self, projection: Projection, rows: Tensor) -> None:
         """Write this rank's rows into the parameter, in place, cast to its dtype. All ranks call this together."""
@@ -135,7 +141,7 @@ class StrategyAdapter:
 
     def whole(self, projection: Projection) -> Tensor:
         """The whole weight as float32, on every rank. To be held for one block at a time."""
-        return projection.matrix.to(torch.float32, copy=True).contiguous()
+        return copied(projection.matrix)
 
     def write_whole(self, projection: Projection, weight: Tensor) -> None:
         """Write a weight, whole on every rank, into the parameter, in place, cast to its dtype."""

@@ -15,14 +15,14 @@ from lightning.pytorch.strategies import (
 )
 
 from sparsellm_lightning.distributed.adapter import StrategyAdapter
-from sparsellm_lightning.distributed.ddp import DDPAdapter
 from sparsellm_lightning.distributed.fsdp1 import FSDP1Adapter
 from sparsellm_lightning.distributed.fsdp2 import FSDP2Adapter
+from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
 from sparsellm_lightning.errors import UserError
 
 _ADAPTERS: dict[type[Strategy], Callable[[Any], StrategyAdapter]] = {
     SingleDeviceStrategy: StrategyAdapter,
-    DDPStrategy: DDPAdapter,
+    DDPStrategy: lambda strategy: StrategyAdapter(strategy, ProcessGroupRanks(device=strategy.root_device)),
     ModelParallelStrategy: FSDP2Adapter,
     FSDPStrategy: FSDP1Adapter,
 }

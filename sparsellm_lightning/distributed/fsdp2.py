@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import DecoderLayout, Projection
-from sparsellm_lightning.distributed.adapter import local_tensor
+from sparsellm_lightning.distributed.adapter import copied, local_tensor
 from sparsellm_lightning.distributed.ranks import ProcessGroupRanks
 from sparsellm_lightning.distributed.sharded import ShardedAdapter
 from sparsellm_lightning.errors import UserError
@@ -109,10 +109,10 @@ class FSDP2Adapter(ShardedAdapter):
         if projection.expert is not None and isinstance(projection.parameter, DTensor):
             mine = self._mine(projection)
             device = projection.parameter.to_local().device
-            whole = torch.zeros(projection.shape, device=device) if mine is None else _copied(mine)
+            whole = torch.zeros(projection.shape, device=device) if mine is None else copied(mine)
             self.ranks.sum_(whole)  # the other ranks have zeros
             return whole
-        return _copied(projection.of(self._gathered(projection.parameter)))
+        return copied(projection.of(self._gathered(projection.parameter)))
 
     def write_whole(self, projection: Projection, weight: Tensor) -> None:
         parameter = projection.parameter.detach()
@@ -180,10 +180,6 @@ class FSDP2Adapter(ShardedAdapter):
             gathered = self.ranks.gather_rows_to_first(tensor.to_local(), tensor.shape[0])
             return None if gathered is None else gathered.cpu()
         return tensor.cpu() if self.ranks.rank == 0 else None
-
-
-def _copied(matrix: Tensor) -> Tensor:
-    return matrix.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _local_shard(projection: Projection) -> Tensor | None:

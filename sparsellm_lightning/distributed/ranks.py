@@ -64,28 +64,33 @@ class ProcessGroupRanks(Ranks):
                 dist.all_reduce(tensor, group=self.group)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [*self._gathered(tensor.contiguous())]
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks in one, (ranks, ...)."""
         self.elements += tensor.numel() * self.size
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return parts
+        whole = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather([*whole], tensor, group=self.group)
+        return whole
 
     def gather_rows(self, local: Tensor, rows: int) -> Tensor:
-        return self._join(self.gather(self._padded(local, rows)), rows)
+        # Only the last ranks have fewer rows than others, so that all padding is at the end.
+        return self._gathered(self._padded(local, rows)).flatten(0, 1)[:rows]
 
     def gather_rows_to_first(self, local: Tensor, rows: int) -> Tensor | None:
         padded = self._padded(local, rows)
-        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(padded, parts, group=self.group, group_dst=0)
-        return None if parts is None else self._join(parts, rows)
+        whole = padded.new_empty((self.size, *padded.shape)) if self.rank == 0 else None
+        dist.gather(padded, None if whole is None else [*whole], group=self.group, group_dst=0)
+        return None if whole is None else whole.flatten(0, 1)[:rows]
 
     def _padded(self, local: Tensor, rows: int) -> Tensor:
         """The local rows, padded to the length of the longest shard: collectives need equal shapes."""
-        padded = local.new_zeros((split_sizes(rows, self.size)[0], *local.shape[1:]))
+        longest = split_sizes(rows, self.size)[0]
+        if len(local) == longest:
+            return local.contiguous()
+        padded = local.new_zeros((longest, *local.shape[1:]))
         padded[: local.shape[0]] = local
         return padded
-
-    def _join(self, parts: list[Tensor], rows: int) -> Tensor:
-        return torch.cat([part[:size] for part, size in zip(parts, split_sizes(rows, self.size), strict=True)])
 
     @contextmanager
     def failing_together(self, what: str = "Pruning") -> Iterator[None]:

@@ -245,17 +245,14 @@ def _smallest(counted: Sequence[Counted], ranks: Ranks) -> list[Tensor]:
         counted: of each matrix.
         ranks: hold the other rows.
     """
-    matrices = [scores for scores, _, _ in counted]
-    flats = [matrix.contiguous().view(-1) for matrix in matrices]
-    wanted = [count for _, count, _ in counted]
     if ranks.size == 1:
-        found = [_kth_smallest(flat, count) for flat, count in zip(flats, wanted, strict=True)]
-    elif ranks.size * sum(matrix.shape[1] * rows for matrix, _, rows in counted) <= _GATHERED:
-        found = _kth_smallest_of_gathered(counted, ranks)
-    else:
-        found = _kth_smallest_over_ranks(flats, wanted, ranks)
+        return [_smallest_here(scores.flatten(), count).view_as(scores) for scores, count, _ in counted]
+    if ranks.size * sum(scores.shape[1] * rows for scores, _, rows in counted) <= _GATHERED:
+        return _smallest_of_gathered(counted, ranks)
+    flats = [scores.flatten() for scores, _, _ in counted]
+    found = _kth_smallest_over_ranks(flats, [count for _, count, _ in counted], ranks)
     masks = []
-    for matrix, flat, (threshold, wanted_ties, ties) in zip(matrices, flats, found, strict=True):
+    for (scores, _, _), flat, (threshold, wanted_ties, ties) in zip(counted, flats, found, strict=True):
         mask = flat < threshold
         if wanted_ties:
             equal = flat == threshold
@@ -264,43 +261,51 @@ def _smallest(counted: Sequence[Counted], ranks: Ranks) -> list[Tensor]:
                 per_rank = torch.cat(ranks.gather(equal.sum()[None]))
                 equal &= equal.cumsum(0) <= wanted_ties - per_rank[: ranks.rank].sum()
             mask |= equal
-        masks.append(mask.view_as(matrix))
+        masks.append(mask.view_as(scores))
     return masks
 
 
-def _kth_smallest_of_gathered(counted: Sequence[Counted], ranks: Ranks) -> list[tuple[Tensor, int, int]]:
-    """:func:`_kth_smallest` of scores spread over ranks, by one exchange of all scores. For few scores, latency dominates."""
-    # Messages have equal sizes, ranks unequal numbers of rows. Infinity, never among the smallest, fills the rest.
-    sizes = [rows * matrix.shape[1] for matrix, _, rows in counted]
-    message = torch.cat(
-        [
-            torch.nn.functional.pad(matrix.flatten(), (0, size - matrix.numel()), value=torch.inf)
-            for (matrix, _, _), size in zip(counted, sizes, strict=True)
-        ]
-    )
-    gathered = torch.stack(ranks.gather(message)).split(sizes, dim=1)
-    return [_kth_smallest(part.reshape(-1), count) for part, (_, count, _) in zip(gathered, counted, strict=True)]
-
-
-def _kth_smallest(flat: Tensor, count: int) -> tuple[Tensor, int, int]:
-    """The ``count``-th smallest value, the number of equal values among the ``count`` smallest, and among all."""
+def _smallest_here(flat: Tensor, count: int) -> Tensor:
+    """The mask of the ``count`` smallest values, ties by position. NaN, which fills gaps, is never among them."""
     if count == 0:
-        return flat.new_tensor(0.0), 0, 0
+        return torch.zeros_like(flat, dtype=torch.bool)
     if flat.device.type == "cpu":
         # Faster than torch.kthvalue.
         threshold = torch.as_tensor(np.partition(flat.detach().numpy(), count - 1)[count - 1])
     else:
         threshold = flat.sort().values[count - 1]
-    return threshold, count - int((flat < threshold).sum()), int((flat == threshold).sum())
+    below, equal = flat < threshold, flat == threshold
+    fewer, ties = torch.stack([below.sum(), equal.sum()]).tolist()
+    if fewer + ties > count:
+        equal &= equal.cumsum(0) <= count - fewer
+    return below | equal
+
+
+def _smallest_of_gathered(counted: Sequence[Counted], ranks: Ranks) -> list[Tensor]:
+    """:func:`_smallest` by one exchange of all scores. For few scores, latency dominates."""
+    # Messages have equal sizes, ranks unequal numbers of rows.
+    sizes = [rows * scores.shape[1] for scores, _, rows in counted]
+    message = torch.cat(
+        [
+            torch.nn.functional.pad(scores.flatten(), (0, size - scores.numel()), value=torch.nan)
+            for (scores, _, _), size in zip(counted, sizes, strict=True)
+        ]
+    )
+    gathered = torch.stack(ranks.gather(message)).split(sizes, dim=1)
+    masks = []
+    for part, (scores, count, _) in zip(gathered, counted, strict=True):
+        mine = _smallest_here(part.flatten(), count).view_as(part)[ranks.rank]
+        masks.append(mine[: scores.numel()].view_as(scores))
+    return masks
 
 
 def _kth_smallest_over_ranks(
     flats: Sequence[Tensor], counts: Sequence[int], ranks: Ranks
 ) -> list[tuple[Tensor, int, int]]:
-    """:func:`_kth_smallest` of each set of non-negative float32 values spread over ranks, exactly, by radix selection.
+    """Of each set of values spread over ranks the count-th smallest, and how many equal ones are among the smallest and in all.
 
-    Non-negative floats have the order of their bits read as integers. Histograms of 11, 11 and 10 bits, summed over ranks,
-    find the value, for any number of values.
+    The values are non-negative float32, which have the order of their bits read as integers. Histograms of 11, 11 and 10 bits,
+    summed over ranks, find the value exactly, for any number of values.
     """
     device = flats[0].device
     bins = 2**_RADIX_BITS

@@ -50,7 +50,8 @@ class Ranks:
     def gather_counts(self, *counts: int) -> list[list[int]]:
         """The integers of all ranks (equally many on each), in rank order."""
         mine = torch.tensor(counts, dtype=torch.int64, device=self.device)
-        return [part.tolist() for part in self.gather(mine)]
+        found: list[list[int]] = torch.stack(self.gather(mine)).tolist()
+        return found
 
     def total(self, *counts: int) -> list[int]:
         """The sum of each integer over all ranks."""
@@ -74,8 +75,8 @@ class Ranks:
 
     def local_rows(self, rows: int) -> slice:
         """This rank's rows of a matrix with ``rows`` rows."""
-        start = self.rank * -(-rows // self.size)
-        return slice(min(start, rows), min(start + split_sizes(rows, self.size)[self.rank], rows))
+        per_rank = -(-rows // self.size)
+        return slice(min(self.rank * per_rank, rows), min((self.rank + 1) * per_rank, rows))
 
 
 SINGLE = Ranks()

@@ -191,10 +191,10 @@ class Observed(SparseLLMCallback):
 
     @contextmanager
     def _watching_traffic(self) -> Iterator[None]:
-        gather, init = ProcessGroupRanks.gather, ProcessGroupRanks.__init__
+        gather, init = ProcessGroupRanks._gathered, ProcessGroupRanks.__init__
         made: list[ProcessGroupRanks] = []
 
-        def watched_gather(ranks: ProcessGroupRanks, tensor: Tensor) -> list[Tensor]:
+        def watched_gather(ranks: ProcessGroupRanks, tensor: Tensor) -> Tensor:
             self.largest = max(self.largest, tensor.numel() * ranks.size)
             return gather(ranks, tensor)
 
@@ -202,7 +202,7 @@ class Observed(SparseLLMCallback):
             init(ranks, *args, **kwargs)
             made.append(ranks)
 
-        patched = mock.patch.multiple(ProcessGroupRanks, gather=watched_gather, __init__=watched_init)
+        patched = mock.patch.multiple(ProcessGroupRanks, _gathered=watched_gather, __init__=watched_init)
         with patched:
             yield
         self.elements = sum(ranks.elements for ranks in made)
@@ -253,9 +253,7 @@ def prune_on_accelerator(job: Job) -> dict[str, Tensor]:
 
     with accelerator(), collectives_on_the_device():
         model = moved(build_model(job.options["model"]))
-        adapter = StrategyAdapter()
-        if job.processes > 1:
-            adapter.ranks = ProcessGroupRanks(device=DEVICE)
+        adapter = StrategyAdapter(ranks=ProcessGroupRanks(device=DEVICE)) if job.processes > 1 else StrategyAdapter()
         config = PruningConfig(**job.options["pruner"])
         prune_model(model, random_batches(), config, adapter=adapter, resume_dir=job.folder / "journal")
         solved: list[int] = []
@@ -280,8 +278,7 @@ def resume(job: Job) -> tuple[list[int], bool]:
     from support.batches import random_batches
     from support.models import build_model
 
-    adapter, solved = StrategyAdapter(), set()
-    adapter.ranks = ProcessGroupRanks()
+    adapter, solved = StrategyAdapter(ranks=ProcessGroupRanks()), set()
     config, journal = PruningConfig(**job.options["pruner"]), job.folder / "journal"
     first, again = build_model("llama"), build_model("llama")
     prune_model(first, random_batches(), config, adapter=adapter, resume_dir=journal)
