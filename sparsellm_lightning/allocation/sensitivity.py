@@ -88,6 +88,9 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
 
 def _parts(block: Block, apart: bool) -> list[list[Projection]]:
     """The projections of a block that are pruned: each a part of its own (experts by role), or all together as one part."""
+    if not apart:  # the projections of each expert one after the other, because they share statistics
+        together = [p for p in block.projections() if p.pruned]
+        return [together] if together else []
     parts: list[list[Projection]] = []
     for unit in block.units:
         if isinstance(unit, Experts):
@@ -95,8 +98,7 @@ def _parts(block: Block, apart: bool) -> list[list[Projection]]:
         else:
             parts += [[p] for p in unit.projections]
     parts = [[p for p in part if p.pruned] for part in parts]
-    parts = [part for part in parts if part]
-    return parts if apart or not parts else [[p for part in parts for p in part]]
+    return [part for part in parts if part]
 
 
 def _spread(config: PruningConfig) -> float:
@@ -119,6 +121,7 @@ class BlockStatistics:
     def __init__(self, context: Context, block: Block, sample: ActivationCache) -> None:
         self.context = context
         self.experts: dict[str, tuple[RoutedTokens, int, Network]] = {}
+        self.last: tuple[object, InputStatistics] | None = None  # those of an expert that were asked for last
         groups: list[list[Projection]] = []
         for unit in block.units:
             if isinstance(unit, Experts):
@@ -137,13 +140,20 @@ class BlockStatistics:
             self.shared |= dict.fromkeys((p.name for p in group), statistics)
 
     def __getitem__(self, name: str) -> InputStatistics:
-        """Those of a projection's input. Of an expert's, they are computed anew."""
+        """Those of a projection's input. Of an expert's, they are computed anew, unless gate and up follow each other."""
         if name in self.shared:
             return self.shared[name]
         routed, index, network = self.experts[name]
+        down = name == network.roles["down"].name
+        key = (network.roles["down"].name, down)
+        if self.last is None or self.last[0] != key:
+            self.last = None  # one Gram matrix is in memory at a time
+            self.last = key, self._of_expert(routed, index, network, down, name)
+        return self.last[1]
+
+    def _of_expert(self, routed: RoutedTokens, index: int, network: Network, down: bool, name: str) -> InputStatistics:
         tokens = routed.of(index, borrowing_below=network.roles["down"].shape[1]).fitted()
         feed_forward = feed_forward_of(self.context, network)
-        down = name == network.roles["down"].name
         gram = Gram(feed_forward.up.shape[int(not down)], self.context.device)
         for x, weights in zip(tokens.x.split(tokens.chunks), tokens.weights.split(tokens.chunks), strict=True):
             x = x.to(self.context.device, torch.float32, non_blocking=True)

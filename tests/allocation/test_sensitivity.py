@@ -475,3 +475,18 @@ def test_ranks_draw_the_same_sample_of_the_vocabulary(monkeypatch: pytest.Monkey
     alone = sample_of(SINGLE)
     assert len(alone) < VOCABULARY
     assert on_ranks(3, sample_of) == [alone] * 3
+
+
+@pytest.mark.parametrize("allocation", ["owl", "kl_blocks"])
+def test_gate_and_up_of_an_expert_share_their_statistics(allocation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of each expert are chosen twice: for gate and up, and for down."""
+    model, chosen, of = build_model("mixtral"), [], sensitivity.RoutedTokens.of
+
+    def counted(routed: Any, expert: int, **options: Any) -> Any:
+        chosen.append((id(routed), expert))
+        return of(routed, expert, **options)
+
+    monkeypatch.setattr(sensitivity.RoutedTokens, "of", counted)
+    allocated(model, random_windows(), PruningConfig(sparsity=0.6, allocation=allocation))
+    experts = len(model.model.layers) * model.config.num_local_experts
+    assert len(chosen) == 2 * experts

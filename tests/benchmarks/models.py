@@ -29,7 +29,7 @@ HEADER = """# Models
 Every model type that `AutoModelForCausalLM` of transformers {version} knows, as a tiny random model, pruned to 50 % and to 2:4
 by preset `paper`. {pruned} of {all} have the exact zeros, and equal logits after export and reload. The last column is
 `‖logits − dense logits‖` at 50 % on the calibration windows, divided by magnitude pruning's. Networks (feed-forward, of all
-blocks) and experts are solved by the alternation, the other pruned weights layer by layer.
+blocks) and experts are solved by the alternation (2:4 by one iteration of it), the other pruned weights layer by layer.
 
 | type | networks | experts | in pruned matrices | error |
 |---|---|---|---|---|
