@@ -6,6 +6,7 @@ memory, besides the activations in front of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -38,8 +39,6 @@ from sparsellm_lightning.pipeline.tune import Reconstructor, batches_of_interest
 from sparsellm_lightning.reporting import BlockResult
 from sparsellm_lightning.runtime import Placement, Sizes, explaining_memory, phase, place, return_free_memory
 from sparsellm_lightning.solvers import (
-    Activation,
-    Entrywise,
     FeedForward,
     Fused,
     Solution,
@@ -278,11 +277,12 @@ def _alternation(context: Context, cache: ActivationCache, windows: int | None, 
     Args:
         windows: number of this rank's windows that carry auxiliaries. None: all that are fitted.
     """
-    config, steps = context.config, _steps(context, cache)
+    config, compiles = context.config, _compiling_pays(context, cache)
+    compiled = functools.cache(lambda *form: Fused(preactivation_step(*form)))
 
     def solve(feed_forward: FeedForward, *args: Any, **options: Any) -> Solution:
-        step = steps.get((feed_forward.activation, feed_forward.gate is not None))
-        return solve_feed_forward(feed_forward, *args, step=step, **options)
+        form = feed_forward.activation, feed_forward.gate is not None, feed_forward.up_bounds
+        return solve_feed_forward(feed_forward, *args, step=compiled(*form) if compiles else None, **options)
 
     return partial(
         solve,
@@ -303,18 +303,11 @@ def _auxiliary_dtype(context: Context) -> torch.dtype:
     return context.coarse_dtype if context.config.penalties.scale_free else torch.float32
 
 
-def _steps(context: Context, cache: ActivationCache) -> dict[tuple[Activation, bool], Entrywise]:
-    """The z and s steps by activation and whether there is a gate, compiled. Empty if that does not pay.
-
-    The tokens of all ranks decide, so that all agree.
-    """
-    networks = context.layout.networks
-    forms = {(network.activation, "gate" in network.roles) for network in networks}
+def _compiling_pays(context: Context, cache: ActivationCache) -> bool:
+    """Whether the z and s steps of a run take longer than compiling them. The tokens of all ranks decide, so that all agree."""
     (tokens,) = context.ranks.total(cache.tokens)
     updates = len(context.alternating_blocks) * (context.config.num_iterations - 1)
-    if updates * tokens * context.layout.widest[1] < WORTH_COMPILING:
-        return {}
-    return {form: Fused(preactivation_step(*form)) for form in forms}
+    return bool(updates * tokens * context.layout.widest[1] >= WORTH_COMPILING)
 
 
 def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Sizes:

@@ -135,12 +135,20 @@ def update_plain(activation: Activation, m: Tensor, p: Tensor, rho: Tensor) -> t
 
 
 def update_gated(
-    activation: Activation, m_z: Tensor, m_s: Tensor, s: Tensor, p: Tensor, rho_z: Tensor, rho_s: Tensor
+    activation: Activation,
+    bounds: tuple[float, float] | None,
+    m_z: Tensor,
+    m_s: Tensor,
+    s: Tensor,
+    p: Tensor,
+    rho_z: Tensor,
+    rho_s: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The z step (closed form) and the s step of a gated block, for every entry.
 
     Args:
         activation: φ.
+        bounds: between which z is clamped before the product, or None.
         m_z, m_s: what the weights predict for z and s, any dtype.
         s: its value before the step, like m_s.
         p: the hidden activation to explain, like m_z, float32.
@@ -151,15 +159,21 @@ def update_gated(
     """
     predicted_z, predicted_s = m_z.float(), m_s.float()
     phi = activation(s.float())
-    z = (predicted_z + rho_z * phi * p) / (1 + rho_z * phi * phi)
-    new = solve_preactivation(activation, predicted_s, p, rho_s, z)
+    z = factor = (predicted_z + rho_z * phi * p) / (1 + rho_z * phi * phi)
+    if bounds is not None:
+        inside, at_bound = z.clamp(*bounds), predicted_z.clamp(*bounds)
+        # Beyond a bound the product stays as it is there, so that the prediction itself is best.
+        cost = (inside - predicted_z).square() + rho_z * (p - phi * inside).square()
+        z = torch.where(rho_z * (p - phi * at_bound).square() < cost, predicted_z, inside)
+        factor = z.clamp(*bounds)
+    new = solve_preactivation(activation, predicted_s, p, rho_s, factor)
     dtype = m_z.dtype
     return z.to(dtype), new.to(dtype), (z - predicted_z).to(dtype), (new - predicted_s).to(dtype)
 
 
-def preactivation_step(activation: Activation, gated: bool) -> Entrywise:
-    """:func:`update_gated` or :func:`update_plain` for this φ."""
-    return partial(update_gated if gated else update_plain, activation)
+def preactivation_step(activation: Activation, gated: bool, bounds: tuple[float, float] | None = None) -> Entrywise:
+    """:func:`update_gated` for this φ and these bounds of z, or :func:`update_plain`."""
+    return partial(update_gated, activation, bounds) if gated else partial(update_plain, activation)
 
 
 def in_slices(function: Entrywise, *tensors: Tensor) -> tuple[Tensor, ...]:

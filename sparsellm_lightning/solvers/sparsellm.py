@@ -157,7 +157,7 @@ def solve_feed_forward(
     """
     device = dense.up.device
     if step is None:
-        step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None))
+        step = partial(in_slices, preactivation_step(dense.activation, dense.gate is not None, dense.up_bounds))
     tokens = Tokens(x, y, dense.down_bias, chunks, device, weights)
     fitted_chunks = len(tokens.sizes) if fitted_chunks is None else fitted_chunks
     fitted, held_out = tokens.part(0, fitted_chunks), tokens.part(fitted_chunks)

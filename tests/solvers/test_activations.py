@@ -153,6 +153,26 @@ def test_the_step_of_a_gated_block(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close((m_s + correction_s).double(), new.double(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["relu", "silu"])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.5), (-6.0, 8.0), (0.5, 0.6)])
+def test_a_clamped_factor(name: str, bounds: tuple[float, float]) -> None:
+    """z minimises its objective over a grid, in which it is clamped; s is that of the clamped z."""
+    m_z, m_s, s, p, rho_z, rho_s = step_inputs(True, torch.float32, 400)
+    step = preactivation_step(find_activation(name), True, bounds)
+    z, new, correction, _ = step(3 * m_z, m_s, s, p, rho_z, rho_s)
+
+    def cost(z: Tensor) -> Tensor:
+        product = ACT2FN[name](s.double()) * z.clamp(*bounds)
+        return (z - 3 * m_z.double()).square() + rho_z.double() * (p.double() - product).square()
+
+    grid = torch.linspace(-15, 15, 3001, dtype=torch.float64)[:, None]
+    least = cost(grid.expand(-1, len(m_z))).min(0).values
+    assert bool((cost(z.double()) <= least + 1e-5).all())
+    torch.testing.assert_close(3 * m_z + correction, z, rtol=1e-5, atol=1e-5)
+    _, same, _, _ = preactivation_step(find_activation(name), True)(z.clamp(*bounds), m_s, s, p, 0 * rho_z, rho_s)
+    torch.testing.assert_close(new, same)
+
+
 @pytest.mark.parametrize("name", ["relu", "silu", "gelu_new"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_step_of_a_plain_block(name: str, dtype: torch.dtype) -> None:
