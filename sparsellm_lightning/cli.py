@@ -235,7 +235,7 @@ class SparseLLMCLI(LightningCLI):
     """``sparsellm``: the model is ``--model``, the text ``--data``, the pruning callback ``--pruner``.
 
     Args:
-        command: the only one whose options are made, which takes a fifth of the time. None: those of all commands.
+        command: the only one whose options are made, which takes a third of the time. None: those of all commands.
     """
 
     def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:

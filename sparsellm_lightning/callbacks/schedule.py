@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sparsellm_lightning.callbacks.finetuning import AVERAGING
@@ -36,7 +38,11 @@ def check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: 
 
 def warn_of_late_stages(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
     """Name the stages that the run will not reach, as far as its loaders and limits say how many steps it takes."""
-    steps = trainer.estimated_stepping_batches
+    if not trainer.lightning_module.automatic_optimization:  # which counts the steps of each optimizer
+        return
+    steps = float("inf")
+    with suppress(MisconfigurationException):  # the number of batches for a step changes from epoch to epoch
+        steps = trainer.estimated_stepping_batches
     late = [step for step in schedule if 0 <= steps <= step]
     if late:
         rank_zero_warn(

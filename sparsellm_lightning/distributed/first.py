@@ -28,10 +28,10 @@ def failing_with_first(trainer: pl.Trainer) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if dist.is_available() and dist.is_initialized():
+    if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
         key = f"sparsellm_lightning/first/{next(_CONTEXTS)}"
-        if dist.get_rank() == 0:
+        if trainer.is_global_zero:
             store.set(key, "")
         else:
             store.wait([key], _LONGEST)

@@ -171,7 +171,7 @@ def prune_model(
             context,
             results,
             profile,
-            distillation=distiller.kept or None if distiller is not None else None,
+            distillation=None if distiller is None else distiller.kept or None,
             calibration={
                 "windows": windows,
                 "held_out": held_out_windows(windows, config.held_out_fraction),
@@ -297,8 +297,9 @@ def _distilling(context: Context, do: Callable[[], _Done], otherwise: str) -> _D
 
 
 def _explain_distillation(context: Context) -> str:
-    lower = f"lower memory ({context.config.memory!r}), to keep the moments on the host, "
-    lower *= context.device.type != "cpu"
+    lower = f"lower memory ({context.config.memory!r}), to keep the moments on the host, " * (
+        context.device.type != "cpu"
+    )
     return (
         "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a step of about "
         f"{STEP_TOKENS} tokens, at least one window. Set distillation_steps to 0, {lower}or shard the model over more "

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -769,6 +770,9 @@ def test_schedules_that_do_not_fit_the_run(trained, loader: DataLoader[Any], mod
         str(w.message) for w in warned if "takes about 3 steps, so that the schedule's stages at 4" in str(w.message)
     ]
     assert len(early) == 1, "and before the work"
+    trainer(gradual(), GradientAccumulationScheduler({0: 2, 1: 1}), max_epochs=2, limit_train_batches=4).fit(
+        Module(trained("llama"), Mixing), loader
+    )  # its number of steps is not known before
     for callbacks in ([gradual(), EMAWeightAveraging()], [WeightAveraging(), gradual()]):
         with pytest.raises(UserError, match="weight averaging"):
             trainer(*callbacks, max_steps=6).fit(Module(trained("llama"), Mixing), loader)

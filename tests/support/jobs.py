@@ -449,14 +449,18 @@ def wait_for_first(job: Job) -> tuple[bool, str]:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def run(broadcast: Callable[[Any], Any]) -> Any:
+        first = dist.get_rank() == 0
+        return SimpleNamespace(world_size=2, is_global_zero=first, strategy=SimpleNamespace(broadcast=broadcast))
+
     written, said = job.folder / "written", ""
-    with failing_with_first(SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))):
+    with failing_with_first(run(lambda value: value)):
         if dist.get_rank() == 0:
             time.sleep(0.5)
             written.touch()
     found = written.exists()
     try:
-        with failing_with_first(SimpleNamespace(strategy=SimpleNamespace(broadcast=broadcast))):
+        with failing_with_first(run(broadcast)):
             if dist.get_rank() == 0:
                 raise UserError("no room")
     except UserError as error:
