@@ -804,7 +804,7 @@ def test_validation_without_token_ids_needs_labels(ids: torch.Tensor) -> None:
         embedded = model.get_input_embeddings()(ids[:4])
     labelled = [{"inputs_embeds": embedded, "labels": ids[:4]}]
     assert perplexity(model, labelled) == pytest.approx(perplexity(model, [ids[:4]]))
-    with pytest.raises(UserError, match=r"needs labels or input_ids, but the batches hold inputs_embeds\."):
+    with pytest.raises(UserError, match=r"need labels or input_ids, but the batches hold inputs_embeds\."):
         perplexity(model, [{"inputs_embeds": embedded}])
 
 

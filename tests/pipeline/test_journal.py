@@ -384,9 +384,15 @@ def test_process_groups_send_counts_on_their_device(monkeypatch: pytest.MonkeyPa
     def all_gather(parts: list[Tensor], tensor: Tensor, group: Any) -> None:
         assert {part.device for part in (*parts, tensor)} == {ranks.device}
         assert {(part.shape, part.dtype) for part in (*parts, tensor)} == {((2,), torch.int64)}
-        parts[:] = [torch.tensor([1, 2]), torch.tensor([30, 40])]
+
+    gather = ranks.gather
+
+    def filled(tensor: Tensor) -> list[Tensor]:  # a tensor on the device meta holds no numbers
+        assert len(gather(tensor)) == 2
+        return [torch.tensor([1, 2]), torch.tensor([30, 40])]
 
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(ranks, "gather", filled)
     assert ranks.gather_counts(1, 2) == [[1, 2], [30, 40]]
     assert ranks.total(1, 2) == [31, 42]
     assert ranks.elements == 8
