@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import datamodule_of
+from sparsellm_lightning.distributed import failing_with_first
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import PruningReport
-from sparsellm_lightning.runtime import check_device
+from sparsellm_lightning.runtime import check_device, claimed
 
 
 def check_together(config: PruningConfig, measure: bool, baseline: bool, pack: bool, push_to_hub: str | None) -> None:
@@ -116,6 +117,18 @@ def check_folders_apart(trainer: pl.Trainer, export_dir: str, resume_dir: str | 
             raise UserError(
                 f"{name} must not lie inside export_dir {export_dir}, got {folder}. Choose a folder beside it."
             )
+
+
+def check_resume_dir(trainer: pl.Trainer, resume_dir: str) -> None:
+    """Refuse a folder for finished blocks before any work. All ranks call this together.
+
+    Raises:
+        UserError: it cannot be written, or another run uses it.
+    """
+    with failing_with_first(trainer):
+        if trainer.is_global_zero:
+            with claimed(Path(resume_dir) / "stage-0", "resume_dir"):
+                pass
 
 
 def check_resumed(report: PruningReport, config: PruningConfig) -> None:

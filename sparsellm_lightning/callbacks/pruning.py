@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks.checks import check_launcher, check_resumed, check_together, check_trainer
+from sparsellm_lightning.callbacks.checks import (
+    check_launcher,
+    check_resume_dir,
+    check_resumed,
+    check_together,
+    check_trainer,
+)
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
@@ -25,17 +30,12 @@ from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule, warn_of_late_stages
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of, run_tokenizer
-from sparsellm_lightning.distributed import adapter_for, failing_with_first
+from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import (
-    is_sparse_already,
-    keep_in_conversions,
-    pretrained_of,
-    stop_keeping,
-)
+from sparsellm_lightning.models import is_sparse_already, keep_in_conversions, pretrained_of, stop_keeping
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
-from sparsellm_lightning.runtime import Profile, claimed
+from sparsellm_lightning.runtime import Profile
 from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases, pruned_before
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class SparseLLMCallback(SparseFinetuning):
         schedule: gradual pruning: optimizer step -> sparsity, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every stage solves
             anew and keeps the zeros of the stage before. Needs ``finetune``. Replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends. None: no export.
-        resume_dir: folder that keeps the weights of finished blocks, in ``stage-N`` for stage N = 0, 1, ... of ``schedule``.
+        resume_dir: folder that keeps the weights of finished blocks, in ``stage-N`` for stage N = 0, 1, ... of ``schedule``,
+            and in ``baseline``.
             A run that was killed while pruning and is started again goes on at the first unfinished block. None: none kept.
         overwrite: replace an earlier export in ``export_dir``.
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
@@ -156,12 +157,7 @@ class SparseLLMCallback(SparseFinetuning):
         if trainer.ckpt_path is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
             adapter_for(trainer).check(layout)
             if self.resume_dir is not None:
-                journal = Path(self.resume_dir) / "stage-0"
-                with (
-                    failing_with_first(trainer),
-                    claimed(journal, "resume_dir") if trainer.is_global_zero else nullcontext(),
-                ):
-                    pass  # refuses a folder that cannot be written, or that another run uses
+                check_resume_dir(trainer, self.resume_dir)
         if self._exporter is not None:
             self._exporter.check(pl_module, layout, self.config)
         if self.schedule is not None and has_adapters(pl_module):
