@@ -329,7 +329,8 @@ class SaveConfigBesideLogs(SaveConfigCallback):
 def main(args: Any = None) -> None:
     """Entry point of ``sparsellm``.
 
-    A user's mistake ends it with one message and status 1, Ctrl-C with status 130 and SIGTERM with status 143.
+    A mistake in the options ends it with one message and status 2, another mistake of the user with one message and status 1,
+    Ctrl-C with status 130 and SIGTERM with status 143.
     """
     arguments = expanded(sys.argv[1:] if args is None else args)
     if args is None:

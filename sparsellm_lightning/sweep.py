@@ -60,7 +60,8 @@ def sweep(
     """Prune a model to several sparsities by several presets or methods, and compare perplexities.
 
     The model is loaded, the text tokenised and the dense model measured once. After every run ``sweep.csv`` is written: the
-    same command goes on where it was stopped. At the end ``sweep.html`` shows table and curve. Pruned models are not kept.
+    same command goes on where it was stopped. At the end ``sweep.html`` shows the table and, with the extra ``plots``, the
+    curve. Pruned models are not kept.
 
     Args:
         model: hub id, folder, GGUF file or package:NAME.

@@ -59,7 +59,7 @@ class OutputProbe:
         why = context.layout.why_not_predicting
         if why is not None:
             raise UserError(
-                f"allocation kl, pattern blocks and budgets compare next-token distributions, but "
+                f"allocation kl and kl_blocks, pattern blocks and budgets compare next-token distributions, but "
                 f"{type(context.layout.model).__name__} {why}. Use another allocation or pattern."
             )
         self.context = context

@@ -34,9 +34,9 @@ class SparseFinetuning(pl.Callback):
     - At the end of every epoch and of training, the zeros are compared with the masks, entry by entry.
     - LoRA adapters (``peft``) on sparse layers are masked in training as in the merge.
 
-    Works on one device, under DDP, FSDP1 and FSDP2, with any optimizer, precision, accumulation and compiled modules. The masks
-    are of the local shard, one bit a weight. A resumed run rebuilds them from the zeros. The order among other callbacks does
-    not matter.
+    Works on one device, under DDP, FSDP2 and FSDP1 (which hides fused experts: they are refused), with any optimizer,
+    precision, accumulation and compiled modules. The masks are of the local shard, one bit a weight. A resumed run rebuilds
+    them from the zeros. The order among other callbacks does not matter.
 
     Raises:
         UserError: at setup, if the Trainer has Lightning's ``ModelPruning`` or an unsupported strategy; at the start of

@@ -54,7 +54,8 @@ class SparseLLMCallback(SparseFinetuning):
     Args:
         finetune: train on after pruning. False: the run stops.
         schedule: gradual pruning: optimizer step -> sparsity, such as ``{0: 0.5, 50: 0.6, 100: 0.7}``. Every stage solves
-            anew and keeps the zeros of the stage before. Needs ``finetune``. Replaces ``sparsity``.
+            anew, takes the model as trained so far for the dense one, and keeps the zeros of the stage before. Needs
+            ``finetune``. Replaces ``sparsity``.
         export_dir: folder for the Hugging Face model and ``pruning_report.json``, written when the run ends. None: no export.
         resume_dir: folder that keeps the weights of finished blocks, in ``stage-N`` for stage N = 0, 1, ... of ``schedule``,
             and in ``baseline``.

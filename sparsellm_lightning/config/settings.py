@@ -55,13 +55,13 @@ class PruningConfig:
             writes; more accurate on text unlike the calibration text. A setting that is given wins over the preset. If not
             given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if blocks may
             be removed and reconstruction is on, and ``block`` if nothing fits a target.
-        method: ``sparsellm`` (feed-forward blocks by the alternation, other projections by ``local_solver``), or one local
+        method: ``sparsellm`` (feed-forward networks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
-        local_solver: solver inside ``sparsellm``: of the attention projections, and of the alternation's weight steps.
+        local_solver: solver inside ``sparsellm``: of the alternation's weight steps, and of every projection outside it.
         num_iterations: iterations of the alternation. The first is the local solver.
-        target: output that alternation and reconstruction fit. ``block``: the dense block's output on the pruned model's
-            activations. ``model``: the dense model's output at this block, so that each block also corrects the error of the
-            blocks before it.
+        target: output that alternation and reconstruction fit. ``block``: the dense block's (for the alternation: its
+            feed-forward network's) on the pruned model's activations. ``model``: the dense model's output at this block, so
+            that each block also corrects the error of the blocks before it. Experts are alternated towards their own output.
         allocation: how the sparsity is divided, its mean being kept. ``uniform``: equal everywhere. ``owl``, ``atp``: published
             rules by block (arXiv 2310.05175, 2502.14770). ``kl``: by projection, from the measured KL divergence of the model's
             output when that projection alone is pruned. ``kl_blocks``: by block, likewise, in a fraction of the time.
@@ -243,17 +243,18 @@ class PruningConfig:
             UserError: the pattern would keep none, or all.
         """
         share = self.removed_shares.get(structure, 0.0)
+        setting = "sparsity" if isinstance(self.pattern, str) else "share"
         step = self.round_to if structure == "neurons" else 1
         kept = number - round(share) if share >= 1 else round((1 - share) * number / step) * step
         if share and not 0 < kept < number:
             noun = {"neurons": "hidden units", "heads": "heads that can leave alone"}.get(structure, structure)
-            given = f"{share:g} blocks" if share >= 1 else f"sparsity {share:g}"
+            given = f"{share:g} blocks" if share >= 1 else f"{setting} {share:g}"
             given, hint = (
                 (f"{given} and round_to {step}", "Lower round_to, or choose") if step > 1 else (given, "Choose")
             )
             raise UserError(
                 f"Pattern {structure} must keep some of {number} {noun} and remove some, but {given} keep{'s' * (step == 1)} "
-                f"{kept}. {hint} another sparsity."
+                f"{kept}. {hint} another {setting}."
             )
         return kept if share else number
 

@@ -50,8 +50,8 @@ class TextDataModule(LightningDataModule):
 
     A text is tokenised as a whole (for calibration on ``c4``, each drawn document), with the tokenizer's defaults, on first
     use. Every item of every loader is ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``. On
-    several ranks evaluation windows are made up to an even share by windows whose labels are all -100, so that each window
-    counts once.
+    several ranks, if the module has :class:`~sparsellm_lightning.CausalLM`'s evaluation steps, windows whose labels are all
+    -100 make up an even share, so that each window counts once. In other modules Lightning's sampler repeats windows.
 
     Args:
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.

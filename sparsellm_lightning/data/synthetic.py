@@ -33,7 +33,7 @@ def generate_windows(
     temperature: float = 1.0,
     adapter: StrategyAdapter | None = None,
 ) -> Tensor:
-    """Sample windows from a causal language model, token by token, starting with its beginning-of-sequence token.
+    """Sample windows from a causal language model, token by token, starting with its beginning- (or end-) of-sequence token.
 
     The draws of window i depend on ``seed``, i and the kind of device, but not on batches or ranks. Rounding depends on batches
     and ranks, and changes a token where two tokens are almost equally likely: in float32, a few times in a million tokens. An

@@ -27,7 +27,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: true: a folder with one file a rank. False: one file, assembled on rank 0.
         process_group_backend: ``nccl``, ``gloo``, ... None: the accelerator's.
-        timeout: longest time of one exchange between ranks, such as the wait while rank 0 downloads or uploads a model.
+        timeout: longest time of one exchange between ranks, such as the wait while rank 0 downloads or reads a model.
     """
 
     def __init__(
@@ -61,6 +61,10 @@ def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
 
     What trains in a unit must have one dtype, so that modules with another one (routers that stay float32) become units too.
     The same holds for what is frozen: pruning tunes the weights behind adapters.
+
+    Args:
+        model: sharded in place, and returned.
+        mesh: one-dimensional, such as ``self.device_mesh["data_parallel"]`` of a module under ``ModelParallelStrategy``.
 
     Raises:
         UserError: a module holds parameters of several dtypes.

@@ -287,7 +287,7 @@ def _config_with_heads(
         raise UserError(
             f"Pattern heads needs a configuration that can say that {heads} of {attention.heads} heads of "
             f"{attention.head_size} features are left, but that of {type(layout.model).__name__} cannot. Choose another "
-            "sparsity or another pattern."
+            "share of heads, or another pattern."
         )
     return found
 

@@ -34,7 +34,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         tolerance: largest relative difference of perplexities. Other machines and precisions round differently.
 
     Returns:
-        one sentence for each difference. Empty if the report is true.
+        one sentence for each difference, and one if ``batches`` are given but the report has no perplexity. Empty: none.
 
     Raises:
         UserError: there is no such folder, or its report cannot be read.

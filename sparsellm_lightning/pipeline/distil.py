@@ -176,13 +176,13 @@ class Distiller:
         if not self.ranks.all(needed <= limit):
             raise UserError(
                 f"distillation_steps need {format_bytes(needed)} besides the model, for {what}, and there are "
-                f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or use more ranks."
+                f"{format_bytes(limit)}. Set distillation_steps to 0, raise memory, or shard the model (FSDP)."
             )
         fits = self.ranks.all(gradients + vectors <= limit)
         if not fits and not self.ranks.all(vectors * sharing <= room("auto", host)):
             raise UserError(
                 f"distillation_steps need {format_bytes(vectors)} for Adam's moments, for which neither device nor host has "
-                "room. Set distillation_steps to 0, or use more ranks."
+                "room. Set distillation_steps to 0, or shard the model over more ranks (FSDP)."
             )
         self.storage = device if fits else host
 

@@ -297,9 +297,7 @@ def _distilling(context: Context, do: Callable[[], _Done], otherwise: str) -> _D
 
 
 def _explain_distillation(context: Context) -> str:
-    lower = f"lower memory ({context.config.memory!r}), to keep the moments on the host, " * (
-        context.device.type != "cpu"
-    )
+    lower = "set memory to fewer bytes, to keep the moments on the host, " * (context.device.type != "cpu")
     return (
         "Distillation keeps the gradients and Adam's moments of all kept weights, and the activations of a step of about "
         f"{STEP_TOKENS} tokens, at least one window. Set distillation_steps to 0, {lower}or shard the model over more "

@@ -64,7 +64,7 @@ class Journal:
                 "folder, delete this one, or restore the settings."
             )
         if not self.ranks.all(not differing):
-            warnings.warn(f"Journal: {folder} was written for other trained weights. It is begun anew.", stacklevel=2)
+            warnings.warn(f"resume_dir {folder} was written for other trained weights. It is begun anew.", stacklevel=2)
             for path in self.folder.glob(f"*-rank-{self.ranks.rank}.*.safetensors"):
                 path.unlink()
         if self.ranks.rank == 0 and (stored is None or differing):
@@ -126,12 +126,12 @@ class Journal:
             try:
                 content = path.read_bytes()
                 if hashlib.sha256(content).hexdigest() != path.suffixes[-2].removeprefix("."):
-                    warnings.warn(f"Journal: {path} is damaged. {name} is done again.", stacklevel=2)
+                    warnings.warn(f"{path} in resume_dir is damaged. {name} is done again.", stacklevel=2)
                     return None
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
                 return load(content), json.loads(header["__metadata__"]["result"])
             except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-                warnings.warn(f"Journal: {path} cannot be read ({error}). {name} is done again.", stacklevel=2)
+                warnings.warn(f"{path} in resume_dir cannot be read ({error}). {name} is done again.", stacklevel=2)
         return None
 
     def _write(self, name: str, tensors: dict[str, Tensor], result: dict[str, Any]) -> None:

@@ -325,7 +325,7 @@ def _sizes(context: Context, cache: ActivationCache, windows: int | None) -> Siz
 
 
 def _explain_memory(context: Context, cache: ActivationCache, sizes: Sizes, where: str) -> str:
-    lower = "lower memory, to keep activations on the host, " * (context.device.type != "cpu")
+    lower = "set memory to fewer bytes, to keep activations on the host, " * (context.device.type != "cpu")
     return (
         f"In {where}: besides the model, pruning a block takes {sizes.describe()} for this rank's {cache.tokens} calibration "
         f"tokens. memory is {context.config.memory!r}. To need less, {lower}lower num_calibration_samples, or use more ranks."

@@ -71,7 +71,7 @@ class PruningReport:
         perplexity: ``{"dense", "pruned"}``, after fine-tuning ``"finetuned"``, and with ``baseline`` ``"sparsegpt"``: of the
             model pruned by SparseGPT alone. None where not measured.
         layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
-            :class:`BlockResult`, None for a projection left dense.
+            :class:`BlockResult`, None for a projection that was not solved or only lost rows.
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the

@@ -32,7 +32,7 @@ class Sizes:
     """Bytes that solving one block holds on a rank, besides the model.
 
     Args:
-        work: the feed-forward block's weights in float32, its statistics and their factorisations.
+        work: the feed-forward network's weights in float32, its statistics and their factorisations.
         activations: inputs and outputs of the block and of its feed-forward network.
         auxiliaries: z and s of the alternation. 0 without an alternation.
     """
@@ -54,7 +54,7 @@ class Sizes:
         itemsize: int,
         auxiliary_itemsize: int,
     ) -> Sizes:
-        """For a feed-forward block of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
+        """For a feed-forward network of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
 
         Args:
             gated: whether the block has a gate.

@@ -4,7 +4,7 @@ The z step of a plain block and the s step of a gated one solve, for every entry
 
     minimise over t:   a (t − m)² + g (p − c φ(t))²
 
-with ``c = 1`` for the pre-activation of a plain feed-forward block and ``c = z`` for the gate of a gated one. ReLU has a
+with ``c = 1`` for the pre-activation of a plain feed-forward network and ``c = z`` for the gate of a gated one. ReLU has a
 closed form. For any other φ the problem is one-dimensional but not convex, and is solved numerically.
 """
 

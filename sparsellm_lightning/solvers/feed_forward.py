@@ -1,4 +1,4 @@
-"""A feed-forward block as tensors, and the chunks of tokens that the alternation visits."""
+"""A feed-forward network as tensors, and the chunks of tokens that the alternation visits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens per step: enough for efficient products, few enough that 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward block as tensors: ``y = W_d (φ(W_g x + b_g) ⊙ (W_u x + b_u)) + b_d``, or ``W_d φ(W_u x + b_u) + b_d``.
+    """A feed-forward network as tensors: ``y = W_d (φ(W_g x + b_g) ⊙ (W_u x + b_u)) + b_d``, or ``W_d φ(W_u x + b_u) + b_d``.
 
     Args:
         activation: φ.
@@ -78,7 +78,7 @@ class Tokens:
     a is the weight of a token's squared error: statistics multiply each token by ``√a``, (n, 1), or 1.0 without weights.
 
     Args:
-        x: input of the feed-forward block, (n, d), any dtype and device.
+        x: input of the feed-forward network, (n, d), any dtype and device.
         y: target output, (n, d), any dtype and device.
         down_bias: bias of the down projection, or None.
         chunks: tokens of each chunk, summing to n. None: ``CHUNK`` each.

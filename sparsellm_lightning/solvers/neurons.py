@@ -1,4 +1,4 @@
-"""Hidden units of a feed-forward block: which to remove, and the down projection that makes up for them."""
+"""Hidden units of a feed-forward network: which to remove, and the down projection that makes up for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsellm_lightning.solvers.statistics import Gram, InputStatistics
 
 @dataclass(frozen=True)
 class Removal:
-    """A feed-forward block without some of its hidden units.
+    """A feed-forward network without some of its hidden units.
 
     Args:
         small: the block of those that are left.

@@ -1,4 +1,4 @@
-"""The SparseLLM alternation (Bai et al., arXiv 2402.17946): the matrices of a feed-forward block solved together."""
+"""The SparseLLM alternation (Bai et al., arXiv 2402.17946): the matrices of a feed-forward network solved together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Prune = Callable[[dict[str, Tensor], InputStatistics], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Solution:
-    """A pruned feed-forward block.
+    """A pruned feed-forward network.
 
     Args:
         feed_forward: its weights, whole on every rank.

@@ -163,7 +163,8 @@ def test_resume(device: torch.device, tmp_path: Path) -> None:
 
 def test_generate_windows(device: torch.device) -> None:
     windows = generate_windows(moved(build_model("llama")), 6, 16, batch_size=4, seed=0)
-    assert tuple(windows.shape) == (6, 16)
+    expected = generate_windows(build_model("llama"), 6, 16, batch_size=4, seed=0)
+    assert float((windows.cpu() == expected).float().mean()) > 0.9
 
 
 def on_device(*callbacks: Any, **options: Any) -> Any:

@@ -64,6 +64,8 @@ def test_adapters(model_type: str) -> None:
     add_adapters(model, LoraOptions(rank=2))
     ids = torch.cat([batch["input_ids"] for batch in batches()])
     trainer(SparseFinetuning(), max_steps=3).fit(_Module(model), DataLoader(ids, batch_size=4))  # type: ignore[arg-type]
+    trained = [bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name]
+    assert sum(trained) > 0.8 * len(trained), "B starts at zero; only experts without tokens stay there"
     plain.load_state_dict(merged_state(model, model.state_dict()))
     expected = logits_of(model.eval())
     torch.testing.assert_close(logits_of(plain), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

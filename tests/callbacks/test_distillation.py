@@ -407,12 +407,17 @@ def test_offloading_leaves_a_given_teacher_as_it_was(trained, sparse: PreTrained
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_precisions(trained, model_dir: Path, ids: Tensor, precision: str) -> None:
+    def losses(*callbacks: Any, precision: str) -> list[float]:
+        module = Module(trained("llama"), lambda p: torch.optim.AdamW(p, lr=1e-2))
+        taught = Distillation(str(model_dir), task_weight=0, feature_weight=0.1)
+        return loss_of(module, ids, pruner(), taught, *callbacks, steps=4, precision=precision).losses
+
     watch = ZeroWatch()
-    module = Module(trained("llama"), lambda p: torch.optim.AdamW(p, lr=1e-2))
-    taught = Distillation(str(model_dir), feature_weight=0.1)
-    losses = loss_of(module, ids, pruner(), taught, watch, steps=4, precision=precision).losses
+    rounded, exact = losses(watch, precision=precision), losses(precision="32-true")
     assert watch.looks == 4 * 3 + 1
-    assert all(math.isfinite(loss) for loss in losses)
+    assert exact[0] > 0.01
+    assert rounded[0] == pytest.approx(exact[0], rel=0.1)
+    assert all(math.isfinite(loss) for loss in rounded)
 
 
 def test_teachers_that_do_not_fit(model_dir: Path, sparse: PreTrainedModel, ids: Tensor) -> None:

@@ -386,6 +386,7 @@ def test_fsdp1_shards_fully(
     options = {"model": folder_of("llama"), "strategy": "fsdp1", "sharding": sharding, "pruner": FAILING}
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, **options)
+    assert failure.value.tracebacks.keys() == {0, 1}
     assert all(
         f"got {sharding}. Set sharding_strategy='FULL_SHARD'" in text for text in failure.value.tracebacks.values()
     )
@@ -399,6 +400,7 @@ def test_fsdp1_wraps_blocks_as_a_whole(
     options = {"model": folder_of("llama"), "strategy": "fsdp1", "wrapped": ("DecoderLayer", "MLP"), "pruner": FAILING}
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, **options)
+    assert failure.value.tracebacks.keys() == {0, 1}
     assert all("LlamaMLP inside model.layers.0 is wrapped too" in text for text in failure.value.tracebacks.values())
 
 
@@ -437,6 +439,7 @@ def test_a_sparse_model_is_trained(
 def test_fsdp1_hides_experts(tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]) -> None:
     with pytest.raises(JobFailed) as failure:
         ranks(2).run("prune", tmp_path, model=folder_of("mixtral"), strategy="fsdp1", pruner=FAILING)
+    assert failure.value.tracebacks.keys() == {0, 1}
     assert all("UserError: FSDPStrategy hides parameters" in text for text in failure.value.tracebacks.values())
 
 
@@ -640,6 +643,7 @@ def test_ranks_of_an_accelerator(tmp_path: Path, preset: str) -> None:
         "num_calibration_samples": 8,
         "reconstruction_steps": 4,
         "continuations": 1,
+        "solver_precision": "float32",  # some CPUs solve in bfloat16 where the accelerator of this test does not
     }
     if preset == "paper":
         settings |= {"reconstruction_steps": 0, "continuations": 0, "target": "model"}

@@ -354,7 +354,7 @@ def test_every_layout(name: str, pattern: str, target: Any, monkeypatch: pytest.
     )
     assert_cache_is_the_model(model, config)
     assert len(tuned) == len(list(make_context(model, config).layout.projections()))
-    assert any(tuned)
+    assert sum(tuned) > len(tuned) / 2  # a block keeps the best of its states, which may be the first
 
 
 def assert_cache_is_the_model(model: PreTrainedModel, config: PruningConfig) -> None:

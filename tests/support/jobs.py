@@ -327,6 +327,7 @@ class ZerosHeld(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.before = {name: tensor.clone() for name, tensor in self.local(pl_module).items()}
+        assert self.before
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         now = {name: local_tensor(p) for name, p in pl_module.named_parameters()}
