@@ -76,7 +76,7 @@ def owl(outlier_ratios: Sequence[float], sizes: Sequence[int], sparsity: float, 
     return _centred(offsets, sizes, sparsity)
 
 
-def atp(sizes: Sequence[int], sparsity: float, step: float) -> list[float]:
+def atp(sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
     """ATP (Huang et al., arXiv 2502.14770): sparsity rises with depth by a fixed step, because early errors grow with depth.
 
     ::
@@ -84,19 +84,15 @@ def atp(sizes: Sequence[int], sparsity: float, step: float) -> list[float]:
         s_l = s + β (l − Σ n_k k / Σ n_k)        l = 0, ..., L − 1
 
     With equal sizes this is the paper's ``s + β (l − (L − 1) / 2)``. The paper searches for the β of lowest perplexity, in
-    steps of 0.002 up to ``2 min(s, 1 − s) / (L − 1)``. :func:`atp_step` gives a β without a search.
+    steps of 0.002 up to ``2 min(s, 1 − s) / (L − 1)``. Here it follows from the spread: ``β = 2·spread / (L − 1)``.
 
     Args:
         sizes: n, weights in each part, in order of depth.
         sparsity: s.
-        step: β.
+        spread: half of the difference between the last part and the first.
     """
+    step = 2 * spread / max(len(sizes) - 1, 1)
     return _centred([step * depth for depth in range(len(sizes))], sizes, sparsity)
-
-
-def atp_step(parts: int, spread: float) -> float:
-    """The β of :func:`atp` that puts the first and last of L parts 2·spread apart: ``2·spread / (L − 1)``."""
-    return 2 * spread / max(parts - 1, 1)
 
 
 def minimise_damage(

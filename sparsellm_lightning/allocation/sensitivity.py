@@ -13,7 +13,6 @@ from sparsellm_lightning.allocation.rules import (
     Curve,
     above,
     atp,
-    atp_step,
     minimise_damage,
     outlier_ratio,
     owl,
@@ -70,7 +69,7 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     if not spread:
         chosen = [sparsity] * len(parts)
     elif config.allocation == "atp":
-        chosen = atp(sizes, sparsity, atp_step(len(parts), spread))
+        chosen = atp(sizes, sparsity, spread)
     elif config.allocation == "owl":
         chosen = owl(list(_outlier_ratios(context, cache)), sizes, sparsity, spread)
     else:

@@ -14,7 +14,6 @@ from sparsellm_lightning.architecture.blocks import decoder_blocks, unwrapped_na
 from sparsellm_lightning.architecture.layout import (
     Block,
     DecoderLayout,
-    Experts,
     Linears,
     Network,
     Projection,
@@ -198,23 +197,17 @@ def _check_untied(layout: DecoderLayout) -> None:
 
 def _check_units(layout: DecoderLayout, config: PruningConfig) -> None:
     """Refuse pattern neurons for a model whose configuration could not say how many units are left."""
-    name = type(layout.model).__name__
-    if any(isinstance(unit, Experts) for block in layout.blocks for unit in block.units):
+    if not layout.units:
         raise UserError(
-            f"Pattern neurons removes units of plain feed-forward networks, but {name} has experts. Use another."
-        )
-    widths = {network.roles["down"].shape[1] for network in layout.networks}
-    if len(widths) != 1 or any(len(block.networks) != 1 for block in layout.blocks):
-        raise UserError(
-            f"Pattern neurons needs one feed-forward network in every block, of one width, but {name} has "
-            f"{len(layout.networks)} in {len(layout.blocks)} blocks, of widths {sorted(widths)}. Use another pattern."
+            "Pattern neurons needs one plain feed-forward network, of one width, in every block, which "
+            f"{type(layout.model).__name__} does not have. Use another pattern."
         )
     left = [p.name for network in layout.networks for p in network.projections if not p.pruned]
     if left:
         raise UserError(
             f"Pattern neurons removes equally many units from every block, but ignore names {left[0]}. Leave it out of ignore."
         )
-    config.kept("neurons", widths.pop())
+    config.kept("neurons", layout.units)
 
 
 def _check_heads(layout: DecoderLayout, config: PruningConfig) -> None:

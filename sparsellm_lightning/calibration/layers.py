@@ -79,8 +79,8 @@ class LayerSolver:
         patterns: dict[tuple[str, int], Pattern] = {}
         before: dict[tuple[str, int], Tensor] | None = {} if self.context.keep_zeros else None
         for name, target in chosen.items():
+            share = self.sparsities.get(projections[name].name) if sparsity is None else sparsity
             for part, (rows, first_row, size) in enumerate(self._parts(projections[name])):
-                share = self._sparsity(projections[name], sparsity)
                 parts[name, part] = target[rows]
                 patterns[name, part] = self.context.config.build_pattern(
                     size, self.context.ranks, share, first_row if projections[name].parts else None
@@ -109,6 +109,3 @@ class LayerSolver:
         """``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²`` over all ranks, from this rank's rows of W and Ŵ."""
         with phase("local_solve"):
             return relative_error(dense, pruned, inputs.gram, self.context.ranks)
-
-    def _sparsity(self, projection: Projection, sparsity: float | None) -> float | None:
-        return self.sparsities.get(projection.name) if sparsity is None else sparsity

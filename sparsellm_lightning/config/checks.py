@@ -154,7 +154,9 @@ def integer(name: str, value: object, least: int | None = None, kind: str = "an 
         number = None
     if number is None or (least is not None and number < least):
         bound = "" if least is None else f" of at least {least}"
-        raise UserError(f"{name} must be {kind}{bound}, got {value!r}. Write {'an integer' if least is None else least}.")
+        raise UserError(
+            f"{name} must be {kind}{bound}, got {value!r}. Write {'an integer' if least is None else least}."
+        )
     return number
 
 

@@ -101,5 +101,7 @@ class _Watch:
 
 
 def _stopped(what: str, who: str) -> str:
-    kept = " If resume_dir is set, finished blocks are in it: start the same command again to go on." * (what == "Pruning")
+    kept = " If resume_dir is set, finished blocks are in it: start the same command again to go on." * (
+        what == "Pruning"
+    )
     return f"{what} failed: {who} has given no sign of life for {SILENCE:.0f} seconds.{kept}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from sparsellm_lightning.distributed.liveness import FAILURE, watching_peers
-from sparsellm_lightning.solvers import Ranks, split_sizes
+from sparsellm_lightning.solvers import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ProcessGroupRanks(Ranks):
 
     def _padded(self, local: Tensor, rows: int) -> Tensor:
         """The local rows, padded to the length of the longest shard: collectives need equal shapes."""
-        longest = split_sizes(rows, self.size)[0]
+        longest = -(-rows // self.size)
         if len(local) == longest:
             return local.contiguous()
         padded = local.new_zeros((longest, *local.shape[1:]))

@@ -16,7 +16,15 @@ from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.buffers import kept_in_float32
 from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
-from sparsellm_lightning.models.evaluation import IGNORED, check_inputs, model_inputs, new_metric, targets_of, update
+from sparsellm_lightning.models.evaluation import (
+    IGNORED,
+    check_inputs,
+    labels_in,
+    model_inputs,
+    new_metric,
+    targets_of,
+    update,
+)
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
@@ -116,7 +124,7 @@ class CausalLM(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        targets = targets_of(batch)
+        targets = targets_of(model_inputs(batch), labels_in(batch))
         loss = torch.nn.functional.cross_entropy(
             self(batch)[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED
         )
@@ -134,8 +142,9 @@ class CausalLM(pl.LightningModule):
         self._evaluation_step(batch, "test_perplexity")
 
     def _evaluation_step(self, batch: Any, name: str) -> None:
-        check_inputs(self.model, model_inputs(batch))
-        update(self.perplexity, self.model, targets_of(batch), lambda: self(batch))
+        inputs = model_inputs(batch)
+        check_inputs(self.model, inputs)
+        update(self.perplexity, self.model, targets_of(inputs, labels_in(batch)), lambda: self(batch))
         self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

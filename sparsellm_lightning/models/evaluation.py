@@ -128,32 +128,26 @@ def labels_in(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) else None
 
 
-def targets_of(batch: Any) -> Tensor:
-    """Labels of a batch that :func:`model_inputs` accepts, see :func:`labels_of`."""
-    labels = labels_in(batch)
-    return labels_of(model_inputs(batch) | ({} if labels is None else {"labels": labels}))
-
-
-def labels_of(batch: dict[str, Tensor]) -> Tensor:
-    """The batch's ``labels``, or its ``input_ids``. Padded positions are -100, and the first token after padding on the left.
+def targets_of(inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+    """The labels, or the ``input_ids``. Padded positions are -100, and the first token after padding on the left.
 
     Raises:
-        UserError: the batch has neither, or not one label for each token.
+        UserError: there are neither, or not one label for each token.
     """
-    labels = batch["labels"] if "labels" in batch else batch.get("input_ids")
+    labels = inputs.get("input_ids") if labels is None else labels
     if labels is None:
         raise UserError(
-            f"The loss and perplexity need labels or input_ids, but the batches hold {', '.join(batch)}. Have the dataloader "
+            f"The loss and perplexity need labels or input_ids, but the batches hold {', '.join(inputs)}. Have the dataloader "
             "add labels. (With measure false, pruning needs none.)"
         )
-    shape = token_input(batch).shape[:2]
+    shape = token_input(inputs).shape[:2]
     if labels.shape != shape:
         raise UserError(
             f"The loss and perplexity need a label for each token, got labels of shape {tuple(labels.shape)} for tokens of "
             f"shape {tuple(shape)}. Leave the labels out. (With measure false, pruning needs none.)"
         )
     labels = labels.long()  # cross entropy takes no other integers
-    mask = batch.get("attention_mask")
+    mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return labels
     seen = torch.nn.functional.pad((mask != 0).cumsum(1)[:, :-1], (1, 0), value=1)
@@ -236,7 +230,7 @@ def perplexity(
             mine = {key: value[rank::size] if len(value) == windows else value for key, value in whole.items()}
             inputs = {key: value.to(device) for key, value in mine.items()}
             labels = labels_in(batch)
-            targets = labels_of(inputs | ({} if labels is None else {"labels": labels[rank::size].to(device)}))
+            targets = targets_of(inputs, None if labels is None else labels[rank::size].to(device))
             together = adapter.ranks if adapter.forward_is_collective else SINGLE
             update(metric, model, targets, partial(adapter.logits, model, inputs), together)
         adapter.finish(model)

@@ -16,6 +16,7 @@ from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import layer_rows
 from sparsellm_lightning.runtime import check_device, dtype_of_products, gemm_peak
+from sparsellm_lightning.solvers import Ranks
 from sparsellm_lightning.sparsity import MANY_ZEROS, adapter_at_work
 
 
@@ -53,11 +54,11 @@ def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: S
     if config.allocation not in ("kl", "kl_blocks"):
         del needed["allocation"]
     dropped = {name: value for name, value in needed.items() if getattr(config, name) == preset[name] != value}
-    if dropped and adapter.ranks.rank == 0:
+    if dropped:
         why = layout.why_not_predicting
-        warnings.warn(
+        _warn(
+            adapter.ranks,
             f"Preset {config.preset} goes without its {', '.join(dropped)}: {type(layout.model).__name__} {why}.",
-            stacklevel=3,
         )
     return replace(config, **dropped)
 
@@ -74,21 +75,19 @@ def check_adapters_untrained(context: Context) -> None:
 
 
 def warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
-    if context.ranks.rank > 0:
-        return
     wanted = context.config.num_calibration_samples
     if windows < wanted:
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"num_calibration_samples is {wanted}, but the dataloader gave {windows} windows in which a token counts. All "
             "of them are used.",
-            stacklevel=3,
         )
     widest = max((p.shape[1] for p in context.layout.projections() if p.pruned), default=0)
     if tokens < widest:
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"{tokens} calibration tokens are fewer than the {widest} input features of the widest projection: its "
             "statistics are rank-deficient. Use more or longer windows.",
-            stacklevel=3,
         )
 
 
@@ -100,22 +99,20 @@ def warn_of_slow_products(context: Context) -> None:
         return
     own, single = (gemm_peak(context.device, kind, seconds=0.02) for kind in (dtype, torch.float32))
     if single > 3 * own:
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"This CPU multiplies {single / own:.0f} times slower in {str(dtype).removeprefix('torch.')} than in float32. Load "
             "the model in float32 (model.dtype), without another precision of the Trainer, if there is room.",
-            stacklevel=3,
         )
 
 
 def warn_of_dense_layers(context: Context) -> None:
     """Name the linear layers that stay dense because they cannot be pruned. Routers are expected to."""
-    if context.ranks.rank > 0:
-        return
     left = [f"{name} ({reason})" for block in context.layout.blocks for name, reason in block.dense.items()]
     left = [text for text in left if ROUTES not in text]
     if left:
         more = f" and {len(left) - 4} more, which the report names" if len(left) > 4 else ""
-        warnings.warn(f"These layers stay dense: {', '.join(left[:4])}{more}.", stacklevel=3)
+        _warn(context.ranks, f"These layers stay dense: {', '.join(left[:4])}{more}.")
 
 
 def warn_of_pruned_parts(context: Context) -> None:
@@ -123,23 +120,28 @@ def warn_of_pruned_parts(context: Context) -> None:
     layers, zeros = layer_rows(context.layout, context.adapter)
     asked = context.config.requested_sparsity
     sparse = [layer["name"] for layer in layers if layer["sparsity"] >= MANY_ZEROS]
-    if context.ranks.rank != 0 or not sparse:
+    if not sparse:
         return
     if context.config.removes:
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"Pattern {context.config.pattern_name} fits matrices anew, {sparse[0]} for one, and may fill the zeros that they "
             "have. Remove parts of the dense model first.",
-            stacklevel=3,
         )
     elif zeros > asked + 0.01 and asked:
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"The model has {zeros:.0%} zeros already, more than the {asked:.0%} asked for, and some may be filled. Prune the "
             "dense model, or ask for more. To train a sparse model with its zeros, use SparseFinetuning (model.weights).",
-            stacklevel=3,
         )
     if len(sparse) < len(layers):
-        warnings.warn(
+        _warn(
+            context.ranks,
             f"{len(sparse)} of {len(layers)} projections have many zeros already, such as {sparse[0]}. If an interrupted run "
             "has left this model half pruned, load the dense model again.",
-            stacklevel=3,
         )
+
+
+def _warn(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        warnings.warn(text, stacklevel=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -41,140 +42,138 @@ FeedForwardTarget = Callable[[Tensor, Network, list[Tensor]], Tensor]
 """``(dense feed-forward output (tokens, d), its network, block outputs by batch) -> target of the alternation (tokens, d)``."""
 
 
-def solve_block(
-    context: Context,
-    solver: LayerSolver,
-    block: Block,
-    cache: ActivationCache,
-    alternate: Alternate | None = None,
-    target: FeedForwardTarget | None = None,
-    on_iteration: Callable[[int, float], None] | None = None,
-) -> BlockResult:
-    """Prune a block in place.
+@dataclass(frozen=True)
+class BlockProblem:
+    """A block to prune, and what its solve is given.
 
     Args:
-        context: of the run.
         solver: of projections that share an input.
         block: dense.
         cache: activations in front of the block. Not changed.
         alternate: the alternation, for feed-forward networks. None: ``solver``.
         target: of the alternation. None: the dense feed-forward output. Experts always have their dense output as target.
         on_iteration: called with (iteration, error) of the alternation.
+    """
+
+    solver: LayerSolver
+    block: Block
+    cache: ActivationCache
+    alternate: Alternate | None = None
+    target: FeedForwardTarget | None = None
+    on_iteration: Callable[[int, float], None] = lambda iteration, error: None
+
+    @property
+    def context(self) -> Context:
+        """Of the run."""
+        return self.solver.context
+
+    def statistics(self, unit: Linears | Network) -> InputStatistics:
+        """Statistics of a unit's input, over all ranks' fitted tokens.
+
+        Raises:
+            NumericalError: the input holds NaN or infinity.
+        """
+        first = unit.projections[0]
+        gram = Gram(first.shape[1], self.context.device)
+
+        def see(x: Tensor) -> None:
+            with phase("statistics"):
+                gram.add(x)
+
+        observe_input(self.context, self.block, self.cache, unit, see)
+        with phase("statistics"):
+            return gram.statistics(self.context.config.damping, self.context.ranks, first.name)
+
+    def fitted_input(self, network: Network) -> Tensor:
+        """Input of a feed-forward network, (fitted tokens, d)."""
+        x = TokenBuffer(self.cache.fitted_tokens, network.roles["up"].shape[1], self.cache.storage)
+        observe_input(self.context, self.block, self.cache, network, x.add)
+        return x.filled()
+
+    def input_and_target(self, network: Network) -> tuple[Tensor, Tensor]:
+        """Input of a feed-forward network, and the output that it should give, (tokens, d) each."""
+        sizes = network.roles["up"].shape[1], network.roles["down"].shape[0]
+        x, y = (TokenBuffer(self.cache.tokens, size, self.cache.storage) for size in sizes)
+        seen = {"inputs": [(network.observed, x.add)], "outputs": [(network.output, y.add)]}
+        outputs = run_block(self.context, self.block, self.cache, **seen)
+        return x.filled(), y.filled() if self.target is None else self.target(y.filled(), network, outputs)
+
+
+def solve_block(problem: BlockProblem) -> BlockResult:
+    """Prune a block in place.
 
     Raises:
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
     """
-    result = BlockResult(block.index)
-    for unit in block.units:
+    result = BlockResult(problem.block.index)
+    for unit in problem.block.units:
         if not any(p.pruned for p in unit.projections):
             continue
         if isinstance(unit, Linears):
-            _solve_linears(context, solver, unit, calibrate(context, block, cache, unit), result)
+            _solve_linears(problem, unit, result)
         elif isinstance(unit, Network):
-            _solve_network(context, solver, block, unit, cache, alternate, target, on_iteration, result)
+            _solve_network(problem, unit, result)
         else:
-            _solve_experts(context, solver, block, unit, cache, alternate, on_iteration, result)
+            _solve_experts(problem, unit, result)
     return result
 
 
-def calibrate(context: Context, block: Block, cache: ActivationCache, unit: Linears | Network) -> InputStatistics:
-    """Statistics of a unit's input, over all ranks' fitted tokens.
-
-    Args:
-        context: of the run.
-        block: with its current weights.
-        cache: activations in front of the block.
-        unit: of the block.
-
-    Raises:
-        NumericalError: the input holds NaN or infinity.
-    """
-    first = unit.projections[0]
-    gram = Gram(first.shape[1], context.device)
-
-    def see(x: Tensor) -> None:
-        with phase("statistics"):
-            gram.add(x)
-
-    observe_input(context, block, cache, unit, see)
-    with phase("statistics"):
-        return gram.statistics(context.config.damping, context.ranks, first.name)
-
-
-def _solve_linears(
-    context: Context, solver: LayerSolver, unit: Linears, inputs: InputStatistics, result: BlockResult
-) -> None:
-    """Prune projections that share an input, in place, and note their errors."""
+def _solve_linears(problem: BlockProblem, unit: Linears, result: BlockResult) -> None:
+    """Prune projections that share an input, and note their errors."""
+    solver, adapter, inputs = problem.solver, problem.context.adapter, problem.statistics(unit)
     projections = {p.name: p for p in unit.projections}
-    rows = {name: context.adapter.read_rows(p) for name, p in projections.items()}
+    rows = {name: adapter.read_rows(p) for name, p in projections.items()}
     pruned = solver.prune(projections, rows, rows, inputs)
     for name, p in projections.items():
         if p.pruned:
-            context.adapter.write_rows(p, pruned[name])
+            adapter.write_rows(p, pruned[name])
             result.layer_errors[name] = solver.error(rows[name], pruned[name], inputs)
 
 
-def _solve_network(
-    context: Context,
-    solver: LayerSolver,
-    block: Block,
-    network: Network,
-    cache: ActivationCache,
-    alternate: Alternate | None,
-    target: FeedForwardTarget | None,
-    on_iteration: Callable[[int, float], None] | None,
-    result: BlockResult,
-) -> None:
+def _solve_network(problem: BlockProblem, network: Network, result: BlockResult) -> None:
     """Prune a feed-forward network that sees every token."""
-    feed_forward = feed_forward_of(context, network)
-    prune = _pruner(context, solver, network, feed_forward)
-    name = f"{block.name}: "
-    if alternate is None:
-        chunks = cache.chunks(cache.fitted)
-        x = fitted_input(context, block, network, cache)
-        solution = _solve_locally(context, feed_forward, x, prune, chunks=chunks, name=name)
+    feed_forward = feed_forward_of(problem.context, network)
+    prune = _pruner(problem, network, feed_forward)
+    name = f"{problem.block.name}: "
+    if problem.alternate is None:
+        chunks = problem.cache.chunks(problem.cache.fitted)
+        x = problem.fitted_input(network)
+        solution = _solve_locally(problem.context, feed_forward, x, prune, chunks=chunks, name=name)
     else:
-        x, y = feed_forward_data(context, block, network, cache, target)
+        x, y = problem.input_and_target(network)
         with phase("alternation"):
-            solution = alternate(feed_forward, x, y, prune, name=name, on_iteration=on_iteration)
+            solution = problem.alternate(feed_forward, x, y, prune, name=name, on_iteration=problem.on_iteration)
         result.errors, result.held_out_errors = solution.errors, solution.held_out_errors
-    _write_network(context, solver, network, feed_forward, solution, result)
+    _write_network(problem, network, feed_forward, solution, result)
 
 
-def _solve_experts(
-    context: Context,
-    solver: LayerSolver,
-    block: Block,
-    experts: Experts,
-    cache: ActivationCache,
-    alternate: Alternate | None,
-    on_iteration: Callable[[int, float], None] | None,
-    result: BlockResult,
-) -> None:
+def _solve_experts(problem: BlockProblem, experts: Experts, result: BlockResult) -> None:
     """Prune every expert on the tokens that are routed to it. One expert's statistics are in memory at a time."""
-    routed = RoutedTokens(context, block, cache, experts)
+    context, cache = problem.context, problem.cache
+    routed = RoutedTokens(context, problem.block, cache, experts)
     errors: list[list[float]] = []
     held_out_errors: list[list[float]] = []
     for index, network in enumerate(experts.networks):
         if not any(p.pruned for p in network.projections):
             continue
-        tokens = routed.of(index, borrowing_below=network.roles["down"].shape[1])
+        output_size, width = network.roles["down"].shape
+        tokens = routed.of(index, borrowing_below=width)
         result.borrowing_experts += tokens.borrows
         feed_forward = feed_forward_of(context, network)
-        prune = _pruner(context, solver, network, feed_forward)
-        name = f"{block.name}: expert {index}: "
-        if alternate is None:
+        prune = _pruner(problem, network, feed_forward)
+        name = f"{problem.block.name}: expert {index}: "
+        if problem.alternate is None:
             fitted = tokens.fitted()
             solution = _solve_locally(
                 context, feed_forward, fitted.x, prune, chunks=fitted.chunks, weights=fitted.weights, name=name
             )
         else:
-            y = TokenBuffer(len(tokens.x), network.roles["down"].shape[0], cache.storage)
+            y = TokenBuffer(len(tokens.x), output_size, cache.storage)
             for part in tokens.x.split(tokens.chunks):
                 y.add(feed_forward(part.to(context.device, torch.float32, non_blocking=True)))
-            windows = alternation_windows(context, tokens.fitted_windows, network.roles["down"].shape[1])
+            windows = alternation_windows(context, tokens.fitted_windows, width)
             with phase("alternation"):
-                solution = alternate(
+                solution = problem.alternate(
                     feed_forward,
                     tokens.x,
                     y.filled(),
@@ -187,12 +186,11 @@ def _solve_experts(
                 )
             errors.append(solution.errors)
             held_out_errors.append(solution.held_out_errors)
-        _write_network(context, solver, network, feed_forward, solution, result)
+        _write_network(problem, network, feed_forward, solution, result)
     if errors and not result.errors:
         result.errors, result.held_out_errors = _mean(errors), _mean(held_out_errors)
         for iteration, error in enumerate(result.errors):
-            if on_iteration is not None:
-                on_iteration(iteration, error)
+            problem.on_iteration(iteration, error)
 
 
 def alternation_windows(context: Context, tokens: Sequence[int], width: int) -> int | None:
@@ -231,10 +229,10 @@ def _solve_locally(context: Context, feed_forward: FeedForward, x: Tensor, prune
         return solve_locally(feed_forward, x, prune, damping=context.config.damping, ranks=context.ranks, **options)
 
 
-def _pruner(context: Context, solver: LayerSolver, network: Network, dense: FeedForward) -> Prune:
+def _pruner(problem: BlockProblem, network: Network, dense: FeedForward) -> Prune:
     """The function by which the solvers of a feed-forward network prune its projections."""
-    mine = _my_rows(context, network, dense)
-    return lambda rows, inputs: solver.prune(network.roles, rows, mine, inputs)
+    mine = _my_rows(problem.context, network, dense)
+    return lambda rows, inputs: problem.solver.prune(network.roles, rows, mine, inputs)
 
 
 def _my_rows(context: Context, network: Network, whole: FeedForward) -> dict[str, Tensor]:
@@ -242,14 +240,10 @@ def _my_rows(context: Context, network: Network, whole: FeedForward) -> dict[str
 
 
 def _write_network(
-    context: Context,
-    solver: LayerSolver,
-    network: Network,
-    dense: FeedForward,
-    solution: Solution,
-    result: BlockResult,
+    problem: BlockProblem, network: Network, dense: FeedForward, solution: Solution, result: BlockResult
 ) -> None:
     """Write the solved weights into the model, and note the errors of the projections."""
+    context = problem.context
     mine = _my_rows(context, network, dense)
     for role, p in network.roles.items():
         if p.pruned:
@@ -257,21 +251,4 @@ def _write_network(
             context.adapter.write_whole(p, weight)
             inputs = solution.hidden if role == "down" else solution.inputs
             solved = weight[context.ranks.local_rows(p.shape[0])]
-            result.layer_errors[p.name] = solver.error(mine[role], solved, inputs)
-
-
-def fitted_input(context: Context, block: Block, network: Network, cache: ActivationCache) -> Tensor:
-    """Input of a feed-forward network, (fitted tokens, d). For arguments see :func:`calibrate`."""
-    x = TokenBuffer(cache.fitted_tokens, network.roles["up"].shape[1], cache.storage)
-    observe_input(context, block, cache, network, x.add)
-    return x.filled()
-
-
-def feed_forward_data(
-    context: Context, block: Block, network: Network, cache: ActivationCache, target: FeedForwardTarget | None
-) -> tuple[Tensor, Tensor]:
-    """Input of a feed-forward network, and the output that it should give, (tokens, d) each."""
-    sizes = network.roles["up"].shape[1], network.roles["down"].shape[0]
-    x, y = (TokenBuffer(cache.tokens, size, cache.storage) for size in sizes)
-    outputs = run_block(context, block, cache, inputs=[(network.observed, x.add)], outputs=[(network.output, y.add)])
-    return x.filled(), y.filled() if target is None else target(y.filled(), network, outputs)
+            result.layer_errors[p.name] = problem.solver.error(mine[role], solved, inputs)

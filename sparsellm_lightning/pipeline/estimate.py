@@ -118,15 +118,14 @@ def sizes_of_block(
         auxiliary_itemsize: bytes of an entry of the auxiliary variables.
     """
     dim, width = layout.widest
-    return Sizes.of_block(
-        tokens,
-        dim,
-        width,
-        gated=any("gate" in network.roles for network in layout.networks),
-        auxiliary_tokens=auxiliary_tokens,
-        # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the
-        # goal; the dense model's activations.
-        copies=5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model"),
-        itemsize=itemsize,
-        auxiliary_itemsize=auxiliary_itemsize,
+    matrices = 3 if any("gate" in network.roles for network in layout.networks) else 2
+    # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the goal;
+    # the dense model's activations.
+    copies = 5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model")
+    return Sizes(
+        # Float32: dense, best, current and rounded weights, targets. Of each Gram matrix the float64 sum, a damped copy and the
+        # factor; in float32 the mean, the best iterate's, and factors.
+        work=5 * 4 * matrices * dim * width + (44 if auxiliary_tokens else 36) * width * width,
+        activations=copies * tokens * dim * itemsize,
+        auxiliaries=(matrices - 1) * auxiliary_tokens * width * auxiliary_itemsize,
     )

@@ -42,11 +42,11 @@ from sparsellm_lightning.pipeline.admission import (
 )
 from sparsellm_lightning.pipeline.distil import Distiller
 from sparsellm_lightning.pipeline.kept import STEP_TOKENS
-from sparsellm_lightning.pipeline.progress import Progress
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import OnIteration, prune_blocks
 from sparsellm_lightning.reporting import RESTORED, BlockResult, PruningReport, layer_rows
 from sparsellm_lightning.runtime import (
+    BlockProgress,
     MemoryMeter,
     Profile,
     claimed,
@@ -112,7 +112,7 @@ def prune_model(
     adapter.check(context.layout)
     memory = MemoryMeter(context.device)
     progress = progress and adapter.ranks.rank == 0
-    shown = Progress(len(context.layout.blocks), context.device, progress)
+    shown = BlockProgress(len(context.layout.blocks), context.device, progress)
     profile = Profile(context.device, shown.phase)
 
     def iteration_done(block: int, iteration: int, error: float) -> None:

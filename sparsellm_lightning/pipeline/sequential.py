@@ -31,7 +31,13 @@ from sparsellm_lightning.calibration import (
 )
 from sparsellm_lightning.data import CalibrationBatch
 from sparsellm_lightning.models import Shrinkage
-from sparsellm_lightning.pipeline.block import Alternate, FeedForwardTarget, alternation_windows, solve_block
+from sparsellm_lightning.pipeline.block import (
+    Alternate,
+    BlockProblem,
+    FeedForwardTarget,
+    alternation_windows,
+    solve_block,
+)
 from sparsellm_lightning.pipeline.estimate import sizes_of_block
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.shrink import shrink_block
@@ -119,13 +125,14 @@ def prune_blocks(
                 goal = None if dense is None else [h for i, h in zip(followed, dense.hidden, strict=True) if i in tuned]
                 tuning = None if untouched else _plan_tuning(context, block, cache.part(tuned), goal)
                 alternation = alternate if alternates else None
+                problem = BlockProblem(solver, block, cache, alternation, target, after)
                 if block.index in removed:
                     leave_out(context, block)
                     result = BlockResult(block.index)
                 elif shrinkage is not None:
-                    result = shrink_block(context, solver, shrinkage, block, cache, alternation, target, after)
+                    result = shrink_block(problem, shrinkage)
                 else:
-                    result = solve_block(context, solver, block, cache, alternation, target, after)
+                    result = solve_block(problem)
                 if tuning is not None:
                     cache.replay_inputs.clear()  # tuning changes what is before them
                     error = _tune(context, block, *tuning, importance.get(reached), result)

@@ -16,9 +16,10 @@ from sparsellm_lightning.runtime.memory import (
 )
 from sparsellm_lightning.runtime.precision import coarse_dtype, dtype_of_products, fastest_float32
 from sparsellm_lightning.runtime.profiling import Profile, gemm_peak, phase
-from sparsellm_lightning.runtime.progress import draws_bars, showing, tracked
+from sparsellm_lightning.runtime.progress import BlockProgress, draws_bars, showing, tracked
 
 __all__ = [
+    "BlockProgress",
     "MemoryMeter",
     "Placement",
     "Profile",

@@ -41,37 +41,6 @@ class Sizes:
     activations: int
     auxiliaries: int
 
-    @classmethod
-    def of_block(
-        cls,
-        tokens: int,
-        dim: int,
-        width: int,
-        *,
-        gated: bool,
-        auxiliary_tokens: int,
-        copies: int,
-        itemsize: int,
-        auxiliary_itemsize: int,
-    ) -> Sizes:
-        """For a feed-forward network of ``dim`` inputs and ``width`` hidden features, and ``tokens`` calibration tokens.
-
-        Args:
-            gated: whether the block has a gate.
-            auxiliary_tokens: tokens that carry auxiliaries. 0: no alternation.
-            copies: number of (tokens, dim) tensors held at once.
-            itemsize: bytes of one number of the model's activations.
-            auxiliary_itemsize: bytes of one number of z and s.
-        """
-        matrices = 3 if gated else 2
-        return cls(
-            # Float32: dense, best, current and rounded weights, targets. Of each Gram matrix the float64 sum, a damped copy and
-            # the factor; in float32 the mean, the best iterate's, and factors.
-            work=5 * 4 * matrices * dim * width + (44 if auxiliary_tokens else 36) * width * width,
-            activations=copies * tokens * dim * itemsize,
-            auxiliaries=(matrices - 1) * auxiliary_tokens * width * auxiliary_itemsize,
-        )
-
     def describe(self) -> str:
         """The sizes that are not 0, in words."""
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in vars(self).items() if size)

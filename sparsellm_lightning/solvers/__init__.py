@@ -20,7 +20,7 @@ from sparsellm_lightning.solvers.local import LOCAL_SOLVERS, LocalSolver, solve_
 from sparsellm_lightning.solvers.magnitude import magnitude
 from sparsellm_lightning.solvers.neurons import Removal, remove_units, with_zeros, without_units
 from sparsellm_lightning.solvers.patterns import Containing, NofM, Pattern, Stacked, Unstructured
-from sparsellm_lightning.solvers.ranks import SINGLE, Ranks, split_sizes
+from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.sparsegpt import sparsegpt
 from sparsellm_lightning.solvers.sparsellm import Prune, Solution, solve_feed_forward, solve_locally
 from sparsellm_lightning.solvers.statistics import (
@@ -82,7 +82,6 @@ __all__ = [
     "solve_stacked",
     "sparsegpt",
     "spd_inverse",
-    "split_sizes",
     "surgeon",
     "wanda",
     "with_zeros",

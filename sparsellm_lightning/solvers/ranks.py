@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 
 
-def split_sizes(rows: int, ranks: int) -> list[int]:
-    """Number of rows on each rank: the split of ``torch.chunk`` and of FSDP along dimension 0. Last ranks may hold none."""
-    per_rank = -(-rows // ranks)
-    return [max(0, min(per_rank, rows - rank * per_rank)) for rank in range(ranks)]
-
-
 class Ranks:
     """A single process. It holds every row, and its sums are complete.
 
@@ -40,7 +34,7 @@ class Ranks:
         return [tensor]
 
     def gather_rows(self, local: Tensor, rows: int) -> Tensor:
-        """All ``rows`` of a matrix of which each rank holds :func:`split_sizes` consecutive rows."""
+        """All ``rows`` of a matrix of which each rank holds its :meth:`local_rows`."""
         return local
 
     def gather_rows_to_first(self, local: Tensor, rows: int) -> Tensor | None:
@@ -74,7 +68,7 @@ class Ranks:
         yield
 
     def local_rows(self, rows: int) -> slice:
-        """This rank's rows of a matrix with ``rows`` rows."""
+        """This rank's rows of a matrix with ``rows`` rows: as ``torch.chunk`` and FSDP split them. Last ranks may hold none."""
         per_rank = -(-rows // self.size)
         return slice(min(self.rank * per_rank, rows), min((self.rank + 1) * per_rank, rows))
 

@@ -15,7 +15,6 @@ from sparsellm_lightning.allocation.rules import (
     Curve,
     above,
     atp,
-    atp_step,
     minimise_damage,
     outlier_ratio,
     owl,
@@ -109,15 +108,15 @@ def test_owl_and_atp_keep_the_budget_the_order_and_the_range(seed: int) -> None:
     order = sorted(range(len(sizes)), key=ratios.__getitem__)
     assert all(result[fewer] >= result[more] for fewer, more in itertools.pairwise(order))
 
-    result = atp(sizes, 0.7, atp_step(len(sizes), 0.1))
+    result = atp(sizes, 0.7, 0.1)
     assert mean(result, sizes) == pytest.approx(0.7, abs=1e-12)
     assert result[-1] - result[0] == pytest.approx(0.2, abs=1e-12)
-    assert np.diff(result) == pytest.approx(atp_step(len(sizes), 0.1), abs=1e-12)
+    assert np.diff(result) == pytest.approx(0.2 / (len(sizes) - 1), abs=1e-12)
 
 
 def test_atp_of_equal_sizes_is_the_papers() -> None:
-    assert atp([5] * 4, 0.7, 0.02) == pytest.approx([0.67, 0.69, 0.71, 0.73], abs=1e-12)
-    assert atp([5], 0.7, atp_step(1, 0.1)) == [0.7]
+    assert atp([5] * 4, 0.7, 0.03) == pytest.approx([0.67, 0.69, 0.71, 0.73], abs=1e-12)
+    assert atp([5], 0.7, 0.1) == [0.7]
 
 
 def test_outlier_ratios_that_are_not_finite_are_refused() -> None:
@@ -225,7 +224,7 @@ def test_counts_add_up_and_are_rounded(seed: int) -> None:
     rng = random.Random(seed)
     entries = [rng.randint(1, 10 ** rng.randint(1, 8)) for _ in range(rng.randint(1, 50))]
     # Like those of the rules: their mean over all weights is exact to rounding.
-    sparsities = atp(entries, 0.6, atp_step(len(entries), 0.1))
+    sparsities = atp(entries, 0.6, 0.1)
     counts = round_counts(sparsities, entries)
     assert sum(counts) == round(0.6 * sum(entries))
     for count, sparsity, size in zip(counts, sparsities, entries, strict=True):

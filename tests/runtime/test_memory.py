@@ -15,9 +15,11 @@ from support.batches import random_batches
 from support.models import build_model
 
 from sparsellm_lightning import PruningConfig, UserError, prune_model
+from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.errors import OutOfMemoryError
 from sparsellm_lightning.pipeline import sequential
 from sparsellm_lightning.pipeline.distil import Distiller
+from sparsellm_lightning.pipeline.estimate import sizes_of_block
 from sparsellm_lightning.runtime import (
     MemoryMeter,
     Placement,
@@ -99,24 +101,22 @@ def test_a_container_or_job_has_less_than_the_machine(tmp_path: Path) -> None:
     assert left() == 60
 
 
-def test_sizes_of_a_block() -> None:
-    def sizes(gated: bool, auxiliary_tokens: int) -> Sizes:
-        return Sizes.of_block(
-            *(1000, 64, 128),
-            gated=gated,
-            auxiliary_tokens=auxiliary_tokens,
-            copies=5,
-            itemsize=4,
-            auxiliary_itemsize=2,
-        )
+@pytest.mark.parametrize(("name", "matrices"), [("llama", 3), ("gpt2", 2)])
+def test_sizes_of_a_block(name: str, matrices: int) -> None:
+    layout = describe(build_model(name))
+    dim, width = layout.widest
+    paper = PruningConfig(preset="paper")
 
-    alternated, local, plain = sizes(True, 900), sizes(True, 0), sizes(False, 900)
-    assert alternated.activations == local.activations == plain.activations == 5 * 1000 * 64 * 4
-    assert alternated.auxiliaries == 2 * 900 * 128 * 2
-    assert plain.auxiliaries == 900 * 128 * 2
+    def sizes(auxiliary_tokens: int, config: PruningConfig = paper) -> Sizes:
+        return sizes_of_block(layout, config, 1000, auxiliary_tokens, itemsize=4, auxiliary_itemsize=2)
+
+    alternated, local = sizes(900), sizes(0)
+    assert alternated.activations == local.activations == 5 * 1000 * dim * 4
+    assert sizes(0, PruningConfig(preset="fast", target="model")).activations == 9 * 1000 * dim * 4
+    assert alternated.auxiliaries == (matrices - 1) * 900 * width * 2
     assert local.auxiliaries == 0
-    assert local.work < alternated.work
-    assert plain.work < alternated.work
+    assert alternated.work == 20 * matrices * dim * width + 44 * width**2
+    assert local.work == 20 * matrices * dim * width + 36 * width**2
     assert "auxiliaries" in alternated.describe()
     assert "auxiliaries" not in local.describe()
 

@@ -207,10 +207,10 @@ def test_the_progress_bar_draws_each_phase_once(monkeypatch: pytest.MonkeyPatch)
     """Within ``SECONDS_A_DRAW`` a phase is drawn once, however often it begins."""
     drawn: list[str] = []
     monkeypatch.setattr(
-        "sparsellm_lightning.pipeline.progress.tqdm.set_postfix", lambda bar, s, **_: drawn.append(s["phase"])
+        "sparsellm_lightning.runtime.progress.tqdm.set_postfix", lambda bar, s, **_: drawn.append(s["phase"])
     )
-    monkeypatch.setattr("sparsellm_lightning.pipeline.progress.SECONDS_A_DRAW", 1e6)
-    monkeypatch.setattr("sparsellm_lightning.pipeline.progress.draws_bars", lambda: True)
+    monkeypatch.setattr("sparsellm_lightning.runtime.progress.SECONDS_A_DRAW", 1e6)
+    monkeypatch.setattr("sparsellm_lightning.runtime.progress.draws_bars", lambda: True)
     config = PruningConfig(preset="paper", sparsity=0.7, num_calibration_samples=8)
     report = prune_model(build_model("llama"), random_batches(), config, progress=True)
     assert sorted(drawn) == sorted(report.phases)

@@ -10,19 +10,18 @@ import pytest
 import torch
 from support.ranks import ThreadRanks, on_ranks
 
-from sparsellm_lightning.solvers import SINGLE, Ranks, split_sizes
+from sparsellm_lightning.solvers import SINGLE, Ranks
 
 
 @pytest.mark.parametrize("ranks", range(1, 8))
 def test_rows_are_split_like_torch_chunk(ranks: int) -> None:
     for rows in range(21):
         sizes = [len(part) for part in torch.arange(rows).chunk(ranks)]
-        assert split_sizes(rows, ranks) == sizes + [0] * (ranks - len(sizes))
         held = [
             list(range(rows))[ThreadRanks(rank, [None] * ranks, threading.Barrier(1)).local_rows(rows)]
             for rank in range(ranks)
         ]
-        assert [len(part) for part in held] == split_sizes(rows, ranks)
+        assert [len(part) for part in held] == sizes + [0] * (ranks - len(sizes))
         assert list(itertools.chain(*held)) == list(range(rows))
 
 

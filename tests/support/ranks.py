@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.solvers import Ranks, split_sizes
+from sparsellm_lightning.solvers import Ranks
 
 
 class ThreadRanks(Ranks):
@@ -36,8 +36,10 @@ class ThreadRanks(Ranks):
 
     def gather_rows(self, local: Tensor, rows: int) -> Tensor:
         parts = self._exchange(local)
-        assert [len(part) for part in parts] == split_sizes(rows, self.size)
-        return torch.cat(parts)
+        whole = torch.cat(parts)
+        assert len(whole) == rows
+        assert torch.equal(whole[self.local_rows(rows)], local)
+        return whole
 
 
 def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
