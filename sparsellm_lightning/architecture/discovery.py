@@ -198,9 +198,11 @@ def _check_untied(layout: DecoderLayout) -> None:
 def _check_units(layout: DecoderLayout, config: PruningConfig) -> None:
     """Refuse pattern neurons for a model whose configuration could not say how many units are left."""
     if not layout.units:
+        widths = sorted({network.roles["down"].shape[1] for network in layout.networks})
         raise UserError(
-            "Pattern neurons needs one plain feed-forward network, of one width, in every block, which "
-            f"{type(layout.model).__name__} does not have. Use another pattern."
+            "Pattern neurons needs one feed-forward network in every block, of one width, and no experts, but "
+            f"{type(layout.model).__name__} has {len(layout.networks)} in {len(layout.blocks)} blocks, of widths {widths}. Use "
+            "another pattern."
         )
     left = [p.name for network in layout.networks for p in network.projections if not p.pruned]
     if left:
