@@ -38,7 +38,8 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 
 
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
-    """A sparsity for every projection to be pruned. Of all their weights together, the share asked for becomes zero.
+    """A sparsity for every projection to be pruned. Of all their weights together, the share asked for becomes zero (exactly,
+    but for half a weight in each part that a solver rounds by itself: a matrix of a fused one, 128 columns of SparseGPT).
 
     ``atp``, ``owl`` and ``kl_blocks`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
     all projections of one role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place

@@ -80,8 +80,8 @@ class RoutedTokens:
 
         An expert with n < m fitted tokens over all ranks, m being ``borrowing_below``, borrows the statistics of all tokens:
         its Gram matrices become ``n/m`` times its own plus ``1 − n/m`` times those of all tokens. Where the router's weight
-        multiplies an expert's input, as in Llama 4, the input of other tokens is zero: an expert without tokens is pruned by
-        magnitude.
+        multiplies an expert's input, as in Llama 4, the input of other tokens is zero, and an expert has its own alone; without
+        any it is pruned by magnitude.
         """
         device = self.context.device
         if self.routing is None:
@@ -101,7 +101,8 @@ class RoutedTokens:
         energy, routed, every = totals.tolist()
         own = min(routed / borrowing_below, 1.0) if energy > 0 else 0.0
         borrows, lengths = own < 1.0, self.lengths
-        if borrows:
+        nothing_to_borrow = energy > 0 and self.routing is not None and self.routing.chosen is None
+        if borrows and not nothing_to_borrow:
             weight = own * every * square / max(energy, 1e-30) + (1 - own)
         else:
             lengths = [int(number) for number in found[:, 1]]

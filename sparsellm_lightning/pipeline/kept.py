@@ -20,6 +20,7 @@ from sparsellm_lightning.sparsity import pruned_before
 
 STEP_TOKENS = 512  # tokens of a tuning step, over all ranks
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
+LEAST_DENSITY = 0.01  # for the learning rate, whose first steps are of its size
 LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
 LOSS_SCALE = 2.0**10  # of the losses, because float16 cannot hold gradients below 6e-8. Exact in other dtypes
 VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
@@ -181,7 +182,7 @@ class KeptParameters:
                 local.copy_(flat.view_as(local))
 
     def _scales(self) -> list[float]:
-        """``rms / ρ`` of each parameter, over all of its shards."""
+        """``rms / ρ`` of each parameter, over all of its shards, ρ being at least :data:`LEAST_DENSITY`."""
         sums = [
             [float(values.square().sum(dtype=torch.float64)), values.numel(), local.numel()]
             for values, local in zip(self.values, self.locals, strict=True)
@@ -190,7 +191,8 @@ class KeptParameters:
         if self.adapter.weights_are_split:
             self.ranks.sum_(totals)
         squares, entries, size = totals.clamp(min=1e-30).T
-        scales: list[float] = ((squares / entries).sqrt().clamp(min=LEAST_SCALE) * size / entries).tolist()
+        rms = (squares / entries).sqrt().clamp(min=LEAST_SCALE)
+        scales: list[float] = torch.minimum(rms * size / entries, rms / LEAST_DENSITY).tolist()
         return scales
 
 
@@ -202,7 +204,7 @@ def _uses(module: torch.nn.Module) -> Counter[int]:
 def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
     """How many batches each rank takes in a step, so that the steps of all ranks together have about ``wanted`` tokens.
 
-    All ranks make equally many forwards. The rank with most batches sees none twice in a step.
+    All ranks make equally many forwards. The rank with most batches need see none twice in a step.
 
     Args:
         ranks: call this together.
@@ -217,6 +219,8 @@ def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
 def in_random_order(batches: Sequence[int], together: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Without end, those for each step: each of the batches once, in random order, then again. Empty lists if there are none.
 
+    A step that takes the last batches of one round and the first of the next has none twice.
+
     Args:
         batches: their indices.
         together: number in a step.
@@ -225,7 +229,8 @@ def in_random_order(batches: Sequence[int], together: int, generator: torch.Gene
     queue: list[int] = []
     while True:
         while batches and len(queue) < together:
-            queue += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+            drawn = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+            queue += sorted(drawn, key=queue.__contains__)
         chosen, queue = queue[:together], queue[together:]
         yield chosen
 

@@ -79,6 +79,10 @@ class Auxiliaries:
             squares += torch.stack(parts)
             self._put(index, z, s)
         ranks.sum_(squares)
+        (number,) = ranks.total(sum(tokens.sizes))
+        self.mean_weight = (
+            (squares[4] / max(number, 1)).clamp(min=1e-12).float()
+        )  # 1 over all fitted tokens, not over some
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
         self.gamma_over_beta = penalties.gamma / scales[3] / (penalties.beta / scales[2])
         self.rho_z, self.rho_s = (
@@ -92,9 +96,9 @@ class Auxiliaries:
         """Update p, z and s for the current weights.
 
         Returns:
-            ``(z − m)ᵀX / n`` for ``"up"`` and ``(s − m)ᵀX / n`` for ``"gate"``, (f, d), over all ranks, where m is the
-            pre-activation that the current weights give; and for the raw objective the statistics ``pᵀp / n`` and
-            ``Yᵀp / n``, otherwise None.
+            ``(z − m)ᵀX / n`` for ``"up"`` and ``(s − m)ᵀX / n`` for ``"gate"``, (f, d), over all ranks, n being the number of
+            tokens (with weights, their sum) and m the pre-activation that the current weights give; and for the raw objective
+            the statistics ``pᵀp / n`` and ``Yᵀp / n``, otherwise None.
         """
         down, device, gated = iterate.down, iterate.down.device, iterate.gate is not None
         gram = down @ down.T
@@ -127,7 +131,7 @@ class Auxiliaries:
             if of_p is not None:
                 of_p[0].add(scaled(p, root))
                 of_p[1].add(scaled(y_c, root), scaled(p, root))
-        corrections = {layer: total.mean(self.ranks) for layer, total in cross.items()}
+        corrections = {layer: total.mean(self.ranks) / self.mean_weight for layer, total in cross.items()}
         if of_p is None:
             return corrections, None
         gram_p, cross_p = (total.mean(self.ranks) for total in of_p)

@@ -20,18 +20,21 @@ def choose_columns(
 
     ``magnitude``: the largest ``magnitudes``. ``wanda``: the largest sums of ``|W_ij| ‖x_j‖`` (Wanda-sp). ``sparsegpt`` and
     ``admm``: groups are removed one after the other, each the one whose loss the others compensate best (:func:`surgeon`).
+    Where the input is zero, all go by ``magnitudes``.
 
     Args:
         weight: W, (rows, columns) float32, whole.
         inputs: statistics of its input.
         keep: number of groups to keep.
         solver: name.
-        magnitudes: (columns / size,), scores of the groups for ``magnitude``. Other solvers ignore them.
+        magnitudes: (columns / size,), scores of the groups for ``magnitude``.
         size: of a group.
 
     Returns:
         (columns / size,) bool, True = kept.
     """
+    if not bool(inputs.gram.diagonal().any()):
+        solver = "magnitude"  # all other scores would be equal
     if refits(solver):
         groups = weight.shape[1] // size
         order, _ = surgeon(weight, inputs, groups - keep, size)

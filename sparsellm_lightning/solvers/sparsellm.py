@@ -197,7 +197,8 @@ def solve_feed_forward(
         gram, cross = _sum_hidden(iterate, seen, ranks)
         check_finite(gram, f"{name}down")
         # The statistics are dropped with their factors before the next iteration makes its own.
-        ridge = None if auxiliaries is None else _ridge(damping, width, int(seen_energies[2]))
+        counted = seen_energies if of_p is None else leading_energies  # p is known of the leading tokens alone
+        ridge = None if auxiliaries is None else _ridge(damping, width, int(counted[2]))
         of_down = of_p or (InputStatistics(gram, damping, f"{name}down"), cross)
         down = _prune_down(dense.down, *of_down, ridge, prune, ranks)
         del of_down

@@ -112,6 +112,12 @@ def test_tokens_sorted_by_expert_are_stored_once() -> None:
         assert torch.equal(tokens.routing.of(expert)[0], sorted_tokens[expert])
     stored = tokens.routing.hidden.coalesce().values().numel()
     assert stored == int(sorted_tokens.any(-1).sum()) * sorted_tokens.shape[-1] < sorted_tokens.numel()
+    counts = sorted_tokens.any(-1).sum(1)
+    few = int(counts.argmax())
+    mine = tokens.of(few, borrowing_below=10**6)
+    assert mine.borrows
+    assert len(mine.x) == int(counts[few]) < sorted_tokens.shape[1], "rows of zeros are no tokens"
+    assert torch.equal(mine.weights, torch.ones(len(mine.x)))
 
 
 def test_an_expert_with_few_tokens_borrows_from_all() -> None:

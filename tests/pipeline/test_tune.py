@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -517,6 +517,16 @@ def test_ranks_give_the_result_of_one_process(windows: int, fitted: int, monkeyp
             assert torch.equal(found, first), f"{key}: all ranks end bit-equal"
             assert torch.equal(found == 0, one == 0)
             torch.testing.assert_close(found, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("number", "together"), [(3, 2), (5, 3), (4, 4), (7, 1)])
+def test_no_step_has_a_batch_twice(number: int, together: int) -> None:
+    steps = list(islice(in_random_order(range(number), together, torch.Generator().manual_seed(0)), 30 * number))
+    assert all(len(set(step)) == together for step in steps)
+    drawn = list(chain(*steps))
+    rounds = [drawn[first : first + number] for first in range(0, len(drawn), number)]
+    assert all(sorted(one) == list(range(number)) for one in rounds), "each batch once in every round"
+    assert len(set(map(tuple, rounds))) > 1
 
 
 def test_a_step_sees_no_window_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import combinations
 
 import pytest
@@ -68,6 +69,16 @@ def test_wanda_and_magnitude_add_up_over_a_group() -> None:
     for solver, expected in (("wanda", scores), ("magnitude", magnitudes)):
         kept = choose_columns(weight, statistics, 2, solver, magnitudes, 3)
         assert set(kept.nonzero().flatten().tolist()) == set(expected.topk(2).indices.tolist())
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "admm"])
+def test_magnitudes_decide_where_the_input_is_zero(solver: str) -> None:
+    weight, _, _ = problem(3)
+    nothing = InputStatistics(torch.zeros(3 * GROUPS, 3 * GROUPS), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = choose_columns(weight, nothing, 2, solver, torch.arange(GROUPS).float(), 3)
+    assert kept.nonzero().flatten().tolist() == [GROUPS - 2, GROUPS - 1]
 
 
 def test_refit_is_the_least_squares_solution() -> None:

@@ -560,6 +560,25 @@ def test_auxiliaries_of_leading_tokens_only(gated: bool) -> None:
     assert all_chunks.errors == default.errors
 
 
+def test_the_ridge_of_p_counts_the_leading_tokens() -> None:
+    """Copies of the leading tokens change no mean. They change no regression on p, which is known of the leading ones alone."""
+    block = make_block(dim=16, width=256)
+    x, y = make_tokens(block, n=128, noise=0.5)
+    downs = []
+    for copies in (1, 10):
+        prune, iterates = watching(block, Unstructured(0.5))
+        solve_feed_forward(
+            *(block, x.repeat(copies, 1), y.repeat(copies, 1), prune),
+            iterations=2,
+            damping=0.3,  # above the ridge of up, below that of down
+            penalties=Penalties(scale_free=False),
+            chunks=[128] * copies,
+            leading_chunks=1,
+        )
+        downs.append(iterates[-1].down)
+    torch.testing.assert_close(downs[1], downs[0], rtol=1e-3, atol=1e-5)
+
+
 def test_the_local_solution_is_returned_if_the_last_iterate_is_worse() -> None:
     block = make_block(dim=16, width=32)
     x, y = make_tokens(block, n=900, noise=0.0)
@@ -608,17 +627,25 @@ def test_the_held_out_tokens_choose() -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("scale_free", [True, False])
-def test_a_weight_counts_as_repeated_tokens(gated: bool, scale_free: bool) -> None:
+@pytest.mark.parametrize("leading", [None, 1])
+def test_a_weight_counts_as_repeated_tokens(gated: bool, scale_free: bool, leading: int | None) -> None:
     """A token of weight 3 is that token three times, in all statistics, errors and penalties."""
     dense = make_block(gated=gated)
     x, y = make_tokens(dense)
-    repeats = torch.arange(TOKENS) % 3 + 1
+    half = TOKENS // 2
+    repeats = torch.arange(TOKENS) % 3 + 1 + 2 * (torch.arange(TOKENS) < half)
+    chunks, repeated_chunks = [half, TOKENS - half], [int(repeats[:half].sum()), int(repeats[half:].sum())]
     many = [t.repeat_interleave(repeats, 0) for t in (x, y)]
     # The ridge follows the number of rows, but this damping is larger in both cases.
-    options: dict[str, Any] = {"damping": 0.6, "penalties": Penalties(scale_free=scale_free), "iterations": 3}
-    expected = solve_feed_forward(dense, *many, prune_with(Unstructured(0.5)), **options)
+    options: dict[str, Any] = {
+        "damping": 0.6,
+        "penalties": Penalties(scale_free=scale_free),
+        "iterations": 3,
+        "leading_chunks": leading,
+    }
+    expected = solve_feed_forward(dense, *many, prune_with(Unstructured(0.5)), chunks=repeated_chunks, **options)
     weights = repeats * (TOKENS / float(repeats.sum()))
-    found = solve_feed_forward(dense, x, y, prune_with(Unstructured(0.5)), weights=weights, **options)
+    found = solve_feed_forward(dense, x, y, prune_with(Unstructured(0.5)), chunks=chunks, weights=weights, **options)
     assert found.errors == pytest.approx(expected.errors, rel=1e-4)
     for name in ("gate", "up", "down") if gated else ("up", "down"):
         torch.testing.assert_close(
