@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
+from sparsellm_lightning.callbacks.schedule import steps_of_run
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import datamodule_of
 from sparsellm_lightning.distributed import failing_with_first
@@ -145,3 +147,26 @@ def check_resumed(report: PruningReport, config: PruningConfig) -> None:
             f"This run resumes one that has pruned to {done:g} ({report.pattern}), but the settings ask for {asked:g} "
             f"({config.pattern_name}). Restore the settings, or start a new run without ckpt_path."
         )
+
+
+def check_what_follows(trainer: pl.Trainer) -> None:
+    """Refuse training that would fail after pruning.
+
+    Raises:
+        UserError: a learning rate that is planned for fewer steps than the run takes, or a training loader that can be iterated
+            once, from which calibration would take windows.
+    """
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is not None and any(isinstance(loader, Iterator) for loader in loaders.flattened):
+        raise UserError(
+            "Calibration and training both read the training dataloader, but it is an iterator, which can be read once. Give "
+            "a DataLoader, or a datamodule with a calibration_dataloader."
+        )
+    steps = steps_of_run(trainer)
+    for config in trainer.lr_scheduler_configs:
+        planned = getattr(config.scheduler, "total_steps", None)
+        if config.interval == "step" and planned is not None and planned < steps < float("inf"):
+            raise UserError(
+                f"{type(config.scheduler).__name__} plans total_steps {planned}, but the run takes {steps:.0f} steps, after "
+                "the last of which torch raises. Set both to one number."
+            )

@@ -31,6 +31,7 @@ from sparsellm_lightning.models import (
     fixed_shrinkage,
     note_untied,
     plain_class,
+    recover_export,
     shrink,
     upload,
 )
@@ -70,6 +71,7 @@ class Exporter:
                     check_hub(self.push_to_hub)
                 check_export_dir(self.folder, self.overwrite)
                 self._claim.enter_context(claimed(self.folder, "export_dir"))
+                recover_export(Path(self.folder))
 
     def release(self) -> None:
         """Leave the folder to other runs."""
@@ -116,7 +118,8 @@ class Exporter:
         If it cannot be cut out, the model is written as it is, with a warning. All ranks wait for the first one.
         """
         adapter, start = adapter_for(trainer), time.perf_counter()
-        state = adapter.state_dict(model)
+        with adapter.ranks.failing_together("Export"):
+            state = adapter.state_dict(model)
         layout = adapter.describe(model, config) if config.removes else None
         with failing_with_first(trainer):
             if trainer.is_global_zero:

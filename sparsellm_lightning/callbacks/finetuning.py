@@ -123,7 +123,8 @@ class SparseFinetuning(pl.Callback):
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in later:
             # The averages are checked, measured and exported. The callback puts them in place here, and again in its turn.
-            if isinstance(callback, AVERAGING):
+            # With batch norm SWA has done so an epoch before, and ends that epoch in its turn.
+            if isinstance(callback, AVERAGING) and not getattr(callback, "_model_contains_batch_norm", False):
                 callback.on_train_end(trainer, pl_module)
         if self._masks is not None and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
             changed = self._masks.keep_nonzero()

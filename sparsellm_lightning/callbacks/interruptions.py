@@ -41,15 +41,20 @@ def forbid_checkpoints(trainer: pl.Trainer) -> None:
     ``resume_dir``.
     """
     vars(trainer)["save_checkpoint"] = _save_nothing
+    for callback in trainer.checkpoint_callbacks:  # which would take the checkpoint for saved, and link to it
+        vars(callback)["_should_save_on_exception"] = _save_nothing
 
 
 def allow_checkpoints(trainer: pl.Trainer) -> None:
     """Undo :func:`forbid_checkpoints`."""
     vars(trainer).pop("save_checkpoint", None)
+    for callback in trainer.checkpoint_callbacks:
+        vars(callback).pop("_should_save_on_exception", None)
 
 
-def _save_nothing(*_: Any, **__: Any) -> None:
+def _save_nothing(*_: Any, **__: Any) -> bool:
     log.warning("No checkpoint is saved before the model is pruned.")
+    return False
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -108,17 +108,16 @@ class Measurer:
             known: examples of other states, which get this one too.
         """
         batches, _ = validation_batches(trainer)
-        if tokenizer is None or batches is None or model.get_output_embeddings() is None:
+        if batches is None or model.get_output_embeddings() is None or PROMPTS[1] + CONTINUED > context_of(model):
             return []
-        if PROMPTS[1] + CONTINUED > context_of(model):
-            return []
-        if self._prompts is None:
+        if self._prompts is None and tokenizer is not None:
             with isolate_rng():
                 torch.manual_seed(0)  # a shuffled loader has the same order on all ranks
                 self._prompts = first_prompts(batches, *PROMPTS)
         adapter = adapter_for(trainer)
-        if not adapter.ranks.all(self._prompts is not None):
+        if not adapter.ranks.all(self._prompts is not None):  # a rank may lack the tokenizer's files
             return []
+        assert tokenizer is not None
         assert self._prompts is not None
         with self.profile.phase("evaluation"):
             texts = tokenizer.batch_decode(continued(model, self._prompts, CONTINUED, adapter))

@@ -21,10 +21,11 @@ from sparsellm_lightning.callbacks.checks import (
     check_resumed,
     check_together,
     check_trainer,
+    check_what_follows,
 )
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
-from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages
+from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages, resumed
 from sparsellm_lightning.callbacks.interruptions import allow_checkpoints, ending_on_sigterm, forbid_checkpoints
 from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule, warn_of_late_stages
@@ -102,8 +103,8 @@ class SparseLLMCallback(SparseFinetuning):
         if self.schedule is not None:
             self.config = replace(self.config, sparsity=list(self.schedule.values())[-1])
         self.finetune = finetune
-        self.export_dir = None if export_dir is None else str(Path(export_dir).expanduser())
-        self.resume_dir = None if resume_dir is None else str(Path(resume_dir).expanduser())
+        self.export_dir = None if export_dir is None else str(Path(export_dir).expanduser().absolute())
+        self.resume_dir = None if resume_dir is None else str(Path(resume_dir).expanduser().absolute())
         self.overwrite = overwrite
         self.pack = pack
         self.push_to_hub = push_to_hub
@@ -144,18 +145,21 @@ class SparseLLMCallback(SparseFinetuning):
         steps = self.config.reconstruction_steps + self.config.distillation_steps
         check_trainer(trainer, self._trains_on(pl_module), tunes=steps > 0 and not is_sparse_already(pl_module))
         check_launcher(trainer, pl_module, self.export_dir)
-        if self.schedule is not None:
+        tries = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self.schedule is not None and not tries:
             check_run(trainer, self.schedule)
         if self.push_to_hub is not None and self.export_dir is None:
             raise UserError("push_to_hub uploads an export, but export_dir is not set. Set it.")
-        if self.export_dir is not None:
+        if self.export_dir is not None and tries:
+            rank_zero_warn("fast_dev_run prunes, but exports nothing.")
+        elif self.export_dir is not None:
             self._exporter = Exporter(self.export_dir, self.overwrite, self.pack, self.push_to_hub)
             self._exporter.claim(trainer, self.resume_dir)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layout = adapter_for(trainer).describe(self._model(pl_module), self.config)
         # The report of a checkpoint is restored later. Pruning checks again.
-        if trainer.ckpt_path is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
+        if resumed(trainer) is None and not self._has_pruned(pl_module) and not is_sparse_already(pl_module):
             adapter_for(trainer).check(layout)
             if self.resume_dir is not None:
                 check_resume_dir(trainer, self.resume_dir)
@@ -182,6 +186,8 @@ class SparseLLMCallback(SparseFinetuning):
         else:
             if self.schedule is not None:
                 warn_of_late_stages(trainer, self.schedule)
+            if self.finetune:
+                check_what_follows(trainer)
             self._prune(trainer, pl_module)
         assert self.report is not None
         self.report.model = pretrained_of(pl_module) or self.report.model

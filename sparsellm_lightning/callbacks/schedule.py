@@ -36,14 +36,20 @@ def check_schedule(schedule: dict[int, float], config: PruningConfig, finetune: 
     return stages
 
 
+def steps_of_run(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run, as far as loaders and limits tell. Infinity if they do not."""
+    with suppress(MisconfigurationException):  # the number of batches for a step changes from epoch to epoch
+        steps = trainer.estimated_stepping_batches
+        return steps if steps >= 0 else float("inf")
+    return float("inf")
+
+
 def warn_of_late_stages(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
     """Name the stages that the run will not reach, as far as its loaders and limits say how many steps it takes."""
     if not trainer.lightning_module.automatic_optimization:  # which counts the steps of each optimizer
         return
-    steps = float("inf")
-    with suppress(MisconfigurationException):  # the number of batches for a step changes from epoch to epoch
-        steps = trainer.estimated_stepping_batches
-    late = [step for step in schedule if 0 <= steps <= step]
+    steps = steps_of_run(trainer)
+    late = [step for step in schedule if steps <= step]
     if late:
         rank_zero_warn(
             f"The run takes about {steps:.0f} steps, so that the schedule's stages at {', '.join(map(str, late))} do not come. "

@@ -246,7 +246,9 @@ class TextDataModule(LightningDataModule):
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
         if self.trainer is not None and self.trainer.training:  # it may ask for a loader anew each epoch
-            loader.load_state_dict({"epoch": self.trainer.current_epoch, "batches": 0})
+            # Not current_epoch, which is one behind in a run that resumes from the end of an epoch.
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            loader.load_state_dict({"epoch": epoch, "batches": 0})
         return loader
 
     def _refuse_batch(self, batch: Any) -> Any:

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sparsellm_lightning.models import IGNORED
+from sparsellm_lightning.distributed import token_input
+from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models import IGNORED, model_inputs
 
 Windows = DataLoader[dict[str, Tensor]]
 
@@ -45,8 +47,9 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A DataLoader whose position in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
 
-    The loader counts epochs and batches itself and continues an interrupted iteration where it stopped. Lightning's own count
-    is one ahead in a checkpoint that is saved when ``max_steps`` ends a run, and Lightning may begin an epoch twice.
+    The loader counts epochs and batches itself. After :meth:`load_state_dict` an iteration begins at that position; every
+    other one begins the next epoch. Lightning's own count is one ahead in a checkpoint that is saved when ``max_steps`` ends
+    a run.
 
     Args:
         limit: batches of an epoch, or their share, as the Trainer's ``limit_train_batches``.
@@ -54,13 +57,16 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     _epoch = 0
     _taken = 0
+    _resumes = False
 
     def __init__(self, *args: Any, limit: int | float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limit = limit
 
     def __iter__(self) -> Any:
-        self.load_state_dict(self.state_dict())
+        if self._taken and not self._resumes:
+            self._epoch, self._taken = self._epoch + 1, 0
+        self._resumes = False
         if isinstance(self.sampler, DistributedSampler):  # overfit_batches puts another in its place
             self.sampler.set_epoch(self._epoch)
         skipped = self._taken
@@ -78,7 +84,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next iteration begins at this position."""
-        self._epoch, self._taken = state_dict["epoch"], state_dict["batches"]
+        self._epoch, self._taken, self._resumes = state_dict["epoch"], state_dict["batches"], True
 
 
 def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tuple[Iterable[Any], bool, str]:
@@ -97,7 +103,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     if loader is None:
         combined = trainer.fit_loop._combined_loader
         assert combined is not None
-        fresh = [_fresh(loader) for loader in combined.flattened]
+        fresh = [_own_windows(loader) for loader in combined.flattened]
         # Of several loaders batches in turn, so that each has its part.
         batches = fresh[0] if len(fresh) == 1 else (b for one in zip_longest(*fresh) for b in one if b is not None)
         return batches, _is_sharded(combined.flattened), "training dataloader"
@@ -147,6 +153,24 @@ def _fresh(loader: Any) -> Iterable[Any]:
     return _Fresh(loader) if isinstance(loader, DataLoader) else loader
 
 
+def _own_windows(loader: Any) -> Iterable[Any]:
+    """The batches of a loader, without the windows that a distributed sampler repeats to make shares equal."""
+    sampler = next((s for s in _samplers(loader) if isinstance(s, DistributedSampler)), None)
+    if sampler is None or sampler.drop_last:
+        return _fresh(loader)
+    windows = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type]
+    return _first_windows(_fresh(loader), len(windows))
+
+
+def _first_windows(batches: Iterable[Any], count: int) -> Iterator[dict[str, Tensor]]:
+    for inputs in map(model_inputs, batches):
+        windows = len(token_input(inputs))
+        yield {key: value[:count] if len(value) == windows else value for key, value in inputs.items()}
+        count -= windows
+        if count <= 0:
+            return
+
+
 class _Fresh:
     """The batches of a dataloader, without a trace in the loader.
 
@@ -179,5 +203,11 @@ def _samplers(loader: Any) -> tuple[Any, Any]:
 def _is_sharded(loader: Any) -> bool:
     """Whether a dataloader gives each rank its own share, as Lightning's distributed sampler does."""
     if isinstance(loader, (list, tuple)):
-        return any(_is_sharded(part) for part in loader)
+        shares = {_is_sharded(part) for part in loader}
+        if len(shares) > 1:
+            raise UserError(
+                "Several dataloaders must all give each rank its own share, or none, but only some have a DistributedSampler, "
+                "such as those without an IterableDataset. Give loaders of one kind."
+            )
+        return shares == {True}
     return any(isinstance(sampler, DistributedSampler) for sampler in _samplers(loader))

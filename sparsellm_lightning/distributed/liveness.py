@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 FAILURE = "failure"  # key of the store: message of the rank that failed first
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without a sign of life after which a rank counts as stopped
+ARRIVAL = 600.0  # the same before its first sign: it may still tokenise, or wait for a logger's server
 GRACE = 10.0  # seconds after another rank's failure in which this one may still end by an exception
 
 
@@ -24,7 +25,8 @@ def watching_peers(store: Store, rank: int, size: int, what: str = "Pruning") ->
     """End this process if the ranks inside this context stop.
 
     A thread counts up this rank's key in the store and reads the key of the next rank, so that the store's load does not grow
-    with the square of the ranks. The rank whose neighbour has been silent for :data:`SILENCE` seconds notes that as a failure.
+    with the square of the ranks. The rank whose neighbour has been silent for :data:`SILENCE` seconds (:data:`ARRIVAL`, if it
+    has not come yet) notes that as a failure.
     Every rank that finds a failure and has not ended after :data:`GRACE` seconds exits with status 1: a main thread that waits
     in a collective cannot be interrupted otherwise. The first rank that leaves the context without an exception ends the watch
     of all: inside, no rank waits for another behind its last collective.
@@ -87,9 +89,12 @@ class _Watch:
             if self.failure is not None and now - self.failure[1] > GRACE:
                 self._exit(self.failure[0])
             if now - self.answered > SILENCE:
-                self._exit(_stopped(self.what, "the process that serves the process group's store, mostly rank 0,"))
-            if now - self.heard > SILENCE:
-                message = _stopped(self.what, f"rank {self.neighbour}")
+                self._exit(
+                    _stopped(self.what, "the process that serves the process group's store, mostly rank 0,", SILENCE)
+                )
+            patience = SILENCE if self.count else ARRIVAL
+            if now - self.heard > patience:
+                message = _stopped(self.what, f"rank {self.neighbour}", patience)
                 threading.Thread(target=self.store.set, args=(FAILURE, message), daemon=True).start()
                 time.sleep(BEAT / 4)
                 self._exit(message)
@@ -100,8 +105,8 @@ class _Watch:
         os._exit(1)
 
 
-def _stopped(what: str, who: str) -> str:
+def _stopped(what: str, who: str, seconds: float) -> str:
     kept = " If resume_dir is set, finished blocks are in it: start the same command again to go on." * (
         what == "Pruning"
     )
-    return f"{what} failed: {who} has given no sign of life for {SILENCE:.0f} seconds.{kept}"
+    return f"{what} failed: {who} has given no sign of life for {seconds:.0f} seconds.{kept}"

@@ -8,7 +8,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -100,11 +100,13 @@ class ProcessGroupRanks(Ranks):
             with watching_peers(store, self.rank, self.size, what):
                 yield
         except BaseException as error:
-            if isinstance(error, Exception) and store.check([FAILURE]):
+            if store.check([FAILURE]):
+                store.add(_HEARD, 1)
+                if not isinstance(error, Exception):
+                    raise  # all ranks are interrupted
                 # Another rank failed first and closed its connections. That caused the error here.
                 message = store.get(FAILURE).decode()
                 log.error(message)
-                store.add(_HEARD, 1)
                 raise PeerError(message) from error
             message = f"{what} failed on rank {self.rank}: {type(error).__name__}: {error}"
             log.error(message)
@@ -114,6 +116,7 @@ class ProcessGroupRanks(Ranks):
             if "nccl" not in dist.get_backend(self.group):  # or cpu:gloo,cuda:nccl
                 dist.destroy_process_group()
             deadline = time.monotonic() + _PATIENCE
-            while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
+            with suppress(RuntimeError):  # the process that serves the store has ended
+                while store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
+                    time.sleep(0.05)
             raise

@@ -21,6 +21,7 @@ from sparsellm_lightning.models.export import (
     check_rebuildable,
     export_model,
     export_or_rescue,
+    recover_export,
     replace_text,
 )
 from sparsellm_lightning.models.head import Forward, decoder_output, head_in, logits_at
@@ -81,6 +82,7 @@ __all__ = [
     "plain_class",
     "positions_together",
     "pretrained_of",
+    "recover_export",
     "replace_text",
     "shrink",
     "size_of_sample",

@@ -154,9 +154,4 @@ class CausalLM(pl.LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return LightningCLI.configure_optimizers(self, optimizer, scheduler)
-        planned, steps = getattr(scheduler, "total_steps", None), self.trainer.max_steps
-        if planned is not None and steps > planned:
-            raise UserError(
-                f"model.lr_scheduler plans total_steps {planned}, but trainer.max_steps is {steps}. Set both to one number."
-            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

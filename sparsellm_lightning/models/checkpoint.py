@@ -55,6 +55,7 @@ def check_checkpoint(path: str) -> None:
     try:
         if at.is_dir():
             _SafeReader(at).read_metadata()
+            torch.load(at / "meta.pt", "cpu", weights_only=True, mmap=True)  # written last
         elif "pytorch-lightning_version" not in torch.load(at, "cpu", weights_only=True, mmap=True):
             raise ValueError("it was not written by Lightning")
     except _UNREADABLE as error:

@@ -30,13 +30,14 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
     """The model's keyword arguments in a batch: a dict, a tensor of token ids, or a sequence that begins with one.
 
     Raises:
-        UserError: another kind of batch, or a sequence that holds a mask too.
+        UserError: another kind of batch, or a sequence that holds a mask, or labels that leave out tokens, too.
     """
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
-        if any(_is_mask(other, batch[0]) for other in batch[1:]):
+        if any(_is_mask(other, batch[0]) or _are_labels(other, batch[0]) for other in batch[1:]):
             raise UserError(
                 "Of a batch that is a sequence only the first tensor is used, the token ids, but another one looks like an "
-                "attention mask with zeros. Have the dataloader give a dict: 'input_ids', and 'attention_mask' if it is one."
+                f"attention mask with zeros, or like labels with {IGNORED}. Have the dataloader give a dict: 'input_ids', and "
+                "'attention_mask' or 'labels' if it is one."
             )
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -66,6 +67,11 @@ def _is_mask(other: Any, ids: Tensor) -> bool:
         return False
     ends = other[:, [0, -1]] == 0
     return bool(ends.any()) and not bool(ends.all(1).any()) and bool(((other == 0) | (other == 1)).all())
+
+
+def _are_labels(other: Any, ids: Tensor) -> bool:
+    """Whether a tensor beside token ids leaves out some of them as labels do."""
+    return isinstance(other, Tensor) and other.shape == ids.shape and bool((other == IGNORED).any())
 
 
 def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -176,11 +182,12 @@ def _logits_in_slices(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits by slices of positions. For arguments see :func:`update`; ``shape`` is (batch, sequence)."""
     output = decoder_output(model, forward, shape)
-    if output is None:
+    if not ranks.all(output is not None):  # a rank without rows cannot tell
         logits = forward()
         if logits is not None:
             yield slice(None), logits
         return
+    assert output is not None
     hidden = output.last_hidden_state
     pieces = positions_together(model, len(hidden), hidden.shape[1])
     for index in range(ranks.largest(len(pieces))):

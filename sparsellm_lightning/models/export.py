@@ -236,6 +236,15 @@ def _beside(target: Path, purpose: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def recover_export(target: Path) -> None:
+    """Put an earlier export back whose place was empty when the run that replaced it was killed."""
+    if not target.exists():
+        for earlier in target.parent.glob(f".{target.name}.*.old/{target.name}"):
+            earlier.rename(target)
+            earlier.parent.rmdir()
+            return
+
+
 def _put_in_place(folder: Path, target: Path) -> None:
     if not target.exists():
         folder.rename(target)

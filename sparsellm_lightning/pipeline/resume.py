@@ -34,7 +34,8 @@ class Journal:
     """A folder with one file for each finished block and rank, the windows that the model wrote, and the run's fingerprint.
 
     A file is written beside its place and renamed, and its name holds the SHA-256 of its content. So a kill leaves a whole
-    file or none. A damaged file counts as missing, with a warning.
+    file or none. A damaged file counts as missing, with a warning. Blocks count as missing too if what they were solved with
+    is (the allocation, what leaves, the written windows).
 
     A later stage of gradual pruning starts from weights that were trained, and training may not repeat bit by bit. So the
     journal of a later stage with other weights is begun anew, with a warning.
@@ -65,8 +66,7 @@ class Journal:
             )
         if not self.ranks.all(not differing):
             warnings.warn(f"resume_dir {folder} was written for other trained weights. It is begun anew.", stacklevel=2)
-            for path in self.folder.glob(f"*-rank-{self.ranks.rank}.*.safetensors"):
-                path.unlink()
+            self._forget("*")
         if self.ranks.rank == 0 and (stored is None or differing):
             self._write_file(_FINGERPRINT, (json.dumps(wanted, indent=2) + "\n").encode())
         self.ranks.all(True)  # no rank goes on before the first has written
@@ -113,13 +113,25 @@ class Journal:
         if found is not None:
             return found[0][name]
         made = make()
+        self._forget("block-*")  # solved with another tensor
         self._write(name, {name: made}, {})
         return made
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors, and the result noted with them. None unless every rank finds its file whole."""
+        """Tensors, and the result noted with them. None unless every rank finds its file whole.
+
+        Otherwise no rank keeps its file: all make theirs anew, and those of two runs need not fit together.
+        """
         found = self._read_mine(name)
-        return found if self.ranks.all(found is not None) else None
+        if self.ranks.all(found is not None):
+            return found
+        self._forget(name)
+        return None
+
+    def _forget(self, name: str) -> None:
+        """Delete this rank's files of that name, which may be a pattern."""
+        for path in self.folder.glob(f"{self._stem(name)}.*"):
+            path.unlink()
 
     def _read_mine(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         for path in self.folder.glob(f"{self._stem(name)}.*.safetensors"):
@@ -138,10 +150,7 @@ class Journal:
         noted = {"result": json.dumps(result)}
         content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, noted)
         digest = hashlib.sha256(content).hexdigest()
-        new = self._write_file(f"{self._stem(name)}.{digest}.safetensors", content)
-        for path in self.folder.glob(f"{self._stem(name)}.*"):
-            if path != new:  # it was damaged
-                path.unlink()
+        self._write_file(f"{self._stem(name)}.{digest}.safetensors", content)
 
     def _write_file(self, name: str, content: bytes) -> Path:
         """Write a file beside its place, and rename it.

@@ -408,7 +408,8 @@ def test_ignored_layers_that_were_pruned_before(trained, loader: DataLoader[Any]
         assert not torch.equal(now, weight)
 
 
-def test_schedulers_that_end_before_the_run(model_dir: Path) -> None:
+@pytest.mark.parametrize(("limit", "steps"), [({"max_steps": 3}, 3), ({"max_epochs": 2}, 8)])
+def test_schedulers_that_end_before_the_run(model_dir: Path, limit: dict[str, int], steps: int) -> None:
     """Torch would raise after all pruning and training."""
     module = CausalLM(
         str(model_dir),
@@ -416,8 +417,57 @@ def test_schedulers_that_end_before_the_run(model_dir: Path) -> None:
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=2),
     )
     data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16)
-    with pytest.raises(UserError, match=r"plans total_steps 2, but trainer\.max_steps is 3"):
-        trainer(pruner(), max_steps=3).fit(module, data)
+    with pytest.raises(UserError, match=rf"OneCycleLR plans total_steps 2, but the run takes {steps} steps"):
+        trainer(pruner(), **limit).fit(module, data)
+
+
+def test_a_training_loader_that_can_be_read_once_is_refused(ids: Tensor) -> None:
+    module = Module(build_model("llama"), OPTIMIZERS["adamw"])
+    with pytest.raises(UserError, match="iterator, which can be read once"):
+        trainer(pruner(), max_steps=2).fit(module, iter(ids.split(4)))
+    trainer(pruner(finetune=False)).fit(module, iter(ids.split(4)))
+
+
+def test_a_trial_run_exports_nothing(ids: Tensor, tmp_path: Path) -> None:
+    held = pruner(export_dir=str(tmp_path / "out"), schedule={0: 0.5, 5: 0.7}, sparsity=None)
+    with pytest.warns(UserWarning, match="exports nothing"):
+        trainer(held, fast_dev_run=True).fit(
+            Module(build_model("llama"), OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4)
+        )
+    assert held.report is not None
+    assert held.report.sparsity["achieved"] == pytest.approx(0.5, abs=0.002)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_stay_where_they_were_asked_for(ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(Module):
+        def on_fit_start(self) -> None:
+            (tmp_path / "elsewhere").mkdir()
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path)
+    module = Elsewhere(build_model("llama"), OPTIMIZERS["adamw"])
+    trainer(pruner(finetune=False, export_dir="out", resume_dir="resume")).fit(module, DataLoader(ids, batch_size=4))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "resume" / "stage-0").is_dir()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_stage_that_fails_leaves_the_last_checkpoint(
+    ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelCheckpoint would take the one that is not saved for saved, and link last.ckpt to it."""
+
+    def stop(running: pl.Trainer, *block: Any) -> None:
+        if running.global_step:  # in the second stage
+            raise RuntimeError("the power went out")
+
+    monkeypatch.setattr("sparsellm_lightning.callbacks.pruning.log_block", stop)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link", save_on_exception=True)
+    run = trainer(pruner(schedule={0: 0.5, 3: 0.7}, sparsity=None), saving, max_steps=6, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="power"):
+        run.fit(Module(build_model("llama"), OPTIMIZERS["adamw"]), DataLoader(ids, batch_size=4))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_frozen_layers_are_left_alone(ids: Tensor) -> None:

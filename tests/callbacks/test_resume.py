@@ -74,6 +74,33 @@ def dropout_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
     return folder
 
 
+def test_the_epochs_of_a_resumed_run_differ(dropout_dir: Path, tmp_path: Path) -> None:
+    """A run that resumes from the end of an epoch goes on with the next epoch's order."""
+
+    class Watch(pl.Callback):
+        def __init__(self) -> None:
+            self.batches: list[Any] = []
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: dict[str, torch.Tensor], index: int) -> None:
+            self.batches.append(batch["input_ids"].tolist())
+
+    def run(ckpt_path: Path | None = None) -> list[Any]:
+        watch, saving = Watch(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=4 * EPOCH, max_eval_windows=4)
+        fit = trainer(
+            *(SparseLLMCallback(preset="paper", method="magnitude", sparsity=0.6, finetune=True), watch, saving),
+            max_epochs=3,
+            limit_val_batches=0,
+            enable_checkpointing=True,
+        )
+        fit.fit(CausalLM(str(dropout_dir)), data, ckpt_path=ckpt_path)
+        return watch.batches
+
+    whole = run()
+    assert len(whole) == 3 * EPOCH
+    assert run(tmp_path / "epoch=0.ckpt") == whole[EPOCH:]
+
+
 class StopAt(pl.Callback):
     """Ends a run early that has more steps to go."""
 

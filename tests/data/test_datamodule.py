@@ -544,9 +544,10 @@ def test_settings_that_differ_from_the_defaults(tmp_path: Path) -> None:
     assert TextDataModule().settings == {}
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["datamodule", "its loaders"])
 @pytest.mark.parametrize("options", [{"limit_train_batches": 7}, {"limit_train_batches": 0.7}, {"overfit_batches": 3}])
 def test_epochs_of_a_limited_trainer(
-    tokenizer: PreTrainedTokenizerFast, text_file: str, options: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast, text_file: str, options: dict[str, Any], alone: bool
 ) -> None:
     """Each has as many batches as the Trainer was asked for, and ends as an epoch does."""
     data = TextDataModule(
@@ -575,6 +576,7 @@ def test_epochs_of_a_limited_trainer(
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     module, length = Counting(), 12  # windows of 8 words in 103
+    loaders = (data.train_dataloader(), data.val_dataloader()) if alone else (data,)
     Trainer(
         accelerator="cpu",
         max_epochs=3,
@@ -584,7 +586,7 @@ def test_epochs_of_a_limited_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
-    ).fit(module, datamodule=data)
+    ).fit(module, *loaders)
     (limit,) = options.values()
     each = int(length * limit) if isinstance(limit, float) else limit
     assert module.epochs == [each, 2 * each, 3 * each]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,15 @@ from support.training import trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sparsellm_lightning import CausalLM, TextDataModule
-from sparsellm_lightning.data.loaders import ResumableLoader, WindowDataset, _Fresh, calibration_batches
+from sparsellm_lightning import CausalLM, TextDataModule, UserError
+from sparsellm_lightning.data.loaders import (
+    ResumableLoader,
+    WindowDataset,
+    _Fresh,
+    _is_sharded,
+    _own_windows,
+    calibration_batches,
+)
 
 
 def rows(batches: Any) -> list[list[int]]:
@@ -43,6 +51,42 @@ def test_a_fresh_loader_begins_at_the_first_window() -> None:
     assert [batch["input_ids"].tolist() for batch in _Fresh(loader)] == whole
     assert loader.state_dict() == {"epoch": 0, "batches": 2}
     assert [batch["input_ids"].tolist() for batch in loader] == whole[2:]
+
+
+def test_only_a_loaded_position_is_gone_on_from() -> None:
+    """An iteration that was broken off, by a limit that the loader does not know, is followed by the next epoch."""
+    dataset = WindowDataset(torch.arange(12)[:, None])
+    loader = ResumableLoader(dataset, 3, sampler=DistributedSampler(dataset, 1, 0, shuffle=True, seed=0))
+
+    def epoch(first: int = 0, number: int = 4) -> list[Any]:
+        return [batch["input_ids"].tolist() for batch in islice(loader, number)][first:]
+
+    zero, one = epoch(), epoch()
+    assert zero != one
+    loader.load_state_dict({"epoch": 0, "batches": 0})
+    assert epoch(number=2) == zero[:2]
+    assert epoch(number=2) == one[:2]
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    assert epoch() == zero[2:]
+    assert epoch() == one
+
+
+@pytest.mark.parametrize(("ranks", "windows"), [(3, 4), (2, 7), (5, 2)])
+def test_repeated_windows_of_a_distributed_sampler_do_not_calibrate(ranks: int, windows: int) -> None:
+    dataset = torch.arange(windows)[:, None]
+    seen = []
+    for rank in range(ranks):
+        sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, shuffle=True)  # type: ignore[arg-type]
+        loader: DataLoader[Tensor] = DataLoader(dataset, batch_size=2, sampler=sampler)  # type: ignore[arg-type]
+        seen += [row for batch in _own_windows(loader) for row in batch["input_ids"].flatten().tolist()]
+    assert sorted(seen) == list(range(windows))
+
+
+def test_loaders_of_two_kinds_are_refused() -> None:
+    dataset = torch.arange(4)[:, None]
+    sharded: DataLoader[Tensor] = DataLoader(dataset, sampler=DistributedSampler(dataset, 2, 0))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="must all give each rank its own share"):
+        _is_sharded([sharded, DataLoader(dataset)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("taken", [1, 4], ids=["broken off", "to the end"])

@@ -24,23 +24,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def judged(clock: list[float], rounds: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Rank 0's watch after rounds at these times, in which it hears nothing."""
+def judged(clock: list[float], rounds: list[float], monkeypatch: pytest.MonkeyPatch, count: int = 1) -> Any:
+    """Rank 0's watch after rounds at these times, in which it hears nothing, and before them ``count`` signs of life."""
     clock[:] = [0.0, 0.0, *rounds]  # it is made, and begins to judge
     watch = liveness._Watch(HashStore(), 0, 1, "Pruning")
+    watch.count = count
 
     def leave(message: str) -> None:
         raise Exited(message)
 
     monkeypatch.setattr(watch, "_exit", leave)
-    monkeypatch.setattr(watch.left, "wait", lambda _: len(clock) == 1)
+
+    def wait(_: float) -> bool:
+        watch.answered = clock[0]  # the store answers
+        return len(clock) == 1
+
+    monkeypatch.setattr(watch.left, "wait", wait)
     watch.judge()
     return watch
 
 
 def test_a_silent_rank_ends_the_run(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Exited, match="no sign of life for 40 seconds"):
+    with pytest.raises(Exited, match="rank 1 has given no sign of life for 40 seconds"):
         judged(clock, [float(second) for second in range(60)], monkeypatch)
+
+
+def test_a_rank_that_has_not_come_yet_has_more_time(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still tokenise a long text, or wait for a logger's server."""
+    judged(clock, [10.0 * second for second in range(60)], monkeypatch, count=0)
+    with pytest.raises(Exited, match="rank 1 has given no sign of life for 600 seconds"):
+        judged(clock, [10.0 * second for second in range(80)], monkeypatch, count=0)
 
 
 def test_a_rank_that_leaves_during_a_round_says_so() -> None:

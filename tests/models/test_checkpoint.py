@@ -12,7 +12,7 @@ from support.models import build_model
 from support.pickles import MakesFolder
 
 from sparsellm_lightning import UserError
-from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
+from sparsellm_lightning.models.checkpoint import check_checkpoint, is_checkpoint, load_checkpoint
 
 
 @pytest.fixture
@@ -55,6 +55,16 @@ def test_files_outside_the_folder_are_not_read(checkpoint: Path) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="outside the folder"):
         load_checkpoint(build_model("llama"), str(checkpoint), "model.")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"half"])
+def test_a_sharded_checkpoint_that_was_not_finished_is_refused(checkpoint: Path, content: bytes | None) -> None:
+    """Lightning writes meta.pt last."""
+    torch.save({"pytorch-lightning_version": "2.6"}, checkpoint / "meta.pt")
+    check_checkpoint(str(checkpoint))
+    (checkpoint / "meta.pt").unlink() if content is None else (checkpoint / "meta.pt").write_bytes(content)
+    with pytest.raises(UserError, match="ckpt_path must be a checkpoint of Lightning"):
+        check_checkpoint(str(checkpoint))
 
 
 @pytest.mark.parametrize("length", [0, 1, 100])

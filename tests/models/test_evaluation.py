@@ -20,7 +20,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from sparsellm_lightning import CausalLM, perplexity
+from sparsellm_lightning import CausalLM, UserError, perplexity
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models import evaluation, model_inputs
 from sparsellm_lightning.solvers import Ranks
@@ -50,6 +50,13 @@ def made(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(MORE[name]).eval()
     return model
+
+
+def test_labels_beside_token_ids_are_not_ignored() -> None:
+    ids = torch.arange(12).view(2, 6)
+    with pytest.raises(UserError, match="like labels with -100"):
+        model_inputs([ids, ids.masked_fill(ids % 6 < 3, -100)])
+    assert model_inputs([ids, ids])["input_ids"] is ids
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from sparsellm_lightning.models import (
     check_rebuildable,
     export_or_rescue,
     plain_class,
+    recover_export,
 )
 from sparsellm_lightning.models import export as export_module
 from sparsellm_lightning.runtime import claimed
@@ -62,6 +63,17 @@ def test_an_earlier_export_is_replaced(model: PreTrainedModel, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / REPORT_NAME).read_text())["run"] == 2
     assert "old.png" not in names(tmp_path / "out")
     assert names(tmp_path) == {"out"}
+
+
+def test_an_earlier_export_is_put_back(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The run that replaced it was killed when it had moved it away, and had not yet moved its own there."""
+    aside = tmp_path / ".out.0123abcd.old"
+    aside.mkdir()
+    export_model(model, aside / "out")
+    for _ in range(2):
+        recover_export(tmp_path / "out")
+        assert names(tmp_path) == {"out"}
+        assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "data"])

@@ -338,6 +338,28 @@ def test_written_windows_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.glob("written-windows-*")) != [file], "the new windows are noted"
 
 
+@pytest.mark.parametrize("lacks", ["a block", "the allocation"])
+def test_files_of_two_solves_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    """Blocks that another rank lacks, or that were solved with an allocation that is gone, are solved again."""
+    context = make_context(build_model("llama"), CONFIG)
+    journal = Journal(tmp_path, context, calibration_batches(random_batches()))
+    journal.remember("allocation", lambda: torch.ones(1))
+    for block in context.layout.blocks:
+        journal.write(block, BlockResult(block.index))
+    if lacks == "a block":
+        with monkeypatch.context() as patch:
+            patch.setattr(Ranks, "all", lambda self, condition: False)
+            assert journal.restore(context.layout.blocks[0]) is None
+        assert len(list(tmp_path.glob("block-*"))) == len(context.layout.blocks) - 1
+    else:
+        (file,) = tmp_path.glob("allocation-*")
+        file.write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="allocation is done again"):
+            journal.remember("allocation", lambda: torch.zeros(1))
+        assert not list(tmp_path.glob("block-*"))
+        assert len(list(tmp_path.glob("allocation-*"))) == 1
+
+
 def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
     with claimed(tmp_path / "journal", "resume_dir"), pytest.raises(UserError, match="being written by another run"):
         prune(build_model("llama"), random_batches(), tmp_path / "journal")
