@@ -18,7 +18,7 @@ import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
-from sparsellm_lightning import UserError
+from sparsellm_lightning import UserError, verify_export
 from sparsellm_lightning.cli import PruningTrainer, SaveConfigBesideLogs, main
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.shorthand import expanded
@@ -107,6 +107,19 @@ def test_output_holds_results_alone(tmp_path: Path, model_dir: Path) -> None:
     assert "Pruning: block 1 of 3" in run.stderr
     assert run.stderr.count("Measuring perplexity: done") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path: Path, model_dir: Path, strategy: str) -> None:
+    """Lightning starts the command once more for the second rank. Both agree on the default folder."""
+    settings = ("--pruner.preset", "paper", "--pruner.method", "wanda", "--pruner.num_calibration_samples", 4)
+    devices = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", strategy)
+    run = sparsellm_process("prune", model_dir, *settings, *devices, *TEXT, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert verify_export(folder) == []
+    assert len(re.findall(r"^\S+ +dense", run.stdout, re.MULTILINE)) == 1, "the first rank alone prints"
 
 
 def test_fit_without_a_limit_trains_one_epoch(tmp_path: Path, model_dir: Path) -> None:

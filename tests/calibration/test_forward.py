@@ -30,8 +30,9 @@ def pruned(name: str, replays: bool, monkeypatch: pytest.MonkeyPatch, **settings
     return model.state_dict(), len(calls)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("preset", ["paper", "fast"])
+@pytest.mark.parametrize(
+    ("name", "preset"), [*((name, "paper") for name in LAYOUTS), ("llama", "fast"), ("gemma3", "fast")]
+)
 def test_replayed_attention_gives_the_same_weights(name: str, preset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"preset": preset, "num_iterations": 2}
     with_replay, few = pruned(name, True, monkeypatch, **settings)

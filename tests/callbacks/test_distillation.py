@@ -405,6 +405,19 @@ def test_offloading_leaves_a_given_teacher_as_it_was(trained, sparse: PreTrained
     assert taught._model is None
 
 
+def test_one_of_several_models_is_the_student(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
+    class Two(Module):
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__(model, adamw)
+            self.other = build_model("gpt2")
+
+    with pytest.raises(UserError, match=r"found backbone, other.*model_attribute"):
+        loss_of(Two(copy.deepcopy(sparse)), ids, Distillation(trained("llama")))
+    chosen = loss_of(Two(copy.deepcopy(sparse)), ids, Distillation(trained("llama"), model_attribute="backbone"))
+    alone = loss_of(Module(copy.deepcopy(sparse), adamw), ids, Distillation(trained("llama")))
+    assert chosen.losses == alone.losses
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_precisions(trained, model_dir: Path, ids: Tensor, precision: str) -> None:
     def losses(*callbacks: Any, precision: str) -> list[float]:

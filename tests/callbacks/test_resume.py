@@ -211,11 +211,13 @@ def test_resumed_runs_are_bit_equal(
     assert_same(result(run(STEPS, checkpoints)), expected, "saving changes nothing: ")
     for stop in STOPS[kind]:
         # One checkpoint is of ModelCheckpoint in the middle of a run, the other of a run that ended at this step.
-        short, _ = run(STEPS, StopAt(stop)) if "schedule" in options else run(stop)
-        short.save_checkpoint(tmp_path / f"stopped-{stop}.ckpt")
-        for name in (f"step={stop}.ckpt", f"stopped-{stop}.ckpt"):
-            if name.startswith("stopped") and options.get("accumulate") and stop % 3 == 0:
-                continue  # max_steps ended an epoch. Lightning then trains one more batch of it, in a step of its own
+        names = [f"step={stop}.ckpt"]
+        # When max_steps ends an epoch of accumulated batches, Lightning trains one more batch of it, in a step of its own.
+        if not (options.get("accumulate") and stop % 3 == 0):
+            short, _ = run(STEPS, StopAt(stop)) if "schedule" in options else run(stop)
+            short.save_checkpoint(tmp_path / f"stopped-{stop}.ckpt")
+            names.append(f"stopped-{stop}.ckpt")
+        for name in names:
             solves.clear()
             resumed = run(STEPS, ckpt_path=tmp_path / name, seed=99)
             assert_same(result(resumed), expected, f"{name}: ")

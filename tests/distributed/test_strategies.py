@@ -143,6 +143,49 @@ def test_same_answer_on_any_number_of_ranks(
         assert_equal_on_all_ranks([found["weights"] for found in observed])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "strategy"),
+    [("fast", "fsdp1"), ("balanced", "ddp"), ("balanced", "fsdp1"), ("best", "ddp"), ("best", "fsdp2")],
+)
+def test_presets(
+    tmp_path: Path,
+    folder_of: Callable[[str], str],
+    ranks: Callable[[int], RankPool],
+    alone: Callable[..., Exported],
+    preset: str,
+    strategy: str,
+) -> None:
+    """The order of the steps, and so the tuned weights, depends on the number of ranks. The result is as good."""
+    few = {"reconstruction_steps": 4, **({} if preset == "fast" else {"distillation_steps": 4})}
+    pruner = {"preset": preset, "sparsity": 0.7, "num_calibration_samples": WINDOWS, **few}
+    options = {"model": folder_of("llama"), "pruner": pruner}
+    one = alone(**options)[1]
+    observed = ranks(2).run("prune", tmp_path, strategy=strategy, **options)
+    many = exported(tmp_path)[1]
+    assert many["sparsity"]["achieved"] == pytest.approx(one["sparsity"]["achieved"], abs=1e-5)
+    assert many["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=0.05)
+    assert many["calibration"] == one["calibration"]
+    assert bool(many["calibration"]["written"]) == (preset == "best")
+    if strategy == "ddp":
+        assert_equal_on_all_ranks([found["weights"] for found in observed])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_gradual_pruning(
+    tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool], strategy: str
+) -> None:
+    pruner = {"preset": "paper", "method": "wanda", "schedule": {0: 0.5, 2: 0.7}, "num_calibration_samples": 8}
+    options = {"model": folder_of("llama"), "pruner": pruner}
+    for grown in ranks(2).run("prune_gradually", tmp_path, strategy=strategy, **options):
+        assert grown == [0.5, 0.7]
+    report = exported(tmp_path)[1]
+    assert [stage["step"] for stage in report["stages"]] == [0, 2]
+    assert report["sparsity"]["achieved"] == pytest.approx(0.7, abs=0.002)
+    assert verify_export(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "strategy"),
     [

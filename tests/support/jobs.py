@@ -223,6 +223,35 @@ def prune(job: Job) -> dict[str, Any]:
     return pruner.observations()
 
 
+class Grows(pl.Callback):
+    """On every rank: local zeros of projections stay zero from step to step.
+
+    Attributes:
+        shares: of zeros among the local entries, those that differ from the one before.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.shares: list[float] = []
+        self.before: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        zeros = {name: local_tensor(p) == 0 for name, p in pl_module.named_parameters() if "proj" in name}
+        for name, before in self.before.items():
+            assert bool((zeros[name] | ~before).all()), f"{name} at step {trainer.global_step}"
+        self.before = zeros
+        flat = torch.cat([tensor.flatten() for tensor in zeros.values()])
+        share = round(float(flat.double().mean()), 2)
+        self.shares += [share] if self.shares[-1:] != [share] else []
+
+
+def prune_gradually(job: Job) -> list[float]:
+    """Prune by a schedule in four steps, and export to ``out``. Returns the shares of this rank's zeros, one for each stage."""
+    grows = Grows()
+    pruner = job.pruner(finetune=True, export_dir=str(job.folder / "out"))
+    job.trainer(pruner, grows, max_steps=4).fit(job.module(), job.data())
+    return grows.shares
+
+
 def evaluate(job: Job) -> float:
     """Perplexity of the test windows, whose number the ranks need not divide."""
     data = job.data()

@@ -53,7 +53,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
-    def run(self, job: str, folder: Path, timeout: float = 120, **options: Any) -> list[Any]:
+    def run(self, job: str, folder: Path, timeout: float = 300, **options: Any) -> list[Any]:
         """Run a job on every rank.
 
         Args:
