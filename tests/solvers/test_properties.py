@@ -148,6 +148,23 @@ def test_local_solvers_on_many_problems(name: str, problem: Problem) -> None:
     check(name, problem)
 
 
+@pytest.mark.parametrize(("name", "most"), [("sparsegpt", 0.1), ("admm", 0.02)])
+def test_solvers_themselves_seldom_lose_to_magnitude(name: str, most: float) -> None:
+    """Without the fallback of :func:`solve_stacked`, which would hide a solver that is wrong."""
+    worse = []
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = 1 + seed % 12, 8 * (1 + seed % 5)
+        x = torch.randn(1 + seed % (3 * columns), columns, generator=generator)
+        if seed % 2:
+            x = x @ torch.randn(columns, columns, generator=generator)
+        pattern: Pattern = NofM(2, 4) if seed % 3 == 0 else Unstructured((0.5, 0.7, 0.9)[seed % 5 % 3])
+        problem = Problem(torch.randn(rows, columns, generator=generator), x.T @ x / len(x), pattern, 0.1)
+        pruned = LOCAL_SOLVERS[name](problem.weight, InputStatistics(problem.gram, problem.damping), pattern)
+        worse.append(problem.error(pruned) > problem.error(magnitude(problem.weight, pattern)) * (1 + 1e-4))
+    assert sum(worse) < most * len(worse), sum(worse)
+
+
 @dataclass
 class Coupled:
     block: FeedForward
