@@ -42,8 +42,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"sparsellm: there is no command {command!r}. {hint}", file=sys.stderr)
         sys.exit(2)
     else:
-        from sparsellm_lightning.cli import main as run
-
+        try:
+            from sparsellm_lightning.cli import main as run  # takes seconds
+        except KeyboardInterrupt:
+            print("sparsellm: ended by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
         run(None if args is None else arguments)
 
 

@@ -134,7 +134,7 @@ class PruningTrainer(pl.Trainer):
             sparsity = "unknown"
             warnings.warn(f"The sparsity is not known: {error}", stacklevel=2)
         if self.is_global_zero:
-            perplexity = f"{results[0]['test_perplexity']:.2f}"
+            perplexity = f"{results[0]['test_perplexity']:.2f}" if results else "-"  # limit_test_batches may be 0
             print(format_table([("model", "sparsity", "perplexity"), (name, sparsity, perplexity)]))
         if harness is not None:
             folder, found = Path(name).expanduser(), {}
@@ -205,7 +205,7 @@ def show_report(trainer: pl.Trainer) -> None:
             print(f"{pruner.report.phase_table()}\n")
         saving = trainer.checkpoint_callback
         checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
-        if pruner.export_dir is not None:
+        if pruner.export_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"written to {pruner.export_dir}")
         elif checkpoint:
             print(f"A checkpoint is {checkpoint}. A folder for transformers is written with pruner.export_dir.")

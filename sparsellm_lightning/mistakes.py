@@ -7,7 +7,14 @@ import difflib
 import re
 from collections.abc import Collection
 
-_KINDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text", "list": "a list"}
+_KINDS = {
+    "float": "a number",
+    "int": "an integer",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "collections.abc.Sequence": "a list",
+}
 
 
 def brief(message: str, options: Collection[str]) -> str:
@@ -25,7 +32,10 @@ def brief(message: str, options: Collection[str]) -> str:
         name = unknown[1].partition("=")[0].removeprefix("--")
         section, _, setting = name.partition(".")
         if section == "pruner" and "settings" in names:  # sweep has one option for all of the pruner's
-            return f"there is no option --{name}. Write --settings.{setting}."
+            outer, _, inner = setting.partition(".")
+            return f"there is no option --{name}. Write --settings.{outer}" + (
+                f" '{{{inner}: ...}}'." if inner else "."
+            )
         return f"there is no option --{name}.{_meant(name, names, '--')} `--help` shows all."
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
@@ -36,23 +46,22 @@ def brief(message: str, options: Collection[str]) -> str:
         return f"there is no setting {name}.{_meant(name, [other for other in names if other.startswith(inside)])}"
     if key and value:
         allowed = [choice for found in re.findall(r"Literal\[(.*?)\]", message) for choice in _choices(found)]
-        if allowed:
-            meant = _meant(value[1], allowed)
-            return f"--{key[1]} must be one of {', '.join(dict.fromkeys(allowed))}, got {value[1]}.{meant}"
         kinds = [
             kind
             for kind in re.findall(r"<class '([\w.]+)'>", re.split("Given|Got", message)[0])
             if kind != "NoneType" and not kind.startswith("sparsellm_lightning.")  # the class that has the setting
         ]
-        if kinds:
+        wanted = list(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
+        if allowed:
+            wanted.insert(0, f"one of {', '.join(dict.fromkeys(allowed))}")
+        if wanted:
             number = re.fullmatch(r"([\d.]+) ?%", value[1])
-            meant = f" Write [{value[1]}]." if kinds == ["list"] else ""
+            meant = f" Write [{value[1]}]." if wanted == ["a list"] else _meant(value[1], allowed)
             if "str" in kinds and value[1].isdigit():  # 2:4, which YAML reads as a number
                 meant = " Put it in quotes."
             if number:
                 meant = f" Write {float(number[1]) / 100:g}."
-            wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
-            return f"--{key[1]} must be {wanted}, got {value[1]}.{meant}"
+            return f"--{key[1]} must be {' or '.join(wanted)}, got {value[1]}.{meant}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines)[:400]
 

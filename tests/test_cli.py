@@ -109,6 +109,20 @@ def test_output_holds_results_alone(tmp_path: Path, model_dir: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+def test_a_trial_run_says_that_nothing_was_written(tmp_path: Path, model_dir: Path) -> None:
+    settings = ("--pruner.preset", "paper", "--pruner.method", "wanda", "--pruner.num_calibration_samples", 4)
+    run = sparsellm("prune", model_dir, *settings, *TEXT, "--trainer.fast_dev_run", "true", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "written to" not in run.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_no_perplexity_is_asked_for(tmp_path: Path, model_dir: Path) -> None:
+    run = sparsellm("evaluate", model_dir, *TEXT, "--trainer.limit_test_batches", 0, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[-1].split()[-1] == "-"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes(tmp_path: Path, model_dir: Path, strategy: str) -> None:

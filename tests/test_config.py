@@ -398,6 +398,8 @@ def test_numbers_of_other_kinds_become_pythons() -> None:
     assert [type(share) for share in pattern.values()] == [float, int]  # type: ignore[union-attr]
     with pytest.raises(UserError, match="pattern's blocks must be a share below 1 or a number of blocks, got True"):
         PruningConfig(pattern={"blocks": True})
+    with pytest.raises(UserError, match="scale_free must be true or false, got 'false'"):
+        PruningConfig(penalties={"scale_free": "false"})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="penalties' names must be one of alpha, beta, gamma, scale_free, got 'betta'"):
         PruningConfig(penalties={"betta": 2.0})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="seed must be an integer, got None"):

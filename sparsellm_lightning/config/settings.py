@@ -165,6 +165,10 @@ class PruningConfig:
             for name in self.penalties:
                 one_of("penalties' names", name, [entry.name for entry in fields(Penalties)])
             object.__setattr__(self, "penalties", Penalties(**self.penalties))
+        if not isinstance(self.penalties.scale_free, bool):
+            raise UserError(
+                f"penalties.scale_free must be true or false, got {self.penalties.scale_free!r}. Write one of these."
+            )
         weights: dict[str, Any] = {name: float(getattr(self.penalties, name)) for name in ("alpha", "beta", "gamma")}
         object.__setattr__(self, "penalties", replace(self.penalties, **weights))
         if self.memory != "auto":

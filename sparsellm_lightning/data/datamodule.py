@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class TextDataModule(LightningDataModule):
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.
         sequence_length: tokens per window, T.
         batch_size: windows per batch, in generation too.
-        train_files: for source ``files``: ``.txt`` (one text, exactly as it is), ``.jsonl``, ``.json`` or ``.parquet``.
+        train_files: for source ``files``: ``.txt`` (UTF-8, one text, as it is), ``.jsonl``, ``.json`` or ``.parquet``.
         test_files: likewise, for evaluation, also with source ``self``.
         text_field: column with the text, in ``.jsonl``, ``.json``, ``.parquet`` and other hub datasets.
         dataset_config: configuration name of another hub dataset.
@@ -201,6 +201,11 @@ class TextDataModule(LightningDataModule):
                 raise UserError(
                     f"calibration needs a train text longer than sequence_length, got {len(tokens)} tokens and "
                     f"sequence_length {self.sequence_length}. Give more text or a smaller sequence_length."
+                )
+            if num_samples * self.sequence_length > len(tokens):
+                rank_zero_warn(
+                    f"{num_samples} calibration windows of {self.sequence_length} tokens are drawn from a text of "
+                    f"{len(tokens)}: they overlap, with held-out windows too. Give more text, or fewer or shorter windows."
                 )
             texts = repeat(tokens)
         windows = []

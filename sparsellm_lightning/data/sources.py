@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from sparsellm_lightning.errors import UserError
@@ -80,6 +81,9 @@ class TextSource:
 
     def _check_files(self) -> None:
         has_files = any(self.files.values())
+        same = [file for file in self.files["test"] if file in self.files["train"]]
+        if same:
+            rank_zero_warn(f"test_files has {same[0]}, which train_files has too: the model is fitted to it.")
         if self.name == "files" and not has_files:
             raise UserError(
                 "source files needs train_files or test_files, got neither. Name at least one .txt, .jsonl, .json or "
@@ -217,8 +221,12 @@ def _read_file(path: Path, text_field: str) -> Iterable[str]:
         table = _load_table(TABLE_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
         return _column(table, text_field, path)
     try:
-        # Read as bytes, because text mode changes line ends.
-        return [path.read_bytes().decode("utf-8")]
+        # Read as bytes, because text mode changes line ends. A byte order mark is no text.
+        return [path.read_bytes().decode("utf-8-sig")]
+    except OSError as error:
+        raise UserError(
+            f".txt files must be readable, but reading {path} fails ({error}). Correct its permissions."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f".txt files must be UTF-8, but {path} is not: {error}. Convert the file.") from error
 

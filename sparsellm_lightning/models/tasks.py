@@ -18,6 +18,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.export import REPORT_NAME, add_to_report, replace_text
 
 RESULTS_NAME = "tasks.json"
+_LIMITS = "examples of each task"  # entry beside those of the models
 LESS = " (less is better)"  # behind the names of such metrics, as of perplexity
 
 
@@ -71,6 +72,8 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
         folder: of the export.
         results: by model and task. Metrics that are not finite are written as null.
         limit: examples of each task, written beside them. None: all.
+
+    Earlier results of other models and tasks stay in the file.
     """
     path = folder / RESULTS_NAME
     finite = {
@@ -80,7 +83,15 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
         }
         for model, tasks in results.items()
     }
-    content = {**finite, **({} if limit is None else {"examples of each task": limit})}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    measured = {task for tasks in results.values() for task in tasks}
+    limits = {task: number for task, number in content.pop(_LIMITS, {}).items() if task not in measured}
+    limits |= {} if limit is None else dict.fromkeys(sorted(measured), limit)
+    content |= {model: {**content.get(model, {}), **tasks} for model, tasks in finite.items()}
+    content |= {_LIMITS: limits} if limits else {}
     try:
         replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -99,11 +100,16 @@ def _examples(report: PruningReport) -> str:
     if not report.examples:
         return ""
     lines = [
-        f"- *{_quoted(example['prompt'])}*"
-        + "".join(f"\n  - {state}: {_quoted(text)}" for state, text in example.items() if state != "prompt")
+        f"- *{_plain(example['prompt'])}*"
+        + "".join(f"\n  - {state}: {_plain(text)}" for state, text in example.items() if state != "prompt")
         for example in report.examples
     ]
     return "\n".join(["## How the models continue a text", "", *lines])
+
+
+def _plain(text: str) -> str:
+    """What a model has written, quoted, with nothing that Markdown or HTML would read as its own."""
+    return re.sub(r"([*_`\[\]~|<>&])", r"\\\1", _quoted(text))
 
 
 def _quoted(value: Any) -> str:

@@ -10,6 +10,9 @@ from sparsellm_lightning.reporting.card import model_card
 from sparsellm_lightning.reporting.page import report_page, sweep_page
 from sparsellm_lightning.reporting.report import PruningReport
 
+# Names of files may hold bytes that are no UTF-8.
+_ENCODING: dict[str, str] = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 def save_companions(report: PruningReport, folder: Path, packed: bool = False) -> None:
     """Write the model card and ``report.html`` beside exported weights, and the report's plots if matplotlib is installed.
@@ -26,8 +29,8 @@ def save_companions(report: PruningReport, folder: Path, packed: bool = False) -
         pass
     else:
         images = [path.name for path in save_plots(report, folder)]
-    (folder / "README.md").write_text(model_card(report, images, packed), encoding="utf-8")
-    (folder / "report.html").write_text(report_page(report, folder, images), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, images, packed), **_ENCODING)
+    (folder / "report.html").write_text(report_page(report, folder, images), **_ENCODING)
 
 
 def save_sweep(model: str, rows: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -45,4 +48,4 @@ def save_sweep(model: str, rows: Sequence[dict[str, Any]], folder: Path) -> None
     else:
         picture = folder / "sweep.png"
         sweep_figure(model, rows).savefig(picture, dpi=120)
-    (folder / "sweep.html").write_text(sweep_page(model, rows, picture), encoding="utf-8")
+    (folder / "sweep.html").write_text(sweep_page(model, rows, picture), **_ENCODING)

@@ -256,7 +256,31 @@ def test_calibration_needs_one_token_more_than_a_window(tokenizer: PreTrainedTok
         module.calibration_dataloader()
     assert len(_rows(module.train_dataloader())) == 1
     module = _module(tokenizer, source="files", train_files=str(tmp_path / "9.txt"))
-    assert len(_as_set(_rows(module.calibration_dataloader(4)))) == 1
+    with pytest.warns(UserWarning, match="4 calibration windows of 8 tokens are drawn from a text of 9: they overlap"):
+        assert len(_as_set(_rows(module.calibration_dataloader(4)))) == 1
+
+
+def test_text_that_is_fitted_and_evaluated_is_named(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:
+    with pytest.warns(UserWarning, match="which train_files has too"):
+        _module(tokenizer, source="files", train_files=[text_file], test_files=text_file)
+
+
+def test_a_byte_order_mark_is_no_text(tokenizer: PreTrainedTokenizerFast, text_file: str, tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + Path(text_file).read_bytes())
+    marked, plain = (
+        _rows(_module(tokenizer, source="files", test_files=str(file)).test_dataloader())
+        for file in (tmp_path / "marked.txt", text_file)
+    )
+    assert torch.equal(marked, plain)
+
+
+def test_a_file_that_cannot_be_read(
+    tokenizer: PreTrainedTokenizerFast, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _module(tokenizer, source="files", test_files=text_file)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError("not yours")))
+    with pytest.raises(UserError, match=r"must be readable, but reading .* fails \(not yours\)"):
+        module.test_dataloader()
 
 
 def test_calibration_needs_a_sample(tokenizer: PreTrainedTokenizerFast, text_file: str) -> None:

@@ -50,6 +50,16 @@ def test_card(settings: dict[str, Any]) -> None:
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
+def test_text_of_models_is_no_markdown() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = prune_model(build_model("llama"), random_batches(), PruningConfig(preset="paper", method="magnitude"))
+    report.examples = [{"prompt": "<s> 2 * 3 * `x`", "dense": "[a](b) & c"}]
+    card = model_card(report, [])
+    assert r'- *"\<s\> 2 \* 3 \* \`x\`"*' in card
+    assert r'- dense: "\[a\](b) \& c"' in card
+
+
 def test_an_export_has_its_card(tmp_path: Path) -> None:
     pruner = SparseLLMCallback(
         sparsity=0.5, preset="paper", num_calibration_samples=4, export_dir=str(tmp_path / "out"), measure=False
