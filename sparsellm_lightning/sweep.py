@@ -202,7 +202,7 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
 
 def _write(folder: Path, rows: dict[tuple[str, float], Row]) -> dict[tuple[str, float], Row]:
     """Write the table. Returns its rows, with R where SparseGPT's gap is known."""
-    gaps = {row.sparsity: row.gap for row in rows.values() if row.variant == "sparsegpt" and row.gap > 0}
+    gaps = {row.sparsity: row.gap for row in rows.values() if row.variant == "sparsegpt" and 0 < row.gap < math.inf}
     rows = {key: replace(row, r=row.gap / gaps.get(row.sparsity, math.nan)) for key, row in rows.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

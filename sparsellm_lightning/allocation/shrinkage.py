@@ -32,7 +32,7 @@ Damage = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters of a decoder block, or seconds of a forward of it.
+    """Parameters of a decoder block's projections, or seconds of a forward of the block.
 
     Args:
         units: of what falls with the number of hidden units.
@@ -162,19 +162,23 @@ def _seconds(context: Context, sample: ActivationCache) -> list[Cost]:
     one, found = sample.part(range(min(len(sample.hidden), 1))), []  # a rank may have no windows
     for block in context.layout.blocks:
         of_units = {p.module for network in block.networks for p in network.projections}
-        of_heads = {p.module for p in block.attention.projections} if block.attention else set()
+        of_heads: dict[nn.Module, float] = {}  # share of the module's rows that leave with heads
+        if block.attention is not None:
+            of_heads[block.attention.output.module] = 1.0
+            for p, _, rows in block.attention.spans():
+                of_heads[p.module] = of_heads.get(p.module, 0.0) + rows / p.shape[0]
         runs = []
         for _ in range(_TIMINGS):
             clock = _Clock(context.device)
             with ExitStack() as hooks:
-                for module in of_units | of_heads:
+                for module in of_units | of_heads.keys():
                     hooks.callback(module.register_forward_pre_hook(clock.start).remove)
                     hooks.callback(module.register_forward_hook(clock.stop).remove)
                 start = clock.now()
                 hidden = run_block(context, block, one)
                 total = clock.now() - start
             units = sum(clock.seconds.get(module, 0.0) for module in of_units)
-            heads = sum(clock.seconds.get(module, 0.0) for module in of_heads)
+            heads = sum(share * clock.seconds.get(module, 0.0) for module, share in of_heads.items())
             runs.append((units, heads, total - units - heads))
         one.hidden = hidden
         medians = torch.tensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -235,6 +236,7 @@ class Distillation(pl.Callback):
                 "Call the transformers model itself, not its parts."
             )
         total: Tensor | float = 0.0
+        parts: defaultdict[str, Any] = defaultdict(float)  # over the forwards of a step
         for call in calls:
             with torch.no_grad(), _recording(teacher, features=self.feature_weight > 0) as seen:
                 inputs = {key: value for key, value in call.inputs.items() if key not in ("labels", "use_cache")}
@@ -250,7 +252,7 @@ class Distillation(pl.Callback):
                     )
                 tokens = _of_kept_logits(valid, call.inputs) if call.logits.dim() == 3 else None
                 loss = logit_loss(call.logits, seen[0].logits, self.temperature, tokens)
-                pl_module.log("distillation_logit_loss", loss.detach())
+                parts["logit"] += loss.detach()
                 total = total + self.logit_weight * loss
             if self.feature_weight:
                 if len(call.features) != len(seen[0].features) or not call.features:
@@ -259,8 +261,10 @@ class Distillation(pl.Callback):
                         f"{len(seen[0].features)} of the teacher. Both must have the same blocks, not compiled as a whole."
                     )
                 loss = feature_loss(call.features, seen[0].features, valid)
-                pl_module.log("distillation_feature_loss", loss.detach())
+                parts["feature"] += loss.detach()
                 total = total + self.feature_weight * loss
+        for name, part in parts.items():
+            pl_module.log(f"distillation_{name}_loss", part)
         assert isinstance(total, Tensor)
         return total
 

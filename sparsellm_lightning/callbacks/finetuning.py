@@ -45,7 +45,8 @@ class SparseFinetuning(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._masks: Masks | None = None
+        self._masks: Masks | None = None  # while training
+        self._zeros: dict[str, int] = {}  # their number, by layer
         self._stored: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._random_state: torch.Tensor | None = None
@@ -57,7 +58,7 @@ class SparseFinetuning(pl.Callback):
         if stage != "fit":
             return
         self.checks = 0
-        self._masks, self._stored = None, {}
+        self._masks, self._zeros, self._stored = None, {}, {}
         self._random_state = self._random_state_of_device = None
         adapter_for(trainer)
         if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -90,6 +91,7 @@ class SparseFinetuning(pl.Callback):
         self.release()
         adapter_for(trainer).check_visible()
         self._masks = Masks(projections, adapter_for(trainer))
+        self._zeros = self._masks.zeros
         self._compare_with_stored()
         self._masks.clear_moments(trainer.optimizers)
         mask_adapters(pl_module, {p.module for p in projections})
@@ -133,16 +135,19 @@ class SparseFinetuning(pl.Callback):
         self._check()
         self.release()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._masks = None  # it holds the model and, through the strategy, the optimizer's state
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.release()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._masks is None:
+        if not self._zeros:
             return {}
         states = {"random_state": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             states["random_state_of_device"] = torch.cuda.get_rng_state()
-        return {"zeros": self._masks.zeros, **states}
+        return {"zeros": self._zeros, **states}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -167,10 +172,9 @@ class SparseFinetuning(pl.Callback):
             self.checks += 1
 
     def _compare_with_stored(self) -> None:
-        assert self._masks is not None
         stored, self._stored = self._stored, {}
         for name, zeros in stored.items():
-            found = self._masks.zeros.get(name)
+            found = self._zeros.get(name)
             if found != zeros:
                 raise UserError(
                     f"The checkpoint was saved with {zeros} zeros in {name}, but the weights restored from it have {found}. "

@@ -37,7 +37,7 @@ from sparsellm_lightning.models import is_sparse_already, keep_in_conversions, p
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
 from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import SPARSE, has_adapters, left_out_biases, pruned_before
+from sparsellm_lightning.sparsity import SPARSE, filled_by_merge, has_adapters, left_out_biases, pruned_before
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,7 @@ class SparseLLMCallback(SparseFinetuning):
             pl_module.cpu()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         stop_keeping(trainer.precision_plugin)
         self._release()
 
@@ -354,8 +355,7 @@ class SparseLLMCallback(SparseFinetuning):
 
     def _report_finetuning(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
         """Report the check of the masks, and the weights and perplexity after fine-tuning."""
-        assert self._masks is not None
-        zeros = self._masks.zeros
+        zeros = self._zeros
         report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values())}
         model, adapter = self._model(pl_module), adapter_for(trainer)
         finetuned = self._perplexity(trainer, model)
@@ -364,7 +364,8 @@ class SparseLLMCallback(SparseFinetuning):
         report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
         errors = {layer["name"]: layer["error"] for layer in report.layers}
         layout = adapter.describe(model, self.config)
-        report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors)
+        filled = filled_by_merge(model) if has_adapters(model) else set()
+        report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors, filled)
 
     def _release(self) -> None:
         """Leave the export folder to other runs."""

@@ -45,9 +45,9 @@ class PruningConfig:
             block; ``heads``: key-value heads with the query heads that use them, equally many in every block (query heads, if
             all share one key-value head); ``blocks``: decoder blocks whose removal changes the model's output least. Or several
             of these with their shares, such as ``{neurons: 0.25, heads: 0, blocks: 3}`` (blocks as a share or a number). Or a
-            budget: the share to keep of the decoder blocks' parameters, ``{parameters: 0.7}``, or of their time in a forward
-            over one calibration batch, ``{latency: 0.7}``, divided over units, heads and blocks so that the estimated
-            divergence of the model's output is least.
+            budget: the share to keep of the parameters of the decoder blocks' projections, ``{parameters: 0.7}``, or of the
+            blocks' time in a forward over one calibration batch, ``{latency: 0.7}``, divided over units, heads and blocks so
+            that the estimated divergence of the model's output is least.
         round_to: number by which the hidden units that are kept are divisible.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
             ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,

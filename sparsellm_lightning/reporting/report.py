@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -240,7 +240,10 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def layer_rows(
-    layout: DecoderLayout, adapter: StrategyAdapter, errors: dict[str, float | None] | None = None
+    layout: DecoderLayout,
+    adapter: StrategyAdapter,
+    errors: dict[str, float | None] | None = None,
+    filled: Collection[int] = (),
 ) -> tuple[list[dict[str, Any]], float]:
     """The report's ``layers``, and the sparsity over all of them, counted in the parameters as they are.
 
@@ -248,9 +251,10 @@ def layer_rows(
         layout: the model's blocks.
         adapter: of the strategy the model runs under. All ranks call this together.
         errors: by projection, for the rows.
+        filled: the ``id`` of parameters whose zeros do not count, because an export fills them.
     """
     projections = list(layout.projections())
-    zeros = torch.stack([adapter.count_zeros(p) for p in projections])
+    zeros = torch.stack([adapter.count_zeros(p) * (id(p.parameter) not in filled) for p in projections])
     adapter.ranks.sum_(zeros)
     layers = [
         {"name": p.name, "shape": list(p.shape), "sparsity": number / p.size, "error": (errors or {}).get(p.name)}

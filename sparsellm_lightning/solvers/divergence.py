@@ -24,7 +24,8 @@ def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0, *, re
         dense: (tokens, vocabulary), any dtype. Computed in float32. It gets no gradient.
         logits: likewise, with a gradient.
         temperature: T > 0.
-        reuse: write the gradient over ``dense``, which the caller needs no more. Both must have the same dtype.
+        reuse: write the gradient over ``dense``, which the caller needs no more (but in float32 for float16). Both must have
+            the same dtype.
 
     Returns:
         (tokens,) float32.
@@ -38,8 +39,12 @@ class _KLDivergence(torch.autograd.Function):
     def forward(ctx: Any, dense: Tensor, logits: Tensor, temperature: float, reuse: bool) -> Tensor:
         gradient = None
         if ctx.needs_input_grad[1]:
-            gradient = dense if reuse else torch.empty_like(logits)
+            # Float16 cannot hold entries below 6e-8, which the loss scale lifts only in the backward.
+            half = logits.dtype == torch.float16
+            kind = torch.float32 if half else logits.dtype
+            gradient = dense if reuse and not half else torch.empty_like(logits, dtype=kind)
             ctx.save_for_backward(gradient)
+            ctx.dtype = logits.dtype
         divergences = [logits.new_empty(0, dtype=torch.float32)]
         for start in range(0, len(logits), TOKENS):
             some = slice(start, start + TOKENS)
@@ -52,7 +57,7 @@ class _KLDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place, for memory. Autograd refuses a second backward.
-        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)), None, None
+        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Tensor | None) -> Tensor:

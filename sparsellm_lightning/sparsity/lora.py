@@ -215,7 +215,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
         weight = base[key]
         kept = weight != 0
         # As in training. Adapters that were loaded again have no mask yet.
-        masked = _is_masked(layer) or float(kept.float().mean()) <= 1 - MANY_ZEROS
+        masked = _is_masked(layer) or 0 < float(kept.float().mean()) <= 1 - MANY_ZEROS
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             if adapter in layer.lora_A and adapter not in layer.merged_adapters:
                 a, b = (own[f"{prefix}lora_{part}.{adapter}.weight"].float() for part in "AB")
@@ -223,6 +223,19 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
                 base[key] = weight = merged(weight, delta * kept) if masked else (weight + delta).to(weight.dtype)
         plain |= {prefix + key.removeprefix(f"{prefix}base_layer."): value for key, value in base.items()}
     return plain
+
+
+def filled_by_merge(model: nn.Module) -> set[int]:
+    """The ``id`` of each weight whose zeros the merge fills: adapters that change it are not masked, as in a dense layer."""
+    filled = set()
+    for module in model.modules():
+        layer: Any = module
+        if not hasattr(layer, "lora_B") or not hasattr(layer, "base_layer") or _is_masked(layer):
+            continue
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
+            if adapter in layer.lora_B and any(bool(p.any()) for p in layer.lora_B[adapter].parameters()):
+                filled.add(id(getattr(layer.base_layer, getattr(layer, "parameter_name", "weight"))))
+    return filled
 
 
 def _is_masked(layer: Any) -> bool:

@@ -405,6 +405,16 @@ def test_offloading_leaves_a_given_teacher_as_it_was(trained, sparse: PreTrained
     assert taught._model is None
 
 
+def test_the_logged_loss_is_of_all_forwards_of_a_step(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
+    logged = []
+    for kind in (Module, Twice):
+        module = kind(copy.deepcopy(sparse), adamw)
+        run = trainer(SparseFinetuning(), Distillation(trained("llama"), task_weight=0.0), max_steps=1)
+        run.fit(module, DataLoader(ids[:4], batch_size=4))
+        logged.append(float(run.callback_metrics["distillation_logit_loss"]))
+    assert logged[1] > 1.5 * logged[0] > 0
+
+
 def test_one_of_several_models_is_the_student(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
     class Two(Module):
         def __init__(self, model: PreTrainedModel) -> None:

@@ -1083,8 +1083,7 @@ def test_sparse_weights_with_blocks_that_left(tmp_path: Path, tokenizer: PreTrai
     data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=8, max_eval_windows=4)
     held = SparseLLMCallback(pattern="blocks", measure=False)
     trainer(held, max_steps=2).fit(module, data)
-    assert held._masks is not None
-    assert {"model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2.bias"} <= held._masks.zeros.keys()
+    assert {"model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2.bias"} <= held._zeros.keys()
     layer = module.model.model.decoder.layers[1]
     assert not any(bool(p.any()) for m in layer.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters())
 

@@ -52,5 +52,16 @@ def test_divergence_and_gradient(
     torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=accuracy, atol=accuracy / 10)
 
 
+def test_gradients_that_float16_cannot_hold_reach_the_loss_scale() -> None:
+    """Of unlikely tokens, before the scale that lifts them is multiplied."""
+    logits = torch.linspace(0, -15, 64).repeat(2, 1).half().requires_grad_()
+    dense = logits.detach().flip(0) * 1.1
+    (kl_divergence(dense, logits).sum() * 2.0**12).backward()
+    exact = logits.detach().float().requires_grad_()
+    (kl_divergence(dense.float(), exact).sum() * 2.0**12).backward()
+    assert float(exact.grad.abs().min()) / 2**12 < 6e-8
+    torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=1e-3, atol=0)
+
+
 def test_no_tokens() -> None:
     assert kl_divergence(torch.empty(0, 7), torch.empty(0, 7)).shape == (0,)

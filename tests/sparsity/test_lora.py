@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsellm_lightning import (
     SparseLLMCallback,
     TextDataModule,
     UserError,
+    verify_export,
 )
 from sparsellm_lightning.architecture import describe
 from sparsellm_lightning.distributed import StrategyAdapter
@@ -134,6 +136,38 @@ def test_zeros_of_layers_without_a_mask(trained, ids: Tensor, share: float) -> N
     assert filled == (share < 0.2)
     if filled:
         torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_counts_the_zeros_of_the_export(trained, ids: Tensor, tmp_path: Path) -> None:
+    """Adapters fill the few zeros of layers that are not pruned."""
+    module = OwnModule(trained("llama"))
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights(module.backbone).values():
+        weight.masked_fill_(torch.rand(weight.shape, generator=generator) < 0.1, 0)
+    add_adapters(module.backbone, LoraOptions(rank=4))
+    pruner = SparseLLMCallback(
+        **{"preset": "paper", "method": "magnitude", "sparsity": 0.5, "ignore": ["*.self_attn.*"], "finetune": True},
+        export_dir=str(tmp_path / "out"),
+        measure=False,
+    )
+    trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=4))
+    assert verify_export(tmp_path / "out") == []
+    shares = [
+        layer["sparsity"] for layer in json.loads((tmp_path / "out" / "pruning_report.json").read_text())["layers"]
+    ]
+    assert min(shares) == 0
+    assert max(shares) >= 0.5
+
+
+def test_layers_of_zeros_alone_are_trained(trained, ids: Tensor) -> None:
+    """They are fresh: training masks nothing there, and the merge keeps what was trained."""
+    model = trained("llama")
+    next(iter(weights(model).values())).zero_()
+    plain = copy.deepcopy(model)
+    add_adapters(model, LoraOptions(rank=4))
+    disturb_adapters(model)
+    plain.load_state_dict(merged_state(model, model.state_dict()))
+    torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_that_are_switched_off_are_not_merged(trained) -> None:
