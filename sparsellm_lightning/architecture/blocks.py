@@ -142,8 +142,16 @@ def device_of(module: nn.Module) -> torch.device:
 
 def context_of(model: PreTrainedModel) -> float:
     """Most tokens of a window: those that the model has positions for. Infinity, if nothing limits them."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if found is not None and found > 0 else math.inf  # XLNet has -1
+    config = model.config.get_text_config()
+    settings = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    given = [found for name in settings if (found := getattr(config, name, None)) is not None]
+    if not given or given[0] <= 0:  # XLNet has -1
+        return math.inf
+    # RoBERTa and its kin number positions from behind the padding index.
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    skipped = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
+    limit: int = given[0] - skipped
+    return limit
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

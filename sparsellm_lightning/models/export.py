@@ -11,7 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def export_model(
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        _copy_what_belongs(model.config.name_or_path or "", partial)
         if more is not None:
             more(partial)
         sizes = {"files_bytes": pack_folder(partial)} if pack else {}
@@ -164,6 +165,18 @@ def export_model(
         (partial / REPORT_NAME).write_text(content + "\n", encoding="utf-8")
         _put_in_place(partial, target)
     return target
+
+
+_BELONGING = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json")
+
+
+def _copy_what_belongs(source: str, folder: Path) -> None:
+    """Copy licences, and settings of what turns images and audio into inputs, from the folder of the dense model."""
+    if not source or not Path(source).expanduser().is_dir():
+        return
+    for file in chain.from_iterable(Path(source).expanduser().glob(pattern) for pattern in _BELONGING):
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def replace_text(path: Path, content: str) -> None:

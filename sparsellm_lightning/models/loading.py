@@ -55,7 +55,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         if gguf_file is None and is_packed(source):
             loaded: Any = _from_packed(source, **options)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
+            loaded = _class_of(source).from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
         note_untied(model)
@@ -70,6 +70,16 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         extra["quantization_config"] = gguf_config(dequantize=True)
     with _without_progress_bars():
         return or_user_error(pretrained, lambda: load(**extra))
+
+
+def _class_of(source: str) -> Any:
+    """``AutoModelForCausalLM``, or the class that a configuration names which that does not know (exports of Emu3, mllama)."""
+    if not Path(source).is_dir():
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # nosec B615
+    name = (config.architectures or [""])[0]
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not name.endswith("ForCausalLM")
+    return AutoModelForCausalLM if known else getattr(transformers, name, AutoModelForCausalLM)
 
 
 def note_untied(model: PreTrainedModel) -> None:

@@ -263,9 +263,8 @@ def activations_of_tuning(layout: DecoderLayout, windows: int, length: int, cast
     tokens, total, norms = windows * length, 0.0, 16.0 * layout.widest[0] * len(layout.blocks)
     dtype = cast or next(layout.projections()).parameter.dtype
     if getattr(layout.model.config, "_attn_implementation", None) == "eager":
-        heads = getattr(layout.model.config.get_text_config(decoder=True), "num_attention_heads", 0)
-        attending = sum(block.attention is not None for block in layout.blocks)
-        total += attending * heads * tokens * length * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+        heads = sum(block.attention.heads for block in layout.blocks if block.attention is not None)
+        total += heads * tokens * length * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
     for unit in (unit for block in layout.blocks for unit in block.units):
         numbers = sum(p.shape[0] for p in unit.projections)
         if isinstance(unit, Linears):

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sparsellm_lightning.config import PruningConfig
@@ -25,7 +26,7 @@ def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool =
     library = "sparsellm_lightning" if packed else "transformers"
     smaller = "exported" in report.sparsity
     parts = [
-        f"---\nlibrary_name: {library}\ntags:\n- pruning\n- sparsellm_lightning\n---",
+        f"---\nlibrary_name: {library}\n{_base(report.model)}tags:\n- pruning\n- sparsellm_lightning\n---",
         f"# {report.model}, {_pattern(report)}",
         _PACKED if packed else "",
         _perplexities(report),
@@ -50,6 +51,12 @@ _ZEROS = (
     "The weights hold zeros. Engines without sparse kernels run them at dense speed, and plain files are as large as the dense "
     "model's. Zeros pay where 2:4 kernels or compressed files use them."
 )
+
+
+def _base(model: str) -> str:
+    """The entry by which the hub links a model to the one that it comes from, if that has a hub id."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).exists()
+    return f"base_model: {model}\n" if is_id else ""
 
 
 def _pattern(report: PruningReport) -> str:

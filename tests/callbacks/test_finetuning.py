@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
+from support.classes import tiny_model
 from support.models import build_model
 from support.training import MakeOptimizer, Module, OwnModule, ZeroWatch, linear_weights, prune_by_hand, trainer
 from torch import Tensor, nn
@@ -616,6 +617,20 @@ def test_a_bf16_true_report_is_of_the_exported_file(tmp_path: Path, trained, mod
     assert exported.dtype == torch.bfloat16
     assert held.report is not None
     assert held.report.perplexity["pruned"] == perplexity(exported, text.val_dataloader())
+
+
+def test_routers_stay_in_float32(tmp_path: Path, ids: Tensor) -> None:
+    """transformers keeps them so in models that are loaded in bfloat16, and chooses experts by them."""
+    model = tiny_model("glm4_moe")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    held = pruner(finetune=False, export_dir=str(tmp_path / "out"), measure=False, ignore=["*gate"])
+    trainer(held, precision="bf16-true").fit(Module(model, OPTIMIZERS["adamw"]), DataLoader(ids % 16, batch_size=8))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    routers = [name for name in exported if name.endswith((".gate.weight", "e_score_correction_bias"))]
+    assert len(routers) >= 2
+    for name in routers:
+        assert torch.equal(exported[name], state[name]), name
+    assert exported["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 def test_averages_that_start_late(trained, ids: Tensor) -> None:

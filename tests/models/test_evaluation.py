@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.batches import random_batches
+from support.classes import tiny_model
 from support.models import CONFIGS, SIZES, VOCABULARY, build_model
 from torch import Tensor
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from sparsellm_lightning import CausalLM, UserError, perplexity
+from sparsellm_lightning.architecture import context_of
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.models import evaluation, model_inputs
 from sparsellm_lightning.solvers import Ranks
@@ -50,6 +52,22 @@ def made(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(MORE[name]).eval()
     return model
+
+
+@pytest.mark.parametrize(("model_type", "limit"), [("whisper", "max_target_positions"), ("mpt", "max_seq_len")])
+def test_a_context_by_another_name(model_type: str, limit: str) -> None:
+    model = tiny_model(model_type)
+    assert context_of(model) == getattr(model.config.get_text_config(), limit)
+
+
+def test_positions_behind_the_padding_index() -> None:
+    model = tiny_model("roberta")
+    longest = int(context_of(model))
+    assert longest == model.config.max_position_embeddings - model.config.pad_token_id - 1
+    ids = torch.full((1, longest), 5)
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 def test_labels_beside_token_ids_are_not_ignored() -> None:

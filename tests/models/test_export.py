@@ -65,6 +65,18 @@ def test_an_earlier_export_is_replaced(model: PreTrainedModel, tmp_path: Path) -
     assert names(tmp_path) == {"out"}
 
 
+def test_licence_and_processor_come_along(model: PreTrainedModel, tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    model.save_pretrained(source)
+    (source / "LICENSE.txt").write_text("do what you like")
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "notes.txt").write_text("mine")
+    export_model(load_model(source), tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "do what you like"
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    assert not (tmp_path / "out" / "notes.txt").exists()
+
+
 def test_an_earlier_export_is_put_back(model: PreTrainedModel, tmp_path: Path) -> None:
     """The run that replaced it was killed when it had moved it away, and had not yet moved its own there."""
     aside = tmp_path / ".out.0123abcd.old"

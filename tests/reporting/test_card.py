@@ -54,6 +54,9 @@ def test_text_of_models_is_no_markdown() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = prune_model(build_model("llama"), random_batches(), PruningConfig(preset="paper", method="magnitude"))
+    assert "base_model" not in model_card(report, [])
+    report.model = "some/model"
+    assert yaml.safe_load(model_card(report, []).split("---")[1])["base_model"] == "some/model"
     report.examples = [{"prompt": "<s> 2 * 3 * `x`", "dense": "[a](b) & c"}]
     card = model_card(report, [])
     assert r'- *"\<s\> 2 \* 3 \* \`x\`"*' in card
