@@ -47,9 +47,9 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A DataLoader whose position in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
 
-    The loader counts epochs and batches itself. After :meth:`load_state_dict` an iteration begins at that position; every
-    other one begins the next epoch. Lightning's own count is one ahead in a checkpoint that is saved when ``max_steps`` ends
-    a run.
+    The loader counts epochs and batches itself. An iteration begins the next epoch, but after :meth:`load_state_dict` goes on
+    at that position until this epoch ends: Lightning's own count is one ahead in a checkpoint that is saved when ``max_steps``
+    ends a run, and Lightning may then begin an epoch twice.
 
     Args:
         limit: batches of an epoch, or their share, as the Trainer's ``limit_train_batches``.
@@ -66,21 +66,26 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     def __iter__(self) -> Any:
         if self._taken and not self._resumes:
             self._epoch, self._taken = self._epoch + 1, 0
-        self._resumes = False
+        self._epoch, self._taken = self.state_dict().values()
         if isinstance(self.sampler, DistributedSampler):  # overfit_batches puts another in its place
             self.sampler.set_epoch(self._epoch)
         skipped = self._taken
         for index, batch in enumerate(super().__iter__()):
             if index >= skipped:
                 self._taken = index + 1
+                self._resumes = self._resumes and not self._is_over
                 yield batch
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all batches of this epoch are taken: an iterator of known length is not asked for one batch more."""
+        batches = len(self)
+        limit = int(self.limit * batches) if isinstance(self.limit, float) else self.limit
+        return self._taken >= min(limit, batches)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of its batches that were taken."""
-        batches = len(self)
-        limit = int(self.limit * batches) if isinstance(self.limit, float) else self.limit
-        over = self._taken >= min(limit, batches)  # an iterator of known length is not asked for one batch more
-        return {"epoch": self._epoch + over, "batches": 0 if over else self._taken}
+        return {"epoch": self._epoch + self._is_over, "batches": 0 if self._is_over else self._taken}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """The next iteration begins at this position."""
