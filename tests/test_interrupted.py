@@ -110,7 +110,7 @@ def test_interrupted(
     run = interrupt(arguments(model_dir), work, phase, PHASES[phase], number)
     assert run.status == status, run.errors
     assert f"sparsellm: {message}" in run.errors
-    assert "Finished blocks are in journal-0.6. Start the same command again to go on." in run.errors
+    assert f"Finished blocks are in {work / 'journal-0.6'}. Start the same command again to go on." in run.errors
     assert "Traceback" not in run.errors
     goes_on(work, exports, model_dir)
     assert not [path for path in work.iterdir() if path.name.startswith(".")]

@@ -39,6 +39,7 @@ def watching_peers(store: Store, rank: int, size: int, what: str = "Pruning") ->
     # A clone has a connection of its own, which does not wait for the main thread's operations. Older torch has no clones.
     own = store.clone() if hasattr(store, "clone") else store
     watch = _Watch(own, rank, (rank + 1) % size, what)
+    own.add(str(rank), 1)  # it has come, should it stop before its first round
     threads = [threading.Thread(target=run, daemon=True) for run in (watch.beat, watch.judge)]
     for thread in threads:
         thread.start()

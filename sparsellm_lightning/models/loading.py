@@ -74,7 +74,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
 
 def _class_of(source: str) -> Any:
     """``AutoModelForCausalLM``, or the class that a configuration names which that does not know (exports of Emu3, mllama)."""
-    if not Path(source).is_dir():
+    if not (Path(source) / "config.json").is_file():  # a hub id, or the folder of a GGUF file
         return AutoModelForCausalLM
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # nosec B615
     name = (config.architectures or [""])[0]
