@@ -55,7 +55,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         if gguf_file is None and is_packed(source):
             loaded: Any = _from_packed(source, **options)
         else:
-            loaded = _class_of(source).from_pretrained(source, trust_remote_code=False, **options)  # nosec B615
+            loaded = _class_of(source).from_pretrained(source, trust_remote_code=False, **options)
         model: PreTrainedModel = loaded[0]
         _refuse_missing(pretrained, loaded[1]["missing_keys"])
         note_untied(model)
