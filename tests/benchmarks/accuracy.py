@@ -177,7 +177,7 @@ def show(seeds: Sequence[Results], cell: Cell, figure: str) -> str:
 
 def _shown(value: float, figure: str) -> str:
     digits = {PERPLEXITY: 1 if value < 1000 else 0, SHARE: 2}.get(figure, 0)
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}" if value < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _sparsity(column: str) -> str:
