@@ -157,7 +157,8 @@ def check_what_follows(trainer: pl.Trainer) -> None:
             once, from which calibration would take windows.
     """
     loaders = trainer.fit_loop._combined_loader
-    if loaders is not None and any(isinstance(loader, Iterator) for loader in loaders.flattened):
+    apart = hasattr(datamodule_of(trainer), "calibration_dataloader")
+    if loaders is not None and not apart and any(isinstance(loader, Iterator) for loader in loaders.flattened):
         raise UserError(
             "Calibration and training both read the training dataloader, but it is an iterator, which can be read once. Give "
             "a DataLoader, or a datamodule with a calibration_dataloader."

@@ -88,7 +88,10 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
     except (OSError, ValueError):
         content = {}
     measured = {task for tasks in results.values() for task in tasks}
-    limits = {task: number for task, number in content.pop(_LIMITS, {}).items() if task not in measured}
+    earlier = content.pop(_LIMITS, {})
+    limits = (
+        {task: number for task, number in earlier.items() if task not in measured} if isinstance(earlier, dict) else {}
+    )
     limits |= {} if limit is None else dict.fromkeys(sorted(measured), limit)
     content |= {model: {**content.get(model, {}), **tasks} for model, tasks in finite.items()}
     content |= {_LIMITS: limits} if limits else {}

@@ -226,15 +226,14 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def filled_by_merge(model: nn.Module) -> set[int]:
-    """The ``id`` of each weight whose zeros the merge fills: adapters that change it are not masked, as in a dense layer."""
+    """The ``id`` of each weight whose zeros the merge of trained adapters fills: they are not masked, as in a dense layer."""
     filled = set()
     for module in model.modules():
         layer: Any = module
         if not hasattr(layer, "lora_B") or not hasattr(layer, "base_layer") or _is_masked(layer):
             continue
-        for adapter in () if layer.disable_adapters else layer.active_adapters:
-            if adapter in layer.lora_B and any(bool(p.any()) for p in layer.lora_B[adapter].parameters()):
-                filled.add(id(getattr(layer.base_layer, getattr(layer, "parameter_name", "weight"))))
+        if not layer.disable_adapters and any(adapter in layer.lora_B for adapter in layer.active_adapters):
+            filled.add(id(getattr(layer.base_layer, getattr(layer, "parameter_name", "weight"))))
     return filled
 
 
