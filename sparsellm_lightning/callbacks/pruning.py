@@ -323,9 +323,7 @@ class SparseLLMCallback(SparseFinetuning):
         after = self._perplexity(trainer, model)
         report.evaluation = self._measurer.evaluation
         data = datamodule_of(trainer)
-        if isinstance(data, TextDataModule):
-            given = {"tokenizer": data.tokenizer} if isinstance(data.tokenizer, str) else {}
-            report.data = data.settings | given
+        report.data = data.settings if isinstance(data, TextDataModule) else None
         report.examples = self._examples(trainer, pl_module, "pruned", examples)
         report.perplexity = {**known, "pruned": after}
         if self.schedule is not None:

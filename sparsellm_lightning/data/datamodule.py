@@ -74,7 +74,7 @@ class TextDataModule(LightningDataModule):
         model_attribute: attribute of the trainer's module that holds the model of source ``self``, if it holds several.
 
     Attributes:
-        settings: the arguments that differ from their defaults, without the tokenizer.
+        settings: the arguments that differ from their defaults, without a tokenizer that is an object.
 
     Raises:
         UserError: a value out of its range, a missing file, or settings that do not belong to the source.
@@ -105,7 +105,8 @@ class TextDataModule(LightningDataModule):
         _at_least(1, max_train_windows=max_train_windows, max_eval_windows=max_eval_windows)
         _at_least(0, num_workers=num_workers)
         usual = {name: parameter.default for name, parameter in signature(TextDataModule).parameters.items()}
-        usual.pop("tokenizer")
+        if not isinstance(tokenizer, str):
+            usual.pop("tokenizer")  # an object, which no configuration file can name
         self.settings = {name: _plain(given[name]) for name in usual if given[name] != usual[name]}
         self.source = source
         self.texts = TextSource(

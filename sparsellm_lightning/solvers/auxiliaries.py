@@ -80,9 +80,8 @@ class Auxiliaries:
             self._put(index, z, s)
         ranks.sum_(squares)
         (number,) = ranks.total(sum(tokens.sizes))
-        self.mean_weight = (
-            (squares[4] / max(number, 1)).clamp(min=1e-12).float()
-        )  # 1 over all fitted tokens, not over some
+        # 1 over all fitted tokens, but not over these.
+        self.mean_weight = (squares[4] / max(number, 1)).clamp(min=1e-12).float()
         scales = (squares[:4] / squares[4]).clamp(min=1e-12).tolist() if penalties.scale_free else [1.0] * 4
         self.gamma_over_beta = penalties.gamma / scales[3] / (penalties.beta / scales[2])
         self.rho_z, self.rho_s = (

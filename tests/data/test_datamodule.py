@@ -564,8 +564,13 @@ def test_settings_that_differ_from_the_defaults(tmp_path: Path) -> None:
         "sequence_length": 128,
         "train_files": [str(file)],
         "test_files": str(file),
+        "tokenizer": "gpt2",
     }
     assert TextDataModule().settings == {}
+
+
+def test_a_tokenizer_that_is_an_object_is_no_setting(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert TextDataModule(tokenizer=tokenizer).settings == {}
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["datamodule", "its loaders"])
