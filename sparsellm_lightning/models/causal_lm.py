@@ -46,6 +46,8 @@ class CausalLM(pl.LightningModule):
         lr_scheduler: takes the optimizer, returns a scheduler, which is stepped after every optimizer step
             (``lightning.pytorch.cli.ReduceLROnPlateau``: after every epoch).
         lora: low-rank adapters that train instead of the weights. ``--model.lora.rank 16`` is enough to ask for them.
+        train_embeddings: train the token embeddings and the head too. They are not pruned, and a learning rate that suits
+            pruned weights is too large for them in a short run.
 
     Raises:
         UserError: neither ``pretrained`` nor ``weights``, at construction; no such model, in ``configure_model``.
@@ -61,6 +63,7 @@ class CausalLM(pl.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoraOptions | None = None,
+        train_embeddings: bool = True,
     ) -> None:
         super().__init__()
         if pretrained is None and weights is None:
@@ -71,6 +74,7 @@ class CausalLM(pl.LightningModule):
         self.pretrained = None if pretrained is None else str(pretrained)  # a Path too
         self.weights = None if weights is None else str(weights)
         self.lora = lora
+        self.train_embeddings = train_embeddings
         self.dtype_name = dtype
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -95,6 +99,9 @@ class CausalLM(pl.LightningModule):
             return model
 
         def prepare(model: PreTrainedModel) -> None:
+            if not self.train_embeddings:
+                for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+                    module.requires_grad_(False)
             if self.lora is not None:
                 add_adapters(model, self.lora)
 

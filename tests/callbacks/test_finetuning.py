@@ -905,6 +905,27 @@ def test_instruction_tuning(model_dir: Path, ids: Tensor) -> None:
     assert (held.report.calibration["windows"], held.report.calibration["tokens"]) == (16, 16 * 28)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"], ids=["own head", "tied head"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_embeddings_that_stay_as_they_are(
+    trained, text: TextDataModule, tmp_path: Path, name: str, trains: bool
+) -> None:
+    """Of the pruned model the embeddings and the head are the dense ones if they do not train. All else trains."""
+    dense = trained(name)
+    dense.save_pretrained(tmp_path)
+    module = CausalLM(str(tmp_path), optimizer=OPTIMIZERS["adamw"], train_embeddings=trains)
+    watch = ZeroWatch()
+    trainer(watch, pruner(measure=False), max_steps=2).fit(module, text)
+    outside = {id(p) for m in (dense.get_input_embeddings(), dense.get_output_embeddings()) for p in m.parameters()}
+    changed = {
+        parameter: not torch.equal(module.model.get_parameter(n), parameter)
+        for n, parameter in dense.named_parameters()
+    }
+    assert {changed[p] for p in changed if id(p) in outside} == {trains}
+    assert all(changed[p] for p in changed if id(p) not in outside)
+    assert watch.moved(module) > 0.98
+
+
 def test_described_layers_are_the_watched_ones(trained) -> None:
     """``linear_weights`` of these tests names the layers that the package prunes."""
     for name in ("llama", "opt", "gpt2"):

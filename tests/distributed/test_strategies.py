@@ -498,10 +498,12 @@ def test_compiled_and_checkpointed_blocks(
     "options",
     [
         {"strategy": "ddp"},
-        {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True},
+        {"strategy": "fsdp2", "sharded_checkpoint": True, "distilled": True, "frozen": True},
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "lora": True}, marks=pytest.mark.slow),
         pytest.param({"strategy": "fsdp2", "sharded_checkpoint": False, "mixing": True}, marks=pytest.mark.slow),
-        pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "distilled": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"strategy": "fsdp1", "sharded_checkpoint": True, "distilled": True, "frozen": True}, marks=pytest.mark.slow
+        ),
         pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "lora": True}, marks=pytest.mark.slow),
         pytest.param({"strategy": "fsdp1", "sharded_checkpoint": True, "mixing": True}, marks=pytest.mark.slow),
     ],

@@ -117,6 +117,7 @@ class Job:
         torch.manual_seed(0)  # adapters start at random
         if self.options.get("lora"):
             kwargs["lora"] = LoraOptions(rank=4)
+        kwargs["train_embeddings"] = not self.options.get("frozen")
         module = (Compiled if self.options.get("compile") else CausalLM)(self.options["model"], **kwargs)
         module.optimizer = Mixing if self.options.get("mixing") else lambda p: torch.optim.AdamW(p, lr=1e-3)
         return module
