@@ -16,6 +16,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before torch is loaded. Threads slow tiny tensors down, by a factor of ten where other processes use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests with two threads would wait in a loop for a core that another worker uses: two to three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
