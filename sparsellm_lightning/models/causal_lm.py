@@ -46,8 +46,8 @@ class CausalLM(pl.LightningModule):
         lr_scheduler: takes the optimizer, returns a scheduler, which is stepped after every optimizer step
             (``lightning.pytorch.cli.ReduceLROnPlateau``: after every epoch).
         lora: low-rank adapters that train instead of the weights. ``--model.lora.rank 16`` is enough to ask for them.
-        train_embeddings: train the token embeddings and the head too. They are not pruned, and a learning rate that suits
-            pruned weights is too large for them in a short run.
+        train_embeddings: train the token embeddings and the head too. False: they stay as they are, and the optimizer keeps
+            nothing for them.
 
     Raises:
         UserError: neither ``pretrained`` nor ``weights``, at construction; no such model, in ``configure_model``.
