@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,17 @@ from sparsellm_lightning.callbacks.checks import (
     check_what_follows,
 )
 from sparsellm_lightning.callbacks.exporting import Exporter
-from sparsellm_lightning.callbacks.figures import log_block, log_results, log_settings
+from sparsellm_lightning.callbacks.figures import log_results
 from sparsellm_lightning.callbacks.finetuning import AVERAGING, SparseFinetuning, kept_layers, renew_averages, resumed
 from sparsellm_lightning.callbacks.interruptions import allow_checkpoints, ending_on_sigterm, forbid_checkpoints
-from sparsellm_lightning.callbacks.measuring import Measurer, shows_progress
+from sparsellm_lightning.callbacks.reports import Reporter
 from sparsellm_lightning.callbacks.schedule import check_run, check_schedule, warn_of_late_stages
 from sparsellm_lightning.config import PruningConfig
-from sparsellm_lightning.data import TextDataModule, calibration_batches, datamodule_of, run_tokenizer
 from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import is_sparse_already, keep_in_conversions, pretrained_of, stop_keeping
-from sparsellm_lightning.pipeline import prune_model
-from sparsellm_lightning.reporting import PruningReport, layer_rows, report_of_sparse
-from sparsellm_lightning.runtime import Profile
-from sparsellm_lightning.sparsity import SPARSE, filled_by_merge, has_adapters, left_out_biases, pruned_before
+from sparsellm_lightning.reporting import PruningReport, layer_rows
+from sparsellm_lightning.sparsity import has_adapters, left_out_biases, pruned_before
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +111,7 @@ class SparseLLMCallback(SparseFinetuning):
         self._restored = False  # whether the report comes from the checkpoint of this run
         self._trained = False  # whether this fit has begun to train
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
-        self._profile = Profile()
-        self._measurer = Measurer(self._profile)
+        self._reporter = self._new_reporter()
         self._exporter: Exporter | None = None  # from setup, if there is an export_dir
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,8 +129,7 @@ class SparseLLMCallback(SparseFinetuning):
         if stage != "fit":
             return
         self._restored = self._trained = False
-        self._profile = Profile()
-        self._measurer = Measurer(self._profile)
+        self._reporter = self._new_reporter()
         if is_sparse_already(pl_module) and (self.schedule is not None or self.baseline):
             name = "baseline" if self.schedule is None else "schedule"
             raise UserError(
@@ -182,7 +175,8 @@ class SparseLLMCallback(SparseFinetuning):
                 log.info("This model is pruned already. It is not pruned again.")
             self._hold(trainer, pl_module)
         elif is_sparse_already(pl_module):
-            self._start_from_sparse(trainer, pl_module)
+            self.report = self._reporter.start_from_sparse(trainer, pl_module, model)
+            self._hold(trainer, pl_module)
         else:
             if self.schedule is not None:
                 warn_of_late_stages(trainer, self.schedule)
@@ -215,8 +209,10 @@ class SparseLLMCallback(SparseFinetuning):
                 "Train longer, or prune earlier."
             )
         if self._trains_on(pl_module):
-            self._report_finetuning(trainer, pl_module, self.report)
-        self.report.phases |= self._profile.seconds
+            zeros = self._zeros
+            self.report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values())}
+            self._reporter.add_finetuning(trainer, pl_module, self._model(pl_module), self.report)
+        self.report.phases |= self._reporter.profile.seconds
         try:
             if self._exporter is not None:
                 self._exporter.write(trainer, pl_module, self._model(pl_module), self.config, self.report)
@@ -276,7 +272,7 @@ class SparseLLMCallback(SparseFinetuning):
         forbid_checkpoints(trainer)
         with ending_on_sigterm():
             try:
-                self.report = self._pruned_report(trainer, pl_module)
+                self.report = self._reporter.prune(trainer, pl_module, self._model(pl_module), self.report)
             except (KeyboardInterrupt, SystemExit):
                 kept = "No finished block was kept. To be able to go on, set resume_dir."
                 if self.resume_dir is not None:
@@ -287,83 +283,15 @@ class SparseLLMCallback(SparseFinetuning):
         renew_averages(trainer.callbacks, pl_module)  # type: ignore[attr-defined]  # which are of the dense model
         self._hold(trainer, pl_module)
 
-    def _pruned_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PruningReport:
-        """Prune, or prune further, and measure before and after."""
-        model, adapter = self._model(pl_module), adapter_for(trainer)
-        log_settings(trainer, self.config)
-        # First of all, because text may be missing or too short.
-        batches, sharded, source = calibration_batches(trainer, self.config.num_calibration_samples, self.config.seed)
-        before = self._perplexity(trainer, model)
-        known = {"dense": before}
-        if self.report is not None:
-            before_this = self._measurer.comparable(self.report)
-            known = {name: before_this[name] for name in ("dense", "sparsegpt") if name in before_this}
-        elif self.baseline:
-            known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config, self._journal("baseline"))
-        examples = self._examples(trainer, pl_module, "dense") if self.report is None else self.report.examples
-        stages = [] if self.report is None else self.report.stages
-        config = self.config
-        if self.schedule is not None:
-            config = replace(config, sparsity=list(self.schedule.values())[len(stages)])
-        report = prune_model(
-            model,
-            batches,
-            config,
-            adapter=adapter,
-            sharded=sharded,
-            keep_zeros=bool(stages),
-            resume_dir=self._journal(f"stage-{len(stages)}"),
-            progress=shows_progress(trainer),
-            on_block=partial(log_block, trainer),
+    def _new_reporter(self) -> Reporter:
+        return Reporter(
+            self.config,
+            self.schedule,
+            self.resume_dir,
+            measure=self.measure,
+            baseline=self.baseline,
+            examples=self.measure and self.export_dir is not None,  # without an export nobody reads them
         )
-        report.model = pretrained_of(pl_module) or report.model
-        if self.report is not None:
-            report.add_stage(self.report)
-        report.calibration["source"] = source
-        after = self._perplexity(trainer, model)
-        report.evaluation = self._measurer.evaluation
-        data = datamodule_of(trainer)
-        report.data = data.settings if isinstance(data, TextDataModule) else None
-        report.examples = self._examples(trainer, pl_module, "pruned", examples)
-        report.perplexity = {**known, "pruned": after}
-        if self.schedule is not None:
-            achieved = report.sparsity["achieved"]
-            stage = {"step": trainer.global_step, "sparsity": achieved, "before": before, "after": after}
-            report.stages = [*stages, stage]
-        return report
-
-    def _journal(self, name: str) -> Path | None:
-        """A folder inside ``resume_dir``."""
-        return None if self.resume_dir is None else Path(self.resume_dir) / name
-
-    def _start_from_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report a model that is sparse already, and hold its zeros."""
-        model, adapter = self._model(pl_module), adapter_for(trainer)
-        self.report = report_of_sparse(adapter.describe(model, self.config), adapter)
-        achieved = self.report.sparsity["achieved"]
-        if achieved < SPARSE:
-            raise UserError(
-                f"weights must name a sparse model, but only {100 * achieved:.2f} % of the projections of "
-                f"{pl_module.weights} are zero. To prune this model, give it as pretrained instead."
-            )
-        self.report.perplexity["pruned"] = self._perplexity(trainer, model)
-        self.report.evaluation = self._measurer.evaluation
-        self.report.examples = self._examples(trainer, pl_module, "pruned")
-        self._hold(trainer, pl_module)
-
-    def _report_finetuning(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: PruningReport) -> None:
-        """Report the check of the masks, and the weights and perplexity after fine-tuning."""
-        zeros = self._zeros
-        report.mask_check = {"checks": self.checks, "layers": len(zeros), "zeros": sum(zeros.values())}
-        model, adapter = self._model(pl_module), adapter_for(trainer)
-        finetuned = self._perplexity(trainer, model)
-        report.perplexity = {**self._measurer.comparable(report), "finetuned": finetuned}
-        report.evaluation = self._measurer.evaluation or report.evaluation
-        report.examples = self._examples(trainer, pl_module, "finetuned", report.examples)
-        errors = {layer["name"]: layer["error"] for layer in report.layers}
-        layout = adapter.describe(model, self.config)
-        filled = filled_by_merge(model) if has_adapters(model) else set()
-        report.layers, report.sparsity["achieved"] = layer_rows(layout, adapter, errors, filled)
 
     def _release(self) -> None:
         """Leave the export folder to other runs."""
@@ -402,15 +330,3 @@ class SparseLLMCallback(SparseFinetuning):
 
     def _model(self, pl_module: pl.LightningModule) -> PreTrainedModel:
         return find_model(pl_module, self.model_attribute)
-
-    def _perplexity(self, trainer: pl.Trainer, model: PreTrainedModel) -> float | None:
-        return self._measurer.perplexity(trainer, model) if self.measure else None
-
-    def _examples(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: str, known: Sequence[dict[str, str]] = ()
-    ) -> list[dict[str, str]]:
-        """See :meth:`Measurer.examples`. Without an export nobody reads them."""
-        if not self.measure or self.export_dir is None:
-            return []
-        tokenizer = run_tokenizer(datamodule_of(trainer), pl_module)
-        return self._measurer.examples(trainer, self._model(pl_module), tokenizer, state, known)

@@ -72,14 +72,14 @@ COLUMNS: dict[str, Settings] = {
 # Only these rows have all columns.
 WHOLE_ROWS = ("sparsegpt", "paper", "balanced", "best")
 SELDOM = ("60",)
+BEFORE = {"balanced": "paper", "best": "balanced"}  # a preset, and the one that it adds parts to
 PERPLEXITY, SHARE, SECONDS, MEMORY = FIGURES = ("perplexity", "R", "seconds", "MiB over the model")
 
 
 def parts_of(preset: str) -> dict[str, Settings]:
-    """A preset without one of its parts at a time: each setting that differs from preset ``paper`` put back."""
-    paper = PRESETS["paper"]
-    without: Settings = {name: paper[name] for name, value in PRESETS[preset].items() if value != paper[name]}
-    without |= {"calibration_val_fraction": 0.0}
+    """A preset without one of its parts at a time: each setting that differs from the preset before it put back."""
+    before = PRESETS[BEFORE[preset]]
+    without = {name: before[name] for name, value in PRESETS[preset].items() if value != before[name]}
     return {f"{preset}, {name}={value}": {"preset": preset, name: value} for name, value in without.items()}
 
 
@@ -92,8 +92,7 @@ def allocations() -> dict[str, Settings]:
     }
 
 
-ABLATED = ("balanced", "best")
-ALL_ROWS = {**allocations(), **{row: value for preset in ABLATED for row, value in parts_of(preset).items()}, **ROWS}
+ALL_ROWS = {**allocations(), **{row: value for preset in BEFORE for row, value in parts_of(preset).items()}, **ROWS}
 
 
 def config_of(cell: Cell) -> Settings:
@@ -235,7 +234,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
             parts += [f"#### {heading}", table(seeds, ROWS, [(column, figure) for column in COLUMNS])]
     own = PRESETS["balanced"]["allocation"]
     for heading, rows, columns in (
-        *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in ABLATED),
+        *((f"Preset {preset} without one of its parts", [preset, *parts_of(preset)], ["70"]) for preset in BEFORE),
         (f"Preset balanced with other allocations than its own, {own}", list(allocations()), ["70", "80"]),
     ):
         more = [(row, column) for row in rows if row not in ROWS for column in columns]
@@ -310,7 +309,7 @@ def main() -> None:
     arguments.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="all by default")
     arguments.add_argument("--columns", nargs="*", choices=list(COLUMNS), default=list(COLUMNS), help="all by default")
     arguments.add_argument(
-        "--ablation", nargs="*", choices=ABLATED, default=[], help="presets without each of their parts, at 70 %%"
+        "--ablation", nargs="*", choices=list(BEFORE), default=[], help="presets without each of their parts, at 70 %%"
     )
     arguments.add_argument("--allocations", action="store_true", help="balanced with every allocation, at 70 and 80 %%")
     arguments.add_argument(

@@ -50,6 +50,7 @@ from sparsellm_lightning import (
     verify_export,
 )
 from sparsellm_lightning.architecture import describe
+from sparsellm_lightning.callbacks.measuring import Measurer
 from sparsellm_lightning.errors import MaskError
 from sparsellm_lightning.sparsity import Masks
 
@@ -463,7 +464,7 @@ def test_a_stage_that_fails_leaves_the_last_checkpoint(
         if running.global_step:  # in the second stage
             raise RuntimeError("the power went out")
 
-    monkeypatch.setattr("sparsellm_lightning.callbacks.pruning.log_block", stop)
+    monkeypatch.setattr("sparsellm_lightning.callbacks.reports.log_block", stop)
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link", save_on_exception=True)
     run = trainer(pruner(schedule={0: 0.5, 3: 0.7}, sparsity=None), saving, max_steps=6, enable_checkpointing=True)
     with pytest.raises(RuntimeError, match="power"):
@@ -730,7 +731,7 @@ def test_measured_where_the_model_was_trained(trained, text, loader: DataLoader[
     check = Masks.check
     monkeypatch.setattr(Masks, "check", lambda masks: away["measured"].append(away["now"]) or check(masks))
     held = pruner()
-    monkeypatch.setattr(held, "_perplexity", lambda *args: away["measured"].append(away["now"]))
+    monkeypatch.setattr(Measurer, "perplexity", lambda *args: away["measured"].append(away["now"]))
     trainer(held, max_steps=1).fit(module, loader, text.test_dataloader())
     assert len(away["measured"]) == 5, "perplexity dense, pruned and fine-tuned, and two checks of the masks"
     assert not any(away["measured"])

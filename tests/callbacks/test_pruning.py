@@ -56,7 +56,7 @@ from sparsellm_lightning.models import load_model
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.reporting.card import model_card
 
-PRUNE_MODEL = "sparsellm_lightning.callbacks.pruning.prune_model"
+PRUNE_MODEL = "sparsellm_lightning.callbacks.reports.prune_model"
 
 
 def zeros(model: PreTrainedModel) -> float:
@@ -586,7 +586,7 @@ def test_no_checkpoint_is_saved_of_a_half_pruned_model(
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
     with monkeypatch.context() as patch:
-        patch.setattr("sparsellm_lightning.callbacks.pruning.log_block", stop)
+        patch.setattr("sparsellm_lightning.callbacks.reports.log_block", stop)
         with pytest.raises(RuntimeError, match="power"):
             run(resume_dir="resume")
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -879,7 +879,7 @@ def test_the_trainer_can_be_pickled_while_it_prunes(ids: torch.Tensor, monkeypat
     """Workers that are not forked get it, if the user's collate function belongs to the datamodule."""
     held, pickled = SparseLLMCallback(**MAGNITUDE), []
     monkeypatch.setattr(
-        "sparsellm_lightning.callbacks.pruning.log_block", lambda trainer, result: pickled.append(pickle.dumps(trainer))
+        "sparsellm_lightning.callbacks.reports.log_block", lambda trainer, result: pickled.append(pickle.dumps(trainer))
     )
     trainer(held, precision="bf16-true").fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
     again, model = pickle.loads(pickled[1]), build_model("llama")

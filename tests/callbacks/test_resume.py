@@ -37,7 +37,7 @@ from sparsellm_lightning import (
     prune_model,
     verify_export,
 )
-from sparsellm_lightning.callbacks import pruning
+from sparsellm_lightning.callbacks import reports
 
 STEPS = 12
 EPOCH = 5  # batches
@@ -174,7 +174,7 @@ def result(run: tuple[pl.Trainer, CausalLM]) -> dict[str, Any]:
 def solves(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for every solve from here on."""
     seen: list[Any] = []
-    monkeypatch.setattr(pruning, "prune_model", lambda *a, **k: seen.append(a) or prune_model(*a, **k))
+    monkeypatch.setattr(reports, "prune_model", lambda *a, **k: seen.append(a) or prune_model(*a, **k))
     return seen
 
 

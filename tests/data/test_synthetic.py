@@ -257,7 +257,7 @@ def test_training_on_no_windows_is_refused(model_dir: Path, monkeypatch: pytest.
         trainer(max_steps=1).fit(CausalLM(str(model_dir)), _data())
     # A run that prunes first is refused before pruning.
     monkeypatch.setattr(
-        "sparsellm_lightning.callbacks.pruning.prune_model", lambda *args, **kwargs: pytest.fail("pruned")
+        "sparsellm_lightning.callbacks.reports.prune_model", lambda *args, **kwargs: pytest.fail("pruned")
     )
     with pytest.raises(UserError, match="source self needs max_train_windows to train, got none"):
         trainer(_pruner(finetune=True), max_steps=1).fit(CausalLM(str(model_dir)), _data())

@@ -389,7 +389,7 @@ def life(job: Job) -> None:
     checkpoint = str(job.folder / "stopped.ckpt")
     first.save_checkpoint(checkpoint)
     # No run from here on may prune.
-    with mock.patch("sparsellm_lightning.callbacks.pruning.prune_model", side_effect=AssertionError("pruned again")):
+    with mock.patch("sparsellm_lightning.callbacks.reports.prune_model", side_effect=AssertionError("pruned again")):
         job.trainer(pruner("out"), watch, *taught, max_steps=4).fit(job.module(), job.data(), ckpt_path=checkpoint)
         if not job.options.get("lora"):
             new = job.trainer(SparseFinetuning(), watch, max_steps=1)

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sparsellm_lightning import CausalLM, SparseLLMCallback, TextDataModule
-from sparsellm_lightning.callbacks import pruning
+from sparsellm_lightning.callbacks import reports
 
 
 class Progress(pl.Callback):
@@ -54,7 +54,7 @@ class Noted(SparseLLMCallback):
         def note(block: int, iteration: int, error: float) -> None:
             self.progress.note(f"solve {self.progress.solves} block {block} iteration {iteration}")
 
-        with mock.patch.object(pruning, "prune_model", partial(pruning.prune_model, on_iteration=note)):
+        with mock.patch.object(reports, "prune_model", partial(reports.prune_model, on_iteration=note)):
             super()._prune(*args)
 
 
