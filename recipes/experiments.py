@@ -40,6 +40,7 @@ from sparsellm_lightning import PruningConfig, TextDataModule, load_model, perpl
 from sparsellm_lightning.architecture import Network, describe
 from sparsellm_lightning.calibration import Context, feed_forward_of
 from sparsellm_lightning.distributed import StrategyAdapter
+from sparsellm_lightning.models import replace_text
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
     InputStatistics,
@@ -110,7 +111,7 @@ class Runs:
         if key not in known:
             self.prune(**settings)
             known[key] = perplexity(self.model, self.data.test_dataloader())
-            self.known.write_text(json.dumps(known, indent=1))
+            replace_text(self.known, json.dumps(known, indent=1))
         return known[key]
 
     def config(self, settings: dict[str, Any]) -> PruningConfig:

@@ -207,6 +207,8 @@ def show_report(trainer: pl.Trainer) -> None:
         checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
         if pruner.export_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"written to {pruner.export_dir}")
+        elif trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("The model was not written anywhere, because trainer.fast_dev_run is set.")
         elif checkpoint:
             print(f"A checkpoint is {checkpoint}. A folder for transformers is written with pruner.export_dir.")
         else:

@@ -28,7 +28,10 @@ def brief(message: str, options: Collection[str]) -> str:
     unknown = re.search(r"nrecognized arguments: (\S+)", message)
     if unknown:
         if not unknown[1].startswith("-"):
-            return f"{unknown[1]} is not expected here. A model comes directly behind the command, other values behind options."
+            return (
+                f"{unknown[1]} is not expected here. A model comes directly behind the command, other values behind options, "
+                "several of one option as '[A, B]'."
+            )
         name = unknown[1].partition("=")[0].removeprefix("--")
         section, _, setting = name.partition(".")
         if section == "pruner" and "settings" in names:  # sweep has one option for all of the pruner's
@@ -38,7 +41,7 @@ def brief(message: str, options: Collection[str]) -> str:
             )
         return f"there is no option --{name}.{_meant(name, names, '--')} `--help` shows all."
     key = re.search(r'[Kk]ey "([\w.]+)"', message)
-    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
     unexpected = re.search(r"[Kk]ey '([\w.]+)' is not expected|Option '([\w.]+)' is not accepted", message)
     if unexpected:
         inside = f"{key[1]}." if key else ""
@@ -61,7 +64,8 @@ def brief(message: str, options: Collection[str]) -> str:
                 meant = " Put it in quotes."
             if number:
                 meant = f" Write {float(number[1]) / 100:g}."
-            return f"--{key[1]} must be {' or '.join(wanted)}, got {value[1]}.{meant}"
+            name = ".".join(re.findall(r'[Kk]ey "([\w.]+)"', message[: value.start()]))  # a section, then its setting
+            return f"--{name} must be {' or '.join(wanted)}, got {value[1]}.{meant}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines)[:400]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 from transformers.utils.logging import disable_progress_bar
@@ -18,9 +19,10 @@ _NOTES = (
 
 
 def quieten() -> None:
-    """Drop them from warnings, from Lightning's log and, outside a terminal, from what transformers prints."""
+    """Drop them from warnings, from Lightning's log and, outside a terminal, from what transformers and datasets print."""
     if not draws_bars():
         disable_progress_bar()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, which comes later, if at all
     for note in _NOTES:
         warnings.filterwarnings("ignore", message=note)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):

@@ -187,14 +187,14 @@ def _known(folder: Path, identity: dict[str, Any]) -> dict[tuple[str, float], Ro
     """The rows that an earlier run of this sweep has written. The folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    if not path.exists() or not (folder / TABLE).exists():  # a run that measured nothing claims nothing
+    if not (folder / TABLE).exists():  # a run that measured nothing claims nothing
         path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
-        raise UserError(
-            f"out must be the folder of this sweep, but {path} is of another model, text, settings or versions. Change out."
-        )
-    if not (folder / TABLE).exists():
         return {}
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
+        raise UserError(
+            f"out must be the folder of this sweep, but {path} is missing, or of another model, text, settings or versions. "
+            "Change out."
+        )
     with (folder / TABLE).open(newline="") as file:
         read = [Row(row["variant"], *(float(row[name]) for name in _NAMES[1:])) for row in csv.DictReader(file)]
     return {(row.variant, row.sparsity): row for row in read}

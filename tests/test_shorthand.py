@@ -74,7 +74,8 @@ def test_help_needs_no_other_package() -> None:
         (["sweep", "x", "--sparsities", "0.5"], "--sparsities must be a list, got 0.5. Write [0.5]."),
         (["inspect", "x", "--sequence_length", "0"], "sequence_length must be at least 1, got 0."),
         (["inspect", "x", "--pruner.sparsity", "70"], "sparsity must be in [0, 1), got 70.0. Write 0.7 for 70 %."),
-        (["inspect", "x", "--pruner.sparsity", "70%"], "--pruner must be a number, got 70%. Write 0.7."),
+        (["inspect", "x", "--pruner.sparsity", "70%"], "--pruner.sparsity must be a number, got 70%. Write 0.7."),
+        (["verify", "x", "--data.batch_size", "many"], "--data.batch_size must be an integer, got many."),
         (["inspect", "x", "--pruner.sparsty", "0.7"], "there is no setting pruner.sparsty."),
         (["verify", "x", "--data.source", "files"], "source files needs train_files or test_files, got neither."),
         (["benchmark", "x", "--repeats", "many"], "--repeats must be an integer, got many."),
@@ -82,6 +83,11 @@ def test_help_needs_no_other_package() -> None:
         (
             ["prune", "--pruner.sparsity", "0.7", "x"],
             "x is not expected here. A model comes directly behind the command",
+        ),
+        (["prune", "x", "--data.train_files", "a.txt", "b.txt"], "b.txt is not expected here. A model comes directly"),
+        (
+            ["prune", "x", "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "big"],
+            "--model.optimizer.lr must be a number or torch.Tensor, got big.",
         ),
         (["prune", "--model.pretrained"], "expected one argument"),
         (

@@ -66,6 +66,9 @@ def test_goes_on_where_it_stopped(tmp_path: Path, model_dir: Path) -> None:
     assert runs == [0.5, 0.6, 0.6, 0.7]
     with pytest.raises(UserError, match="of another model, text, settings"):
         sweep(str(model_dir), [0.5], ["wanda"], str(tmp_path), text(model_dir), {"num_calibration_samples": 9})
+    (tmp_path / "sweep.json").unlink()
+    with pytest.raises(UserError, match=r"sweep\.json is missing"):
+        sweep(str(model_dir), [0.5], ["wanda"], str(tmp_path), text(model_dir), SETTINGS)
 
 
 def test_refused_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -218,7 +218,13 @@ def _python_docs(split: Split) -> str:
 
 def _read_file(path: Path, text_field: str) -> Iterable[str]:
     if path.suffix in TABLE_BUILDERS:
-        table = _load_table(TABLE_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+        try:
+            table = _load_dataset(TABLE_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+        except Exception as error:  # builders fail in many ways
+            raise UserError(
+                f"{path.suffix} files must be tables that can be read, but reading {path} fails: {_cause(error)}. "
+                "Correct the file."
+            ) from error
         return _column(table, text_field, path)
     try:
         # Read as bytes, because text mode changes line ends. A byte order mark is no text.
@@ -238,9 +244,14 @@ def _column(table: Table, field: str, origin: str | Path) -> Iterable[str]:
             "Write text_field with one of these."
         )
     texts: Iterable[str] = table[field]
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(f"field {field} of {origin} must be text, got {text!r:.60} in row {row}. Correct the data.")
+    try:
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"field {field} of {origin} must be text, got {text!r:.60} in row {row}. Correct the data."
+                )
+    except UnicodeDecodeError as error:  # builders do not look at the encoding
+        raise UserError(f"{origin} must be UTF-8, but is not: {error}. Convert it.") from error
     return texts
 
 
@@ -260,18 +271,26 @@ def _hub_file(builder: str, repository: str, file: str, revision: str | None = N
 
 
 def _load_table(name: str, config: str | None = None, **kwargs: Any) -> Table:
-    import datasets  # slow to import, and not needed for python-docs or .txt
-
     try:
-        table: Table = datasets.load_dataset(name, config, **kwargs)  # nosec B615
+        return _load_dataset(name, config, **kwargs)
     except Exception as error:  # networks and builders fail in many ways
         raise _unavailable(kwargs.get("data_files", name), error) from error
+
+
+def _load_dataset(*args: Any, **kwargs: Any) -> Table:
+    import datasets  # slow to import, and not needed for python-docs or .txt
+
+    table: Table = datasets.load_dataset(*args, **kwargs)  # nosec B615
     return table
 
 
 def _unavailable(name: str, error: Exception) -> UserError:
-    cause = " ".join(str(error.__cause__ or error).split()).rstrip(".") or type(error).__name__
     return UserError(
-        f"the text must be a dataset that can be read, got {name}: {cause}. Check the name, the configuration, the "
+        f"the text must be a dataset that can be read, got {name}: {_cause(error)}. Check the name, the configuration, the "
         "split and the network; the sources python-docs, files and self need no network."
     )
+
+
+def _cause(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()).rstrip(".") or type(cause).__name__

@@ -44,6 +44,7 @@ from common import (
     other_python,
     parser,
     prepared,
+    replace_json,
     write_section,
 )
 from matplotlib.figure import Figure
@@ -130,9 +131,7 @@ class Results:
 
     def add(self, cell: Cell, figures: Job) -> None:
         self.known[self.key(cell)] = figures
-        beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps(self.known, indent=1))
-        os.replace(beside, self.path)  # a kill leaves the old file or the new one
+        replace_json(self.path, self.known)
 
     def gap(self, cell: Cell, text: str) -> float | None:
         dense, pruned = self.find(DENSE), self.find(cell)

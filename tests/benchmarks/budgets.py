@@ -7,9 +7,9 @@ A budget of parameters stands beside units alone and blocks alone that keep at m
         [--results recipes/RESULTS.md]
 
 Every row is pruned by preset ``fast`` with 128 distillation steps and exported. Those of ``--tuned`` are then fine-tuned as the
-recipe finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens
-and at a lower rate, because there is less to repair than at 70 % zeros. All exports and the dense model are measured for speed
-in turn, in one process, as ``sparsellm benchmark`` does.
+recipe finetune/distilled.yaml does, half of the loss being from the dense model's distributions, but by steps of 1,024 tokens,
+at a lower rate, because there is less to repair than at 70 % zeros, with AdamW's own betas, and the embeddings train too. All
+exports and the dense model are measured for speed in turn, in one process, as ``sparsellm benchmark`` does.
 
 Perplexities are kept in ``budgets.json`` by row and a hash of its settings, exports in folders beside it.
 ``--results`` writes the table into a section of that file.

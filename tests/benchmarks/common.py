@@ -69,10 +69,8 @@ def text(model: str, train_files: Sequence[str] | None, test_files: Sequence[str
     """Windows of 512 tokens: of files, or of python-docs where there are none."""
     from sparsellm_lightning import TextDataModule
 
-    source = "files" if train_files else "python-docs"
-    files: dict[str, Any] = (
-        {"train_files": list(train_files), "test_files": list(test_files or [])} if train_files else {}
-    )
+    files: dict[str, Any] = {"train_files": list(train_files or []), "test_files": list(test_files or [])}
+    source = "files" if any(files.values()) else "python-docs"
     return TextDataModule(source, sequence_length=512, batch_size=8, max_eval_windows=24, tokenizer=model, **files)
 
 
@@ -110,9 +108,9 @@ def prepared(options: argparse.Namespace, texts: Sequence[str] = (), seed: int =
         calibration = data.calibration_dataloader(num_samples=options.windows, seed=seed)
         job: Job = {"model": model, "windows": save_windows(base / "windows.pt", calibration), "texts": {}}
         for name in texts:
-            source = data if name == TEST_TEXT else text(model, None)
-            if name == PYTHON_SOURCE:
-                source = text(model, [python_source(base)], [python_source(base)])
+            source = data
+            if name != TEST_TEXT:
+                source = text(model, None, [python_source(base)] if name == PYTHON_SOURCE else None)
             job["texts"][name] = save_windows(base / f"{name}.pt", source.test_dataloader())
         job["content"] = _hash_of_content(Path(model), [job["windows"], *job["texts"].values()])
         yield job
@@ -162,6 +160,13 @@ def forget_peak() -> int:
     return peak_bytes()
 
 
+def replace_json(path: Path, content: Any) -> None:
+    """Write a file as a whole. A kill leaves the old one or the new one."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1))
+    os.replace(beside, path)
+
+
 def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
     """Run ``script --job JSON`` and parse the last line that it prints."""
     done = subprocess.run([python, script, "--job", json.dumps(job)], check=True, stdout=subprocess.PIPE, text=True)
@@ -188,7 +193,7 @@ def complete(file: Path, every: Mapping[str, Job], wanted: Iterable[str], script
             found = run_job(script, every[name])
             kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
             known[name] = {**kept, "settings": settings[name]}
-            file.write_text(json.dumps(known, indent=1))
+            replace_json(file, known)
             print(name, known[name], file=sys.stderr, flush=True)
     return {name: answer for name, answer in known.items() if name in settings and answer["settings"] == settings[name]}
 

@@ -377,7 +377,14 @@ def test_text_file_is_read_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path:
 def test_broken_table(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"broken\.jsonl"):
+    with pytest.raises(UserError, match=r"reading .*broken\.jsonl fails: .+ Correct the file\."):
+        _module(tokenizer, source="files", train_files=str(path)).train_dataloader()
+
+
+def test_table_in_another_encoding(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl must be UTF-8"):
         _module(tokenizer, source="files", train_files=str(path)).train_dataloader()
 
 
