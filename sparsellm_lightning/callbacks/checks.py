@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim.lr_scheduler import OneCycleLR
 
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.callbacks.schedule import steps_of_run
@@ -163,11 +164,15 @@ def check_what_follows(trainer: pl.Trainer) -> None:
             "Calibration and training both read the training dataloader, but it is an iterator, which can be read once. Give "
             "a DataLoader, or a datamodule with a calibration_dataloader."
         )
+    if not trainer.lightning_module.automatic_optimization:  # which steps its schedulers itself
+        return
     steps = steps_of_run(trainer)
     for config in trainer.lr_scheduler_configs:
-        planned = getattr(config.scheduler, "total_steps", None)
-        if config.interval == "step" and planned is not None and planned < steps < float("inf"):
+        scheduler = config.scheduler
+        if not isinstance(scheduler, OneCycleLR) or config.interval != "step":
+            continue
+        if scheduler.total_steps < steps // config.frequency < float("inf"):
             raise UserError(
-                f"{type(config.scheduler).__name__} plans total_steps {planned}, but the run takes {steps:.0f} steps, after "
-                "the last of which torch raises. Set both to one number."
+                f"OneCycleLR plans total_steps {scheduler.total_steps}, but the run steps it {steps // config.frequency:.0f} "
+                "times, after the last of which torch raises. Set both to one number."
             )

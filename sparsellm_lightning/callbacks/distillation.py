@@ -109,13 +109,17 @@ class Distillation(pl.Callback):
         self._model: PreTrainedModel | None = None
         self._patched = ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a run: spawned workers of a DataLoader may get the Trainer, pickled."""
+        return vars(self) | {"_model": None, "_patched": ExitStack()}
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise UserError(
                 f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} has "
                 "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
             )
-        # The model exists and is dense here, unless the run resumes one that has pruned.
+        # The model exists here. A run that prunes has not pruned yet, unless it resumes.
         model = self._make_teacher(trainer, pl_module)
         self._check_alike(find_model(pl_module, self.model_attribute), model)
         if model is self.teacher:
@@ -134,7 +138,7 @@ class Distillation(pl.Callback):
             self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
         elif not isinstance(self._model, FSDPModule):
             self._model.to(pl_module.device)  # type: ignore[arg-type]
-        self._patched.enter_context(self._patching(pl_module, student, self._model))
+        self._patched.enter_context(self._patching(pl_module, student))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
@@ -205,23 +209,11 @@ class Distillation(pl.Callback):
                 )
 
     @contextmanager
-    def _patching(
-        self, pl_module: pl.LightningModule, student: PreTrainedModel, teacher: PreTrainedModel
-    ) -> Iterator[None]:
+    def _patching(self, pl_module: pl.LightningModule, student: PreTrainedModel) -> Iterator[None]:
         """Wrap ``training_step``, because no hook of a callback may change the loss."""
         original, own = pl_module.training_step, vars(pl_module).get("training_step")
-
-        @wraps(original)  # Lightning reads the signature
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            with _recording(student, features=self.feature_weight > 0) as calls:
-                outputs = original(*args, **kwargs)
-            if outputs is None:
-                return None
-            loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
-            loss = self.task_weight * loss + self._loss(pl_module, teacher, calls)
-            return loss if isinstance(outputs, Tensor) else {**outputs, "loss": loss}
-
-        vars(pl_module)["training_step"] = training_step
+        step = partial(self._step, original, pl_module, student)  # which can be pickled, unlike a local function
+        vars(pl_module)["training_step"] = wraps(original)(step)  # Lightning reads the signature
         try:
             yield
         finally:
@@ -229,7 +221,28 @@ class Distillation(pl.Callback):
             if own is not None:
                 vars(pl_module)["training_step"] = own
 
-    def _loss(self, pl_module: pl.LightningModule, teacher: PreTrainedModel, calls: list[_Call]) -> Tensor:
+    def _step(
+        self,
+        original: Callable[..., Any],
+        pl_module: pl.LightningModule,
+        student: PreTrainedModel,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's own step, with the teacher in its loss."""
+        with _recording(student, features=self.feature_weight > 0) as calls:
+            outputs = original(*args, **kwargs)
+        if outputs is None:
+            return None
+        loss = outputs if isinstance(outputs, Tensor) else outputs["loss"]
+        # Samples and reference passes train nothing.
+        trained = [call for call in calls if call.logits is None or call.logits.requires_grad]
+        loss = self.task_weight * loss + self._loss(pl_module, trained)
+        return loss if isinstance(outputs, Tensor) else {**outputs, "loss": loss}
+
+    def _loss(self, pl_module: pl.LightningModule, calls: list[_Call]) -> Tensor:
+        teacher = self._model
+        assert teacher is not None
         if not calls:
             raise UserError(
                 "Distillation compares the student's forwards, but training_step made none through the model's own forward. "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerCallback
 
-from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.errors import MaskError, UserError
 from sparsellm_lightning.sparsity import holding_zeros
 
 
@@ -30,12 +31,14 @@ class KeepZeros(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):  # of accelerate's configuration
             raise UserError("KeepZeros does not reach DeepSpeed's copies of the weights. Leave deepspeed out.")
-        if getattr(args, "fsdp", None):
+        assert model is not None
+        sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+        if sharded or getattr(args, "fsdp", None):  # accelerate's configuration shards without the argument
             raise UserError(
                 "KeepZeros needs whole weights, which FSDP shards. Leave fsdp out, or use SparseFinetuning."
             )
-        self._held.close()
-        assert model is not None
+        with suppress(MaskError):  # of a training that an exception ended, whose model may have other weights by now
+            self._held.close()
         self._held.enter_context(holding_zeros(model))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

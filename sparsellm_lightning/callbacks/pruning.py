@@ -1,4 +1,4 @@
-"""The pruning callback: it decides when to prune. The other rooms do the work."""
+"""The pruning callback: it decides when. ``Reporter`` prunes and measures, ``Exporter`` writes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class SparseLLMCallback(SparseFinetuning):
         self._restored = False  # whether the report comes from the checkpoint of this run
         self._trained = False  # whether this fit has begun to train
         self._pruned_model: weakref.ref[PreTrainedModel] | None = None
-        self._reporter = self._new_reporter()
+        self._reporter: Reporter  # from setup
         self._exporter: Exporter | None = None  # from setup, if there is an export_dir
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +129,14 @@ class SparseLLMCallback(SparseFinetuning):
         if stage != "fit":
             return
         self._restored = self._trained = False
-        self._reporter = self._new_reporter()
+        self._reporter = Reporter(
+            self.config,
+            self.schedule,
+            self.resume_dir,
+            measure=self.measure,
+            baseline=self.baseline,
+            examples=self.measure and self.export_dir is not None,  # without an export nobody reads them
+        )
         if is_sparse_already(pl_module) and (self.schedule is not None or self.baseline):
             name = "baseline" if self.schedule is None else "schedule"
             raise UserError(
@@ -282,16 +289,6 @@ class SparseLLMCallback(SparseFinetuning):
         allow_checkpoints(trainer)
         renew_averages(trainer.callbacks, pl_module)  # type: ignore[attr-defined]  # which are of the dense model
         self._hold(trainer, pl_module)
-
-    def _new_reporter(self) -> Reporter:
-        return Reporter(
-            self.config,
-            self.schedule,
-            self.resume_dir,
-            measure=self.measure,
-            baseline=self.baseline,
-            examples=self.measure and self.export_dir is not None,  # without an export nobody reads them
-        )
 
     def _release(self) -> None:
         """Leave the export folder to other runs."""

@@ -114,10 +114,13 @@ def _other_kind(module: nn.Module) -> str | None:
         return "a copy that is trained (modules_to_save or the like)"
     if not (hasattr(module, "base_layer") and hasattr(module, "active_adapters")):
         return None
-    if not hasattr(module, "lora_A"):
-        return f"an adapter of another kind, {type(module).__name__}"
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.layer import ParamWrapper
+
     from sparsellm_lightning.sparsity.masked_lora import MaskedLora
 
+    if not isinstance(module, (Linear, ParamWrapper)):
+        return f"an adapter of another kind, {type(module).__name__}"
     for variant in getattr(module, "lora_variant", {}).values():
         if not isinstance(variant, MaskedLora):
             return type(variant).__name__
@@ -247,8 +250,12 @@ def _is_masked(layer: Any) -> bool:
 
 def merged(weight: Tensor, masked: Tensor) -> Tensor:
     """``W + M ⊙ δ`` in the dtype of W, with M = (W ≠ 0). A kept weight that would round to zero becomes the smallest number."""
-    found = (weight + masked).to(weight.dtype)
-    return found.masked_fill_((found == 0) & (weight != 0), torch.finfo(weight.dtype).tiny)
+    return refilled((weight + masked).to(weight.dtype), weight != 0)
+
+
+def refilled(weight: Tensor, kept: Tensor) -> Tensor:
+    """The weight itself, in which kept entries that have become zero are the smallest number."""
+    return weight.masked_fill_((weight == 0) & kept, torch.finfo(weight.dtype).tiny)
 
 
 def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from sparsellm_lightning.sparsity.lora import merged
+from sparsellm_lightning.sparsity.lora import merged, refilled
 
 
 class MaskedLora(LoraVariant):  # type: ignore[misc]
@@ -32,7 +32,7 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - _masked(module, active_adapter, orig_weight).to(orig_weight.dtype)
+        return merged(orig_weight, -_masked(module, active_adapter, orig_weight).to(orig_weight.dtype))
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -43,6 +43,16 @@ class MaskedLora(LoraVariant):  # type: ignore[misc]
 
 class MaskedParameter(ParamWrapper):  # type: ignore[misc]
     """The same for a parameter that holds the weights of several experts."""
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        kept = self.get_param() != 0
+        super().merge(*args, **kwargs)
+        refilled(self.get_param().data, kept)
+
+    def unmerge(self) -> None:
+        kept = self.get_param() != 0
+        super().unmerge()
+        refilled(self.get_param().data, kept)
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         return super().get_delta_weight(adapter_name, *args, **kwargs) * (self.get_param() != 0)

@@ -294,6 +294,16 @@ class Twice(Module):
         return self.backbone(halves[0], labels=halves[0]).loss + self.backbone(input_ids=halves[1]).logits.mean()
 
 
+class Sampling(Module):
+    """Writes a sample in every step, as for a log, and takes a reference loss without gradients."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.backbone.generate(batch[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        with torch.no_grad():
+            self.backbone(batch.flip(1), labels=batch)
+        return self.backbone(batch, labels=batch).loss
+
+
 def loss_of(
     module: pl.LightningModule, ids: Tensor, *callbacks: pl.Callback, steps: int = 1, **settings: Any
 ) -> Losses:
@@ -325,6 +335,15 @@ def test_steps_of_other_shapes(trained, sparse: PreTrainedModel, ids: Tensor) ->
         for half in ids[:4].chunk(2):
             expected += 0.5 * naive_logit_loss(sparse(half).logits, dense(half).logits, 1.0, None)
     assert measured.losses == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_forwards_without_gradients_do_not_count(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
+    kinds = (Module, Sampling)
+    plain, sampling = (
+        loss_of(kind(copy.deepcopy(sparse), adamw), ids, SparseFinetuning(), Distillation(trained("llama"))).losses
+        for kind in kinds
+    )
+    assert plain == sampling
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -419,8 +419,34 @@ def test_schedulers_that_end_before_the_run(model_dir: Path, limit: dict[str, in
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=2),
     )
     data = TextDataModule(sequence_length=32, batch_size=4, max_train_windows=16)
-    with pytest.raises(UserError, match=rf"OneCycleLR plans total_steps 2, but the run takes {steps} steps"):
+    with pytest.raises(UserError, match=rf"OneCycleLR plans total_steps 2, but the run steps it {steps} times"):
         trainer(pruner(), **limit).fit(module, data)
+
+
+class Planned(torch.optim.lr_scheduler.LambdaLR):
+    """A user's scheduler, which stays at its last value behind its plan."""
+
+    total_steps = 1
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "frequency"),
+    [
+        (lambda o: Planned(o, lambda step: 1.0), 1),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=2), 2),
+    ],
+    ids=["own", "every second step"],
+)
+def test_schedulers_that_outlast_the_run(loader: DataLoader[Any], scheduler: Any, frequency: int) -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            config = {"scheduler": scheduler(optimizer), "interval": "step", "frequency": frequency}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    run = trainer(pruner(), max_steps=4)
+    run.fit(Scheduled(build_model("llama"), OPTIMIZERS["adamw"]), loader)
+    assert run.global_step == 4
 
 
 def test_a_training_loader_that_can_be_read_once_is_refused(ids: Tensor) -> None:

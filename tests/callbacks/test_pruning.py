@@ -40,6 +40,7 @@ from transformers import (
 
 from sparsellm_lightning import (
     CausalLM,
+    Distillation,
     PruningConfig,
     SparseLLMCallback,
     TextDataModule,
@@ -892,12 +893,15 @@ def test_the_callback_can_be_pickled_while_it_trains(tmp_path: Path, ids: torch.
 
     class Pickling(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            pickled.append(pickle.dumps(trainer.callbacks[0]))  # type: ignore[attr-defined]
+            pickled.append(pickle.dumps((trainer.callbacks[0], trainer.lightning_module)))  # type: ignore[attr-defined]
 
     pruner = SparseLLMCallback(**MAGNITUDE, finetune=True, export_dir=str(tmp_path / "out"))
-    trainer(pruner, Pickling(), max_steps=2).fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+    module, watch = OwnModule(build_model("llama")), Pickling()
+    trainer(pruner, watch, Distillation(), max_steps=2).fit(module, DataLoader(ids, batch_size=8))
     assert len(pickled) == 2
-    assert pickle.loads(pickled[1]).config == pruner.config
+    again, there = pickle.loads(pickled[1])
+    assert again.config == pruner.config
+    assert there.batches_seen == 2
 
 
 def test_a_pickled_callback_knows_what_it_has_pruned(ids: torch.Tensor) -> None:

@@ -191,6 +191,24 @@ def test_fsdp_is_refused() -> None:
         KeepZeros().on_train_begin(SimpleNamespace(fsdp="full_shard"), None, None, model=nn.Linear(2, 2))
 
 
+def test_fsdp_of_accelerate_s_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shards without an argument of the Trainer."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    monkeypatch.setattr("sparsellm_lightning.callbacks.elsewhere.FSDPModule", nn.Linear)
+    with pytest.raises(UserError, match="Leave fsdp out, or use SparseFinetuning"):
+        KeepZeros().on_train_begin(SimpleNamespace(), None, None, model=model)
+
+
+def test_a_new_training_after_one_that_failed() -> None:
+    """The model may have other weights by then."""
+    model, keeper = nn.Linear(8, 8), KeepZeros()
+    model.weight.data[:, :4] = 0
+    keeper.on_train_begin(SimpleNamespace(), None, None, model=model)
+    model.weight.data = torch.eye(8)
+    keeper.on_train_begin(SimpleNamespace(), None, None, model=model)
+    keeper.on_train_end(SimpleNamespace(), None, None)
+
+
 def test_biases_of_adapters_are_refused() -> None:
     model = build_model("opt")
     with torch.no_grad():

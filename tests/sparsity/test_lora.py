@@ -93,6 +93,23 @@ def test_prune_train_export(tmp_path: Path, model_dir: Path, ids: Tensor) -> Non
         assert not torch.equal(weight, pruned[name]), "the adapter is merged"
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_an_unmerge_loses_no_kept_weight(trained, name: str) -> None:
+    """A weight far below its update rounds to the update in the merge, and to zero when the update is taken off again."""
+    model = prune_by_hand(build_model(name) if name == "mixtral" else trained(name)).to(torch.bfloat16)
+    sparse = {p.module for p in describe(model).projections()}
+    for weight in weights(model).values():
+        weight.data *= 1e-6
+    kept = {key: weight != 0 for key, weight in weights(model).items()}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    disturb_adapters(model)
+    mask_adapters(model, sparse)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for key, weight in weights(model.unload()).items():
+        assert torch.equal(weight != 0, kept[key]), key
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_merging_a_peft_model(trained, ids: Tensor, name: str) -> None:
     """The user's own peft model, merged by peft. GPT-2 stores its weights transposed, Mixtral those of all experts together."""
@@ -258,8 +275,9 @@ def test_pruning_a_peft_model_in_an_own_module(tmp_path: Path, trained, ids: Ten
 
 
 def test_distillation_into_a_peft_model(trained, ids: Tensor) -> None:
-    """peft calls the model's ``forward``, past its hooks."""
-    module = Peft(prune_by_hand(trained("llama")), peft.LoraConfig(r=4, target_modules="all-linear"))
+    """The hooks of the model inside are called, which peft before 0.21 passed by."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    module = Peft(prune_by_hand(trained("llama")), config)
     fit = trainer(SparseFinetuning(), Distillation(trained("llama")), max_steps=2)
     fit.fit(module, DataLoader(ids, batch_size=8))
     assert float(fit.callback_metrics["distillation_logit_loss"]) > 0
