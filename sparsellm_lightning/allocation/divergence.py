@@ -29,7 +29,8 @@ def restoring(context: Context, projections: Iterable[Projection]) -> Iterator[N
     take part.
     """
     before = [(p, context.adapter.read_rows(p).to(p.parameter.dtype).cpu()) for p in projections]
-    biases = [(local_tensor(p.bias), local_tensor(p.bias).clone()) for p, _ in before if p.bias is not None]
+    shared = {id(p.bias): local_tensor(p.bias) for p, _ in before if p.bias is not None}  # by the experts of a block
+    biases = [(bias, bias.clone()) for bias in shared.values()]
     failed = True
     try:
         yield

@@ -228,13 +228,13 @@ def _curve(
         inputs, dense = statistics[p.name], context.adapter.read_rows(p)
         rows = [pruned(p, dense, inputs, s) for s in at]
         errors = [error + solver.error(dense, new, inputs) for error, new in zip(errors, rows, strict=True)]
-        written.append(rows[measured])
+        written.append(rows[measured].to(p.parameter.dtype).cpu())  # a mixture's block may be large
     if not errors[measured]:
         measured = len(at) - 1
         written = [pruned(p, context.adapter.read_rows(p), statistics[p.name], at[-1]) for p in part]
     with restoring(context, part):
         for p, new in zip(part, written, strict=True):
-            context.adapter.write_rows(p, new)
+            context.adapter.write_rows(p, new.to(context.device))
         divergence = probe.divergence(block)
     reference = errors[measured] or 1.0
     return [divergence * error / reference for error in errors]

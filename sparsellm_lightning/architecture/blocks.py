@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,11 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
     found: int | None = getattr(embeddings, "num_embeddings", None)
     return model.config.get_text_config().vocab_size if found is None else found
+
+
+def token_input(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model argument with one row per window and one column per token: token ids or their embeddings."""
+    return next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 
 def find_model(module: nn.Module, attribute: str | None = None) -> PreTrainedModel:

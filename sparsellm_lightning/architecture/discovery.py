@@ -232,8 +232,7 @@ def _check_heads(layout: DecoderLayout, config: PruningConfig) -> None:
         raise UserError(
             f"Pattern heads removes equally many heads from every block, but ignore names {left[0]}. Leave it out of ignore."
         )
-    heads, groups = numbers.pop()
-    config.kept("heads", groups if groups > 1 else heads)
+    config.kept("heads", layout.heads)
 
 
 def _check_groups(layout: DecoderLayout, config: PruningConfig) -> None:

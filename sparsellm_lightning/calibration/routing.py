@@ -100,9 +100,9 @@ class RoutedTokens:
         self.context.ranks.sum_(totals)
         energy, routed, every = totals.tolist()
         own = min(routed / borrowing_below, 1.0) if energy > 0 else 0.0
-        borrows, lengths = own < 1.0, self.lengths
         nothing_to_borrow = energy > 0 and self.routing is not None and self.routing.chosen is None
-        if borrows and not nothing_to_borrow:
+        borrows, lengths = own < 1.0 and not nothing_to_borrow, self.lengths
+        if borrows:
             weight = own * every * square / max(energy, 1e-30) + (1 - own)
         else:
             lengths = [int(number) for number in found[:, 1]]

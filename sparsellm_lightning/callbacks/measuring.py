@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm_lightning.architecture import context_of
+from sparsellm_lightning.architecture import context_of, token_input
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
-from sparsellm_lightning.distributed import adapter_for, local_tensor, token_input
+from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.models import IGNORED, continued, first_prompts, labels_in, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sparsellm_lightning.distributed import token_input
+from sparsellm_lightning.architecture import token_input
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import IGNORED, model_inputs
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm_lightning.distributed import token_input
+from sparsellm_lightning.architecture import token_input
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import model_inputs
 from sparsellm_lightning.solvers import Ranks

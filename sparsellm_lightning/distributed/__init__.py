@@ -1,6 +1,6 @@
 """Running over several processes: one adapter for each supported strategy, and the ranks' collectives."""
 
-from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor, token_input
+from sparsellm_lightning.distributed.adapter import StrategyAdapter, local_tensor
 from sparsellm_lightning.distributed.choose import adapter_for
 from sparsellm_lightning.distributed.first import failing_with_first
 from sparsellm_lightning.distributed.ranks import PeerError, ProcessGroupRanks, ranks_on_this_host
@@ -17,5 +17,4 @@ __all__ = [
     "local_tensor",
     "ranks_on_this_host",
     "shard_blocks",
-    "token_input",
 ]

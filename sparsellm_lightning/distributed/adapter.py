@@ -7,7 +7,7 @@ Every adapter splits the rows of a weight over the data-parallel ranks in the sa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, Projection, describe, device_of, evaluating
+from sparsellm_lightning.architecture import DecoderLayout, Projection, describe, device_of, evaluating, token_input
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.runtime import fastest_float32, keeping_freed_memory
 from sparsellm_lightning.solvers import SINGLE, Ranks
@@ -163,11 +163,6 @@ class StrategyAdapter:
 
     def finish(self, model: nn.Module) -> None:
         """Restore the state that the strategy expects for training and checkpoints."""
-
-
-def token_input(inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model argument with one row per window and one column per token: token ids or their embeddings."""
-    return next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

@@ -35,10 +35,14 @@ class FSDP2Adapter(ShardedAdapter):
 
     def check(self, layout: DecoderLayout) -> None:
         for block in layout.blocks:
-            if not any(isinstance(module, FSDPModule) for module in block.module.modules()):
+            inside = [module for module in block.module.modules() if isinstance(module, FSDPModule)]
+            sharded = {id(p) for unit in inside for p in unit.parameters() if isinstance(p, DTensor)}
+            left = next((name for name, p in block.module.named_parameters() if id(p) not in sharded), None)
+            if left is not None:
                 raise UserError(
-                    f"Every decoder block must be sharded on its own, but {block.name} is not: pruning it would gather the "
-                    "whole model. Call fully_shard on each block, then on the model, in configure_model()."
+                    f"Every decoder block must be sharded on its own and as a whole, but {left} of {block.name} is not: its "
+                    "changes would be lost, or differ on each rank. Call fully_shard on each block, without ignored_params, "
+                    "then on the model, in configure_model()."
                 )
         units = [module for module in layout.model.modules() if isinstance(module, FSDPModule)]
         if any(getattr(unit._get_fsdp_state(), "_states_to_forward_prefetch", None) for unit in units):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import context_of, device_of, vocabulary_of
-from sparsellm_lightning.distributed import StrategyAdapter, token_input
+from sparsellm_lightning.architecture import context_of, device_of, token_input, vocabulary_of
+from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
 from sparsellm_lightning.runtime import tracked

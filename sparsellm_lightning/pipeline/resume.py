@@ -194,7 +194,9 @@ def fingerprint(context: Context, batches: Iterable[CalibrationBatch]) -> dict[s
             windows.update(f"{name} {tuple(tensor.shape)}".encode())
             windows.update(tensor.cpu().float().numpy().tobytes())
     settings = asdict(context.config)
-    del settings["memory"]  # changes the speed, not the result
+    del settings["memory"]  # a run that had no room can go on with less
+    # Likewise without distillation. It follows the blocks, which depend only on whether anything is tuned.
+    settings["distillation_steps"] = bool(settings["reconstruction_steps"] or settings["distillation_steps"])
     model_config = {
         k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")
     }

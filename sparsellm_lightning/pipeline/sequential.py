@@ -53,7 +53,7 @@ from sparsellm_lightning.solvers import (
     solve_feed_forward,
 )
 
-WORTH_COMPILING = 2**29  # entries of a run's z and s steps from which compiling them (about ten seconds) pays
+WORTH_COMPILING = 2**29  # updates x calibration tokens x hidden features from which compiling z and s steps (10 s) pays
 
 OnIteration = Callable[[int, int, float], None]
 """(block index, iteration, error): of the feed-forward output after each iteration of the alternation; then, as one more
@@ -81,7 +81,13 @@ def prune_blocks(
         NumericalError: NaN or infinity in activations, or a Gram matrix that cannot be factored.
         OutOfMemoryError: no room for a block's solve.
     """
-    cache = capture(context, batches, fitted)
+    with explaining_memory(
+        lambda: (
+            "Hidden states and, of padded windows, attention masks of all calibration windows are kept in front of the first "
+            "block. Lower num_calibration_samples, or give shorter windows or windows without padding."
+        )
+    ):
+        cache = capture(context, batches, fitted)
     check_finite_activations(context, cache.valid_tokens(), "in front of the first block")
     windows = alternation_windows(context, cache.windows[: cache.fitted], context.layout.widest[1])
     sizes = _sizes(context, cache, windows)
@@ -311,7 +317,7 @@ def _auxiliary_dtype(context: Context) -> torch.dtype:
 
 
 def _compiling_pays(context: Context, cache: ActivationCache) -> bool:
-    """Whether the z and s steps of a run take longer than compiling them. The tokens of all ranks decide, so that all agree."""
+    """See :data:`WORTH_COMPILING`. The tokens of all ranks decide, so that all agree."""
     (tokens,) = context.ranks.total(cache.tokens)
     updates = len(context.alternating_blocks) * (context.config.num_iterations - 1)
     return bool(updates * tokens * context.layout.widest[1] >= WORTH_COMPILING)

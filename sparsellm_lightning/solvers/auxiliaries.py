@@ -107,10 +107,7 @@ class Auxiliaries:
         # Rounding is harmless here: it is averaged over the tokens before it reaches a weight.
         k = spd_inverse(gram, ridge).to(self.dtype)
         rounded_down = down.to(self.dtype)
-        cross = {
-            layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype)
-            for layer in (["gate", "up"] if gated else ["up"])
-        }
+        cross = {layer: Cross(down.shape[1], iterate.up.shape[1], device, self.dtype) for layer in iterate.first_layers}
         of_p = (Gram(down.shape[1], device), Cross(down.shape[0], down.shape[1], device)) if self.raw else None
         for index, (x_c, y_c, _, root) in enumerate(self.tokens):
             m_z, m_s = (None if m is None else m.to(self.dtype) for m in iterate.preactivations(x_c))
@@ -133,7 +130,7 @@ class Auxiliaries:
         corrections = {layer: total.mean(self.ranks) / self.mean_weight for layer, total in cross.items()}
         if of_p is None:
             return corrections, None
-        gram_p, cross_p = (total.mean(self.ranks) for total in of_p)
+        gram_p, cross_p = (total.mean(self.ranks) / self.mean_weight for total in of_p)
         return corrections, (InputStatistics(gram_p, self.damping, "auxiliary p"), cross_p)
 
     def clear(self) -> None:

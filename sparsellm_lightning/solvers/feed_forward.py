@@ -42,6 +42,11 @@ class FeedForward:
         """2, or 3 for a gated block."""
         return 2 if self.gate is None else 3
 
+    @property
+    def first_layers(self) -> list[str]:
+        """The layers that see the block's input."""
+        return ["up"] if self.gate is None else ["gate", "up"]
+
     def to(self, dtype: torch.dtype) -> FeedForward:
         """The same weights and biases in another dtype."""
         tensors: Any = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -72,6 +77,11 @@ class FeedForward:
         return self.output(self.hidden(x))
 
 
+def chunk_sizes(x: Tensor, chunks: Sequence[int] | None) -> list[int]:
+    """The given numbers of tokens, or :data:`CHUNK` each."""
+    return [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
+
+
 class Tokens:
     """This rank's tokens in chunks: input, target without the down bias, and target, each float32 on ``device``, and ``√a``.
 
@@ -96,7 +106,7 @@ class Tokens:
         weights: Tensor | None = None,
     ) -> None:
         self.x, self.y, self.down_bias, self.device, self.weights = x, y, down_bias, device, weights
-        self.sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
+        self.sizes = chunk_sizes(x, chunks)
 
     def part(self, first: int, last: int | None = None) -> Tokens:
         """Chunks ``first`` to ``last`` (exclusive)."""

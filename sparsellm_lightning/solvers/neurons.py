@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsellm_lightning.solvers.columns import choose_columns, refit_columns, refits
-from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
+from sparsellm_lightning.solvers.feed_forward import FeedForward, chunk_sizes
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.statistics import Gram, InputStatistics
 
@@ -58,7 +58,7 @@ def remove_units(
         NumericalError: NaN or infinity in the hidden activation.
     """
     gram = Gram(dense.down.shape[1], dense.down.device)
-    for part in x.split(CHUNK if chunks is None else list(chunks)):
+    for part in x.split(chunk_sizes(x, chunks)):
         gram.add(dense.hidden(part.to(dense.down.device, torch.float32, non_blocking=True)))
     hidden = gram.statistics(damping, ranks, f"{name}down")
     magnitudes = dense.up.square().sum(1) + dense.down.square().sum(0)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from sparsellm_lightning.solvers.activations import Entrywise, in_slices, preactivation_step
 from sparsellm_lightning.solvers.auxiliaries import Auxiliaries, Penalties
-from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward, Tokens, scaled, square_roots, squared_error
+from sparsellm_lightning.solvers.feed_forward import (
+    FeedForward,
+    Tokens,
+    chunk_sizes,
+    scaled,
+    square_roots,
+    squared_error,
+)
 from sparsellm_lightning.solvers.flops import count
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 from sparsellm_lightning.solvers.statistics import Cross, Gram, InputStatistics, check_finite
@@ -66,15 +73,15 @@ def solve_locally(
         NumericalError: NaN or infinity in X or in the hidden activation.
     """
     device, width, outputs = dense.up.device, dense.up.shape[0], dense.down.shape[0]
-    sizes = [len(part) for part in x.split(CHUNK)] if chunks is None else list(chunks)
+    sizes = chunk_sizes(x, chunks)
     roots = square_roots(weights, sizes, device)
 
     def tokens() -> Iterator[tuple[Tensor, Tensor | float]]:
         return zip((part.to(device, torch.float32, non_blocking=True) for part in x.split(sizes)), roots, strict=True)
 
     weighted = (scaled(x_c, root) for x_c, root in tokens())
-    inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{_first_layers(dense)[0]}")
-    pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}, inputs)
+    inputs = _statistics(x.shape[1], weighted, device, ranks, damping, f"{name}{dense.first_layers[0]}")
+    pruned = prune({layer: _rows(getattr(dense, layer), ranks) for layer in dense.first_layers}, inputs)
     first: dict[str, Any] = {layer: ranks.gather_rows(rows, width) for layer, rows in pruned.items()}
     iterate = replace(dense, **first)
     activations = (scaled(iterate.hidden(x_c), root) for x_c, root in tokens())
@@ -174,12 +181,12 @@ def solve_feed_forward(
         device,
         ranks,
         damping,
-        f"{name}{_first_layers(dense)[0]}",
+        f"{name}{dense.first_layers[0]}",
     )
 
     auxiliaries: Auxiliaries | None = None
     of_p: tuple[InputStatistics, Tensor] | None = None  # statistics of p, only for the raw objective
-    targets = {layer: _rows(getattr(dense, layer), ranks) for layer in _first_layers(dense)}
+    targets = {layer: _rows(getattr(dense, layer), ranks) for layer in dense.first_layers}
     best: tuple[FeedForward, Tensor] | None = None
     best_error = float("inf")
     errors: list[float] = []
@@ -223,11 +230,6 @@ def solve_feed_forward(
         targets = _regress(dense, iterate, corrections, inputs, _ridge(damping, x.shape[1], int(energies[2])), ranks)
     assert best is not None
     return Solution(best[0], inputs, InputStatistics(best[1], damping, f"{name}down"), errors, held_out_errors)
-
-
-def _first_layers(dense: FeedForward) -> list[str]:
-    """The layers that see the block's input."""
-    return ["up"] if dense.gate is None else ["gate", "up"]
 
 
 def _statistics(

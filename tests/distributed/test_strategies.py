@@ -310,10 +310,12 @@ def test_shards_that_are_refused(
     tmp_path: Path, folder_of: Callable[[str], str], ranks: Callable[[int], RankPool]
 ) -> None:
     for said in ranks(2).run("refusals_of_fsdp2", tmp_path, model=folder_of("llama")):
-        assert len(said) == 5, said
-        whole, other_dimension, elsewhere, early, dtypes = said
+        assert len(said) == 7, said
+        other_dimension, elsewhere, early, whole, parts, ignored, dtypes = said
         assert "Call that after pruning" in early
-        assert "model.layers.0 is not" in whole
+        assert "self_attn.q_proj.weight of model.layers.0 is not" in whole
+        assert "mlp.gate_proj.weight of model.layers.0 is not" in parts
+        assert "mlp.up_proj.weight of model.layers.0 is not" in ignored
         assert "Shard(dim=1)" in other_dimension
         assert "q_proj lies on cpu. Leave CPUOffloadPolicy out" in elsewhere
         assert "Linear holds weight (torch.bfloat16), scale (torch.float32), in a model of torch.bfloat16" in dtypes

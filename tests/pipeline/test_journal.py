@@ -21,6 +21,7 @@ from sparsellm_lightning import CausalLM, PruningConfig, SparseLLMCallback, Text
 from sparsellm_lightning.allocation import shrinkage
 from sparsellm_lightning.distributed import ProcessGroupRanks
 from sparsellm_lightning.pipeline import sequential
+from sparsellm_lightning.pipeline.distil import Distiller
 from sparsellm_lightning.pipeline.resume import Journal
 from sparsellm_lightning.pipeline.sequential import prune_blocks
 from sparsellm_lightning.reporting import BlockResult, PruningReport
@@ -176,9 +177,35 @@ def test_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"arithmetic\.attention: sdpa there, eager here"):
         prune(other, batches, tmp_path)
     prune(build_model("llama"), batches, tmp_path, replace(CONFIG, memory=2**30))
+    with pytest.raises(
+        UserError, match=r"config\.distillation_steps: False there, True here"
+    ):  # so windows are held out
+        prune(build_model("llama"), batches, tmp_path, replace(CONFIG, distillation_steps=4))
     monkeypatch.setattr("sparsellm_lightning.pipeline.resume.versions", lambda: {"torch": "0"})
     with pytest.raises(UserError, match=r"versions\.torch: .* there, 0 here"):
         prune(build_model("llama"), batches, tmp_path)
+
+
+def test_a_run_without_room_for_distillation_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its message says. The finished blocks are those of a run that does not distil."""
+    config = replace(CONFIG, reconstruction_steps=2, distillation_steps=4)
+    without = replace(config, distillation_steps=0)
+    expected, model = build_model("llama"), build_model("llama")
+    prune(expected, random_batches(), None, without)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "tune", no_room)
+        with pytest.raises(UserError, match="Set distillation_steps to 0"):
+            prune(model, random_batches(), tmp_path, config)
+    model = build_model("llama")
+    _, events = prune(model, random_batches(), tmp_path, without)
+    assert events == []
+    assert_same_weights(model, expected)
 
 
 @pytest.mark.parametrize(

@@ -500,22 +500,25 @@ def wait_for_first(job: Job) -> tuple[bool, str]:
 
 
 def refusals_of_fsdp2(job: Job) -> list[str]:
-    """What the adapter says of a model that is not sharded, of other shards, and of blocks that are gathered early."""
+    """What the adapter says of other shards, of blocks that are gathered early, and of those not sharded as a whole."""
     mesh = init_device_mesh("cpu", (job.processes,))
     meshes = {"tensor_parallel": SimpleNamespace(size=lambda: 1), "data_parallel": mesh}
     said = []
-    for dimension, device, prefetches in ((None, "cpu", 0), (1, "cpu", 0), (0, "meta", 0), (0, "cpu", 1)):
+    for kind in ("dimension 1", "elsewhere", "prefetched", "not", "in parts", "but for a parameter"):
         model = AutoModelForCausalLM.from_pretrained(job.options["model"])
-        for layer in () if dimension is None else model.model.layers:
-            placed = None if dimension == 0 else lambda p: Shard(p.dim() - 1)
-            fully_shard(layer, mesh=mesh, shard_placement_fn=placed)
+        layers = [] if kind == "not" else model.model.layers
+        units = [layer.self_attn for layer in layers] if kind == "in parts" else layers
+        placed = (lambda p: Shard(p.dim() - 1)) if kind == "dimension 1" else None
+        for unit in units:
+            ignored = {unit.mlp.up_proj.weight} if kind == "but for a parameter" else None
+            fully_shard(unit, mesh=mesh, shard_placement_fn=placed, ignored_params=ignored)
         layout = describe(model)
-        for layer in () if dimension is None else model.model.layers:
-            layer.reshard()  # a forward has found the blocks
-        if prefetches:
+        for unit in units:
+            unit.reshard()  # a forward has found the blocks
+        if kind == "prefetched":
             model.model.layers[0].set_modules_to_forward_prefetch([model.model.layers[1]])
         adapter: Any = FSDP2Adapter(SimpleNamespace(device_mesh=meshes, root_device=torch.device("cpu")))  # type: ignore[arg-type]
-        adapter.ranks.device = torch.device(device)
+        adapter.ranks.device = torch.device("meta" if kind == "elsewhere" else "cpu")
         try:
             adapter.check(layout)
         except UserError as error:
