@@ -19,7 +19,7 @@ from sparsellm_lightning.runtime import tracked
 def choose_blocks(
     context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], number: int
 ) -> dict[int, float]:
-    """The blocks to leave out, in order, and the divergence without each and those before it.
+    """Blocks to leave out, in order of choice: index -> divergence of the model without this and all blocks chosen before it.
 
     Greedy: each step adds the block whose removal, with those chosen before, makes the model's next-token distribution
     diverge least from the dense model's, in KL. The number of forwards grows with the square of the number of blocks.

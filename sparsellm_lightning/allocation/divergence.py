@@ -25,8 +25,8 @@ OUTPUT_LENGTH = 128  # of these, in each window
 def restoring(context: Context, projections: Iterable[Projection]) -> Iterator[None]:
     """Weights and biases that are changed inside are put back at the end. All ranks enter together.
 
-    After an exception too, so that another run finds the dense model, but then not with several ranks: the others would not
-    take part.
+    On one rank also after an exception, so that another run finds the dense model. With several ranks an exception restores
+    nothing, because the other ranks would not take part.
     """
     before = [(p, context.adapter.read_rows(p).to(p.parameter.dtype).cpu()) for p in projections]
     shared = {id(p.bias): local_tensor(p.bias) for p, _ in before if p.bias is not None}  # by the experts of a block

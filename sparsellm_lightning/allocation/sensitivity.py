@@ -38,11 +38,13 @@ DISCOUNT = 1.0  # exponent that discounts damage in early blocks, because tuning
 
 
 def allocate(context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
-    """A sparsity for every projection to be pruned. Of all their weights together, the share asked for becomes zero (exactly,
-    but for half a weight in each part that a solver rounds by itself: a matrix of a fused one, 128 columns of SparseGPT).
+    """The sparsity of every projection to be pruned, by name. Their mean, weighted by size, is the requested sparsity.
 
-    ``atp``, ``owl`` and ``kl_blocks`` have one part a block. For ``kl`` every projection is a part, and of a block's experts
-    all projections of one role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place
+    ``sparsity · size`` is a whole number. A solver may round again, by up to half a weight per mask decision: each matrix of a
+    fused projection, and every 128 columns in SparseGPT.
+
+    ``atp``, ``owl`` and ``kl_blocks`` have one part per block. For ``kl`` every projection is a part, but the experts of a
+    block have one part per role. For ``kl`` and ``kl_blocks``, part i is pruned alone, by the local solver (SparseGPT in place
     of ADMM) with statistics of the dense model, and its damage at sparsity s is taken to be
 
         d_i(s) = KL_i(s₀) e_i(s) / e_i(s₀)
@@ -140,7 +142,7 @@ class BlockStatistics:
             self.shared |= dict.fromkeys((p.name for p in group), statistics)
 
     def __getitem__(self, name: str) -> InputStatistics:
-        """Those of a projection's input. Of an expert's, they are computed anew, unless gate and up follow each other."""
+        """Statistics of a projection's input. An expert's are computed anew, unless the last access was for the same input."""
         if name in self.shared:
             return self.shared[name]
         routed, index, network = self.experts[name]

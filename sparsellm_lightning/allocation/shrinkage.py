@@ -35,9 +35,9 @@ class Cost:
     """Parameters of a decoder block's projections, or seconds of a forward of the block.
 
     Args:
-        units: of what falls with the number of hidden units.
-        heads: of what falls with the number of heads.
-        rest: of what is left.
+        units: the part that is proportional to the number of hidden units.
+        heads: the part that is proportional to the number of heads.
+        rest: the constant part.
     """
 
     units: float

@@ -98,7 +98,7 @@ def _projection(call: Call, role: str, rows: Rows) -> Projection:
 
 
 def activations_of(config: PretrainedConfig) -> list[Activation]:
-    """Activations to try: those that the configuration names, then the common ones. None with parameters of its own."""
+    """Activations to try: those that the configuration names, then the common ones, without those that have parameters."""
     named = [value for value in config.to_dict().values() if isinstance(value, str) and value in ACT2FN]
     found = [find_activation(name) for name in dict.fromkeys([*named, *_ACTIVATIONS])]
     return [a for a in found if not (isinstance(a.function, nn.Module) and any(True for _ in a.function.parameters()))]

@@ -183,7 +183,7 @@ class Attention:
     """Attention whose heads can be removed: the others give the same without them, in any order.
 
     Args:
-        inputs: of queries, keys and values, each the projection and its first row in it (they may be parts of one).
+        inputs: (projection, first row) of the queries, of the keys and of the values. A fused projection appears three times.
         output: the projection of what the heads give.
         heads: number of query heads.
         groups: number of key-value heads.
@@ -214,7 +214,10 @@ class Attention:
         return kept.repeat_interleave(self.output.shape[1] // len(kept))
 
     def spans(self) -> list[tuple[Projection, int, int]]:
-        """Rows of queries, keys and values, one piece for each that can leave: a projection, the first row, their number."""
+        """Rows of the removable heads: (projection, first row, number of rows) for the queries, the keys and the values.
+
+        The queries only, if all query heads share one key-value head, which then stays.
+        """
         sizes = (self.heads, self.groups, self.groups)
         places = zip(self.inputs, sizes, strict=True)
         return [(p, first, heads * self.head_size) for (p, first), heads in places if heads % self.removable == 0]

@@ -88,7 +88,7 @@ class Observation:
         activations: to try in experts.
 
     Attributes:
-        calls: first calls of the linear layers, in their order. None of those inside ``experts``.
+        calls: the first call of each linear layer, in the order of calls. Layers inside ``experts`` are left out.
         count: how often a forward calls each linear layer, by name.
         experts: those that are proved, by name, with the position of their call among all calls.
         dense: why a module stays dense, by name.

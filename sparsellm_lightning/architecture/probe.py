@@ -77,7 +77,10 @@ def probe_blocks(model: PreTrainedModel, run: RunModel = run_base) -> list[Block
 
 @contextmanager
 def _filled(block: nn.Module) -> Iterator[None]:
-    """Rows and columns of zeros, of what has left a block, have small random numbers here: zeros would show nothing."""
+    """Inside this context, rows and columns that are all zero (removed units or heads) hold small random numbers.
+
+    Zeros would hide the structure from the probe. They are restored at the end.
+    """
     changed: list[tuple[Tensor, Tensor]] = []
     try:
         for name, parameter in block.named_parameters():
@@ -142,10 +145,10 @@ def _block_calls(
 def _warn_of_other_links(
     model: PreTrainedModel, blocks: Sequence[Block], calls: Sequence[BlockCall], run: RunModel
 ) -> None:
-    """Warn of what a block takes from the blocks before it besides the hidden states that the last of them returns.
+    """Warn if a block gets more from earlier blocks than the hidden states that the previous block returns.
 
-    Refuse it where the block does not run without. Calibration calls the blocks one after the other, each with the arguments
-    of a forward in which blocks do not compute.
+    Refuse the model if a block cannot run without such an input, because calibration does not supply it: there, blocks are
+    called one after the other, with the arguments of a forward in which blocks only pass hidden states on.
     """
     for (before, block), (first, second) in zip(pairwise(blocks), pairwise(calls), strict=True):
         if not _equal(hidden_of(second.args, second.kwargs), hidden_states(first.returned)):

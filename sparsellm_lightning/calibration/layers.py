@@ -98,7 +98,9 @@ class LayerSolver:
         return {name: dense[name] for name in targets} | stored
 
     def _parts(self, projection: Projection) -> Iterator[tuple[slice, int, int]]:
-        """Of each matrix in a projection: its rows among this rank's, the position of the first of them, and its size."""
+        """For each matrix of a projection (``Projection.parts``): its slice of this rank's rows, the position in the matrix of
+        the first of these rows, and the number of rows of the whole matrix.
+        """
         mine, start = self.context.ranks.local_rows(projection.shape[0]), 0
         for size in projection.parts or (projection.shape[0],):
             low, high = max(mine.start, start), min(mine.stop, start + size)

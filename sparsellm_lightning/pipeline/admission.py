@@ -40,13 +40,16 @@ def check_place(model: PreTrainedModel) -> None:
         )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise UserError(
-            "prune_model takes gradients, which torch.inference_mode never gives, nor weights that were loaded inside it. Load "
-            "the model and call prune_model outside."
+            "prune_model needs gradients, which torch.inference_mode never gives. Weights that were loaded inside it never "
+            "get any. Load the model and call prune_model outside torch.inference_mode."
         )
 
 
 def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: StrategyAdapter) -> PruningConfig:
-    """The settings without what a preset asks for and hidden states that predict no tokens cannot do, with a warning."""
+    """The settings. If the model gives no next-token distributions, drops what only the preset asks for and needs them.
+
+    Warns of the dropped settings.
+    """
     if layout.predicts:
         return config
     preset = PRESETS[config.preset]

@@ -51,10 +51,10 @@ class Distiller:
 
         KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
 
-    where p and q are the next-token distributions of the dense and the pruned model. The dense model's decoder output is kept,
-    a vector a token on the host, from which p is computed again. Logits of a few positions at a time are in memory. Steps take
-    the sums over a large vocabulary from a sample (:class:`~sparsellm_lightning.models.VocabularySample`), a new one each
-    time, and the divergence by which the best state is chosen from all of it.
+    where p and q are the next-token distributions of the dense and the pruned model. The dense model's decoder output, one
+    vector per token, is kept on the host, and p is recomputed from it. Logits of a few positions at a time are in memory. If
+    the vocabulary is large, steps sum over a sample of it (:class:`~sparsellm_lightning.models.VocabularySample`), drawn anew
+    for each batch. The divergence that chooses the best state sums over the whole vocabulary.
 
     Steps on windows that the model has written come first, and those on the calibration windows at the end, when the rate
     falls (see recipes/RESULTS.md, Order of the steps).
@@ -242,10 +242,10 @@ class Distiller:
     ) -> Iterator[Tensor]:
         """Divergences of the tokens of a batch, (windows, positions), a few positions at a time. 0 for padding.
 
-        Of a sample of the vocabulary, if the head has it.
+        ``sample``: the part of the vocabulary that the head currently computes. None: the whole vocabulary.
 
-        After the caller has taken the gradient of every part, this takes that of the decoder. Sharded weights need one whole
-        forward and backward instead.
+        With gradients, the caller runs the backward of every part, down to the decoder's output. Then this generator runs the
+        backward of the decoder. If a forward is collective (sharded weights), there is one part, whose backward covers both.
         """
         goal, valid, forward = goal.to(self.context.device), batch.counts(), self._forward_of(batch)
         if self.adapter.forward_is_collective:
@@ -285,7 +285,7 @@ class Distiller:
         return partial(self.adapter.logits, self.model, batch.inputs)
 
     def _choices(self, batches: Sequence[CalibrationBatch], mine: Sequence[int]) -> Iterator[list[int]]:
-        """Those of the indices ``mine``, of this rank's batches, for each step: each once, in random order, then again."""
+        """Endless iterator over steps: indices into ``batches``, out of ``mine``. Each round visits all, in random order."""
         together = batches_of_a_step(self.ranks, [batches[index].tokens for index in mine], STEP_TOKENS)
         return in_random_order(mine, together, torch.Generator().manual_seed(self.context.config.seed))
 

@@ -20,8 +20,10 @@ from sparsellm_lightning.sparsity import pruned_before
 
 STEP_TOKENS = 512  # tokens of a tuning step, over all ranks
 WARM_UP = 0.1  # fraction of the steps. Without it the first steps undo much of the solver's work
-LEAST_DENSITY = 0.01  # for the learning rate, whose first steps are of its size
-LEAST_SCALE = 1e-3  # of a parameter's entries, so that biases that are zero move too
+LEAST_DENSITY = (
+    0.01  # lower limit on ρ in the learning rate, because Adam's first steps are as large as the learning rate
+)
+LEAST_SCALE = 1e-3  # lower limit on rms in the learning rate, so that biases that are zero move too
 LOSS_SCALE = 2.0**10  # of the losses, because float16 cannot hold gradients below 6e-8. Exact in other dtypes
 VECTORS = 6  # of all kept entries: positions, values, gradients, Adam's two moments, the best state
 BETAS = (0.9, 0.95)  # of Adam. The usual 0.999 averages over more steps than there are
@@ -91,9 +93,9 @@ class KeptParameters:
         return any(local.dtype != torch.float32 for local in self.locals)
 
     def loss_scale(self, tokens: int) -> float:
-        """The factor, before the backward, of a loss that is summed over this rank's tokens, of ``tokens`` over all ranks.
+        """Factor to multiply a loss by before its backward. The loss is a sum over this rank's tokens of a step.
 
-        The gradient is then that of the mean over all tokens.
+        ``tokens``: their number over all ranks. :meth:`step` then uses the gradient of the mean over all ranks' tokens.
         """
         # FSDP averages gradients over ranks when it scatters them.
         return LOSS_SCALE * (self.ranks.size if self.adapter.weights_are_split else 1) / max(tokens, 1)
@@ -217,9 +219,9 @@ def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
 
 
 def in_random_order(batches: Sequence[int], together: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Without end, those for each step: each of the batches once, in random order, then again. Empty lists if there are none.
+    """Endless iterator over steps: the batches of each step. Every round visits each batch once, in a new random order.
 
-    A step that takes the last batches of one round and the first of the next has none twice.
+    If ``together`` is at most the number of batches, no step has a batch twice. Without batches, every list is empty.
 
     Args:
         batches: their indices.
@@ -250,15 +252,15 @@ def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool
 
 
 def activations_of_tuning(layout: DecoderLayout, windows: int, length: int, cast: torch.dtype | None = None) -> float:
-    """About the bytes that a forward of all blocks keeps for its backward on one device.
+    """Estimated bytes that a forward of all blocks keeps for its backward on one device.
 
-    These are the inputs and outputs of products, what two norms a block keep in float32, and of attention that is computed
-    step by step ("eager") its softmax, in float32 and in a lower dtype of the products. An expert has its share of the tokens.
+    Counted are inputs and outputs of matrix products; the float32 tensors that two norms per block keep; and, with "eager"
+    attention, its softmax in float32 and, if that is lower, in the dtype of the products. An expert has its share of tokens.
 
     Args:
         layout: of the model.
         windows, length: number and tokens of the forward's windows.
-        cast: dtype of the products, if it is not that of the weights, whose copies are kept too. None: that of the weights.
+        cast: dtype of autocast, if it is not that of the weights. The cast copies of weights count too. None: no autocast.
     """
     tokens, total, norms = windows * length, 0.0, 16.0 * layout.widest[0] * len(layout.blocks)
     dtype = cast or next(layout.projections()).parameter.dtype
@@ -277,7 +279,7 @@ def activations_of_tuning(layout: DecoderLayout, windows: int, length: int, cast
 
 
 def _positions(local: Tensor) -> Tensor:
-    """Where a parameter is not zero, in its entries in order, in the smallest dtype that torch indexes by."""
+    """Flat indices of a parameter's nonzero entries, (kept,) int32, or int64 where int32 is too small."""
     positions = local.reshape(-1).nonzero().squeeze(1)
     return positions.to(torch.int32 if local.numel() < 2**31 else torch.int64)
 

@@ -34,8 +34,8 @@ class Journal:
     """A folder with one file for each finished block and rank, the windows that the model wrote, and the run's fingerprint.
 
     A file is written beside its place and renamed, and its name holds the SHA-256 of its content. So a kill leaves a whole
-    file or none. A damaged file counts as missing, with a warning. Blocks count as missing too if what they were solved with
-    is (the allocation, what leaves, the written windows).
+    file or none. A damaged file counts as missing, with a warning. If the file of the allocation, of the parts to remove or of
+    the written windows is missing, all blocks count as missing too, because they were solved with its content.
 
     A later stage of gradual pruning starts from weights that were trained, and training may not repeat bit by bit. So the
     journal of a later stage with other weights is begun anew, with a warning.
@@ -120,7 +120,7 @@ class Journal:
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors, and the result noted with them. None unless every rank finds its file whole.
 
-        Otherwise no rank keeps its file: all make theirs anew, and those of two runs need not fit together.
+        Otherwise every rank deletes its file, and all make new ones: files of two runs may not fit together.
         """
         found = self._read_mine(name)
         if self.ranks.all(found is not None):

@@ -161,7 +161,7 @@ def prune_blocks(
 def _sparsities(
     context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], journal: Journal | None
 ) -> dict[str, float]:
-    """Of every pruned projection. They are noted: measuring them takes long, and other kernels measure others."""
+    """Sparsity of every pruned projection, by name. Kept in the journal: measuring is slow and differs between machines."""
     pruned = [p.name for p in context.layout.projections() if p.pruned]
 
     def choose() -> Tensor:
@@ -191,12 +191,12 @@ def _after_iteration(on_iteration: OnIteration, block: int, iteration: int, erro
 
 
 def _pass_removed(context: Context, first: int, removed: Set[int], dense: ActivationCache | None) -> int:
-    """Move the dense model's activations behind the blocks from ``first`` on that will leave, up to the first that stays.
+    """Advance the dense model's activations through the removed blocks from ``first`` on, up to the first kept block.
 
-    So the block in front of them is tuned to give what they gave.
+    The block in front of ``first`` is then tuned towards the output of the last of these removed blocks.
 
     Returns:
-        index of the block behind which the activations are.
+        index of the block behind which the activations now are.
     """
     for block in context.layout.blocks[first:]:
         if dense is None or block.index not in removed:
@@ -212,9 +212,9 @@ def _advance_dense(
     """Move the dense model's activations behind a block that is still dense.
 
     Returns:
-        the alternation's target: the output with which the block ends where the dense model does. If a norm follows the
-        feed-forward network, that output is not known, and the target is the dense model's own feed-forward output. None if the
-        block's feed-forward networks are not alternated.
+        the alternation's target: the feed-forward output that makes the block's output equal to the dense model's. If a norm
+        follows the feed-forward network, that output is not known, and the target is the dense model's feed-forward output.
+        None if the alternation skips the block, or if the block has no feed-forward network.
     """
     if not alternates or not block.networks:
         dense.hidden = run_block(context, block, dense)
@@ -236,7 +236,7 @@ def _advance_dense(
 
 
 def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: list[Tensor], scale: float) -> Tensor:
-    """The feed-forward output plus what the block output lacks of the dense model's, divided by ``scale``, in place."""
+    """``output + (block output of the dense model − block_outputs) / scale``, written into ``output``, (tokens, d)."""
     start = 0
     for wanted, given, mask in zip(dense.hidden, block_outputs, dense.valid, strict=True):
         difference = (wanted - given).flatten(0, 1) if mask is None else (wanted - given)[mask.to(wanted.device)]

@@ -162,7 +162,7 @@ def update_gated(
     z = factor = (predicted_z + rho_z * phi * p) / (1 + rho_z * phi * phi)
     if bounds is not None:
         inside, at_bound = z.clamp(*bounds), predicted_z.clamp(*bounds)
-        # Beyond a bound the product stays as it is there, so that the prediction itself is best.
+        # If m_z is beyond a bound, z = m_z costs only the p term at that bound, which may be less than any z inside costs.
         cost = (inside - predicted_z).square() + rho_z * (p - phi * inside).square()
         z = torch.where(rho_z * (p - phi * at_bound).square() < cost, predicted_z, inside)
         factor = z.clamp(*bounds)

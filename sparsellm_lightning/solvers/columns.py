@@ -70,8 +70,8 @@ def surgeon(
         size: number of columns in a group.
 
     Returns:
-        (remove,) indices of groups; and pairs of a number of removed groups, ascending from 0, and the squared error
-        ``‖X(W − Ŵ)ᵀ‖² / n + λ‖W − Ŵ‖²``, Ŵ having made up for them.
+        (remove,) int64 indices of the groups in order of removal; and after each step the pair (number of groups removed so
+        far, squared error ``‖X(W − Ŵ)ᵀ‖² / n + λ‖W − Ŵ‖²`` of the compensated Ŵ). The first pair is (0, 0.0).
     """
     upper = inputs.factor.upper
     inverse, weight = upper.T @ upper, weight.masked_fill(inputs.factor.dead, 0)

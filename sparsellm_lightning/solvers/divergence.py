@@ -24,8 +24,8 @@ def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0, *, re
         dense: (tokens, vocabulary), any dtype. Computed in float32. It gets no gradient.
         logits: likewise, with a gradient.
         temperature: T > 0.
-        reuse: write the gradient over ``dense``, which the caller needs no more (but in float32 for float16). Both must have
-            the same dtype.
+        reuse: the gradient, if one is needed, may overwrite ``dense``, to save memory. ``dense`` and ``logits`` must have the
+            same dtype. Float16 gradients need float32 memory, so ``dense`` is then left as it is.
 
     Returns:
         (tokens,) float32.

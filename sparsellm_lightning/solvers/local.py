@@ -29,8 +29,12 @@ LOCAL_SOLVERS: dict[str, LocalSolver] = {
     "sparsegpt": lambda weight, inputs, pattern: sparsegpt(weight, inputs.factor, pattern),
 }
 _CORRECTING = (LOCAL_SOLVERS["admm"], LOCAL_SOLVERS["sparsegpt"])  # change kept weights
-_SAMPLE = 64  # lower limit on the rows of a matrix compared with magnitude pruning first; of a smaller one, all
-_CLEARLY = 0.9  # largest share of magnitude pruning's error on these rows at which no other row is looked at
+_SAMPLE = (
+    64  # smallest number of rows per matrix in the first comparison with magnitude pruning. A smaller matrix: all rows
+)
+_CLEARLY = (
+    0.9  # if errors on sampled rows are at most this fraction of magnitude pruning's, other rows are not compared
+)
 
 
 def solve_stacked(
@@ -69,10 +73,10 @@ def solve_stacked(
 def _at_most_magnitude(
     solved: Tensor, target: Tensor, inputs: InputStatistics, pattern: Pattern, sizes: list[int]
 ) -> Tensor:
-    """The solution, but magnitude pruning for each matrix whose error ``‖(Ŵ − W) H^{1/2}‖`` that makes smaller.
+    """The solution, replaced by magnitude pruning in each matrix where magnitude pruning has less error ``‖(Ŵ − W) H^{1/2}‖``.
 
-    SparseGPT is greedy and ADMM not convex: on small matrices with strongly correlated inputs, some per cent and some per
-    thousand of their solutions are worse. A sample of rows, which is all of a small matrix, decides whether to look at more.
+    SparseGPT is greedy and ADMM is not convex: on small matrices with strongly correlated inputs, magnitude pruning can be
+    better. The errors on a sample of rows (all rows of a small matrix) decide whether errors on all rows are computed.
 
     Args:
         solved: of all matrices, stacked by rows.

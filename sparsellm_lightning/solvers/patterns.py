@@ -22,7 +22,7 @@ _RADIX_BITS = 11  # 32 bits in three steps
 _GATHERED = 2**20  # largest number of scores, over all ranks, that are exchanged instead of counted
 
 Counted = tuple[Tensor, int, int]
-"""Scores of this rank's rows, number of the smallest over all ranks to prune, and largest number of rows that a rank holds."""
+"""(scores of this rank's rows, number of scores to prune over all ranks, largest number of rows on any rank)."""
 
 
 class Pattern:
@@ -51,7 +51,7 @@ class Pattern:
         raise NotImplementedError
 
     def counted(self, scores: Tensor, first_column: int) -> Counted:
-        """What one threshold for all these scores has to find. Only if columns are not decided in groups."""
+        """Input of the search for one threshold over all these scores, see :data:`Counted`. Only if ``group`` is 1."""
         raise NotImplementedError
 
     def of_rows(self, rows: Tensor, counts: Sequence[int]) -> Pattern:
@@ -166,15 +166,15 @@ class Stacked(Pattern):
 
 @dataclass(frozen=True)
 class Containing(Pattern):
-    """A pattern that prunes given entries, and so many of the others that the matrix gets the pattern's sparsity.
+    """A pattern that prunes the given entries first, then further entries until ``pattern``'s sparsity is reached.
 
-    Columns or rows that are decided apart all lose the same share of the entries that are not given. If more are given than
-    the pattern prunes, all of them are pruned, and no others.
+    Every column block or row with a mask decision of its own loses the same share of its entries that are not given. If more
+    entries are given than ``pattern`` prunes, all given entries are pruned, and no others.
 
     Args:
         pattern: decides how many entries are pruned, and how they are grouped.
         pruned: (rows, columns of the whole matrix) bool, True = given; this rank's rows.
-        share: of the others to prune. None: counted, by all ranks together. Groups (N:M) do without it.
+        share: fraction to prune of the entries that are not given. None: computed over all ranks (N:M does not use it).
     """
 
     pattern: Pattern
@@ -302,7 +302,9 @@ def _smallest_of_gathered(counted: Sequence[Counted], ranks: Ranks) -> list[Tens
 def _kth_smallest_over_ranks(
     flats: Sequence[Tensor], counts: Sequence[int], ranks: Ranks
 ) -> list[tuple[Tensor, int, int]]:
-    """Of each set of values spread over ranks the count-th smallest, and how many equal ones are among the smallest and in all.
+    """For each set of values: its count-th smallest value over all ranks, the number of ties to prune, and of all ties.
+
+    Ties are values equal to the count-th smallest one. Both numbers are over all ranks.
 
     The values are non-negative float32, which have the order of their bits read as integers. Histograms of 11, 11 and 10 bits,
     summed over ranks, find the value exactly, for any number of values.

@@ -229,7 +229,7 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def filled_by_merge(model: nn.Module) -> set[int]:
-    """The ``id`` of each weight whose zeros the merge of trained adapters fills: they are not masked, as in a dense layer."""
+    """The ``id`` of each weight with active adapters that are not masked. Merging these adapters fills the weight's zeros."""
     filled = set()
     for module in model.modules():
         layer: Any = module

@@ -220,8 +220,8 @@ def pruned_before(projections: Sequence[Projection], adapter: StrategyAdapter) -
 def sparse_layers(layers: Sequence[Projection], shares: dict[str, float], adapter: StrategyAdapter) -> list[Projection]:
     """The layers whose zeros are to be kept in training.
 
-    Not those of zeros only, which are fresh and must train, nor those with few zeros that are whole rows, as a head has for
-    tokens that were never trained.
+    Left out: layers that are all zeros, which are fresh and must train; and layers whose few zeros are whole rows, such as a
+    head's rows of tokens that were never trained.
 
     Args:
         layers: of a model.
