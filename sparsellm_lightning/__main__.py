@@ -11,7 +11,7 @@ from sparsellm_lightning.shorthand import catalogue
 
 COMMANDS = {
     "prune": "prune a model, measure it before and after, and write it to a folder",
-    "fit": "prune MODEL and, with --pruner.finetune true, train it on; or train the sparse --model.weights; zeros are kept",
+    "fit": "prune MODEL and, if --pruner.finetune is true, train it; or train the sparse --model.weights; training keeps zeros",
     "evaluate": "perplexity and sparsity of any causal language model",
     "verify": "compare an exported folder with its report",
     "inspect": "show what would be pruned in a model, and what that takes",

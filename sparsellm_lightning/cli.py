@@ -151,7 +151,7 @@ class PruningTrainer(pl.Trainer):
 
 
 def _refuse_left_checkpoint(trainer: pl.Trainer, then: str) -> None:
-    """Refuse a checkpoint that Lightning would take unasked, because SLURM has requeued an earlier job in its folder."""
+    """Refuse a run in which Lightning would load, unasked, a checkpoint that an earlier, requeued SLURM job left."""
     left = trainer._checkpoint_connector._hpc_resume_path
     if left is not None and SLURMEnvironment.detect():
         raise UserError(

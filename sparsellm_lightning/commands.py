@@ -64,11 +64,11 @@ def inspect(model: str, pruner: PruningConfig | None = None, sequence_length: in
 def benchmark(
     model: str, against: str | None = None, prompt_tokens: int = 512, new_tokens: int = 64, repeats: int = 5
 ) -> None:
-    """Print a model's speed and size on this machine, beside another's. They go into an export's report as ``speed``.
+    """Print a model's speed and size on this machine, and another model's. An export's report gets them as ``speed``.
 
     Args:
         model: hub id, folder, GGUF file or package:NAME.
-        against: another, such as the dense model. Both are measured in turn, and their speeds compared pair by pair.
+        against: another model, such as the dense one. Both are measured in turn, and their speeds compared pair by pair.
         prompt_tokens: length of the prompt of the prefill.
         new_tokens: number of tokens generated.
         repeats: repetitions, of which medians are shown.

@@ -50,8 +50,8 @@ def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
         tunes: whether pruning takes gradients of the kept weights.
 
     Raises:
-        UserError: a device that cannot prune; no step is allowed; steps are asked for that are not taken; two callbacks that
-            hold zeros; a static graph, of which DDP would take pruning's backwards for the first.
+        UserError: a device that cannot prune; limits that allow no step; a minimum of steps in a run that stops after pruning;
+            two callbacks that hold zeros; DDP with ``static_graph``, which would record pruning's backward pass as training's.
     """
     check_device(trainer.strategy.root_device)
     if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
@@ -73,7 +73,7 @@ def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
     static = getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph", False)
     if static and trains and tunes:
         raise UserError(
-            "DDP with static_graph takes the first backward for all later ones, and the first ones here tune the pruned model. "
+            "DDP with static_graph expects every backward pass to match the first, but the first ones here belong to pruning. "
             "Leave static_graph out, or set reconstruction_steps and distillation_steps to 0."
         )
     tell = getattr(datamodule_of(trainer), "check_training" if trains else "without_training", None)
@@ -82,9 +82,10 @@ def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
 
 
 def check_launcher(trainer: pl.Trainer, module: pl.LightningModule, export_dir: str | None) -> None:
-    """Refuse processes of Lightning that end with the run and take its result with them: those that it spawns or forks.
+    """Refuse a run in processes that Lightning spawns or forks, if the pruned model would be lost when these processes end.
 
-    Only weights that the module had before go back to the process that started them.
+    Lightning copies weights back into the module of the main process, but only parameters that this module has already.
+    ``configure_model`` makes them in the other processes only.
 
     Raises:
         UserError: spawned or forked processes, no export_dir, and a module with ``configure_model``.
@@ -164,7 +165,7 @@ def check_what_follows(trainer: pl.Trainer) -> None:
             "Calibration and training both read the training dataloader, but it is an iterator, which can be read once. Give "
             "a DataLoader, or a datamodule with a calibration_dataloader."
         )
-    if not trainer.lightning_module.automatic_optimization:  # which steps its schedulers itself
+    if not trainer.lightning_module.automatic_optimization:  # the module steps its schedulers itself
         return
     steps = steps_of_run(trainer)
     for config in trainer.lr_scheduler_configs:
@@ -174,5 +175,5 @@ def check_what_follows(trainer: pl.Trainer) -> None:
         if scheduler.total_steps < steps // config.frequency < float("inf"):
             raise UserError(
                 f"OneCycleLR plans total_steps {scheduler.total_steps}, but the run steps it {steps // config.frequency:.0f} "
-                "times, after the last of which torch raises. Set both to one number."
+                "times: torch would raise when total_steps is exceeded. Raise total_steps to that number, or shorten the run."
             )

@@ -270,8 +270,9 @@ class Distillation(pl.Callback):
             if self.feature_weight:
                 if len(call.features) != len(seen[0].features) or not call.features:
                     raise UserError(
-                        f"Distillation by features saw {len(call.features)} blocks of the student and "
-                        f"{len(seen[0].features)} of the teacher. Both must have the same blocks, not compiled as a whole."
+                        f"feature_weight needs equally many decoder blocks, got {len(call.features)} of the student and "
+                        f"{len(seen[0].features)} of the teacher. Choose another teacher, do not compile the model as a whole, "
+                        "or set feature_weight to 0."
                     )
                 loss = feature_loss(call.features, seen[0].features, valid)
                 parts["feature"] += loss.detach()
@@ -329,7 +330,7 @@ def _recording(model: PreTrainedModel, features: bool) -> Iterator[list[_Call]]:
 
 
 def _of_kept_logits(valid: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
-    """Of the positions whose logits a model was asked for (``logits_to_keep``): the last ones, or those of some indices."""
+    """``valid`` at the positions that have logits: all, the last ``logits_to_keep`` ones, or those whose indices it holds."""
     kept = inputs.get("logits_to_keep", 0)
     if valid is None or (isinstance(kept, int) and not kept):
         return valid

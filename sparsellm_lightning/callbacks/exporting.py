@@ -113,9 +113,10 @@ class Exporter:
         config: PruningConfig,
         report: PruningReport,
     ) -> None:
-        """Write the folder, and upload it. What leaves the model is cut out first; the written report is of what remains.
+        """Write the folder, and upload it.
 
-        If it cannot be cut out, the model is written as it is, with a warning. All ranks wait for the first one.
+        Removed units, heads and blocks, which are zeros until then, are cut out first, and the report describes the smaller
+        model. If they cannot be cut out, the model is written with the zeros, with a warning. All ranks wait for rank 0.
         """
         adapter, start = adapter_for(trainer), time.perf_counter()
         with adapter.ranks.failing_together("Export"):

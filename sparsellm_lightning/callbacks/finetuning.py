@@ -124,8 +124,9 @@ class SparseFinetuning(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in later:
-            # The averages are checked, measured and exported. The callback puts them in place here, and again in its turn.
-            # With batch norm SWA has done so an epoch before, and ends that epoch in its turn.
+            # Copy the average of a later callback into the module now, because it is what is checked, measured and exported.
+            # Lightning calls this hook of the callback again afterwards. SWA with batch norm is left out: it copied its average
+            # an epoch earlier, and its hook resets settings of the Trainer, which must happen only once.
             if isinstance(callback, AVERAGING) and not getattr(callback, "_model_contains_batch_norm", False):
                 callback.on_train_end(trainer, pl_module)
         if self._masks is not None and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]

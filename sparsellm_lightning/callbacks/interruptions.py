@@ -34,14 +34,14 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 def forbid_checkpoints(trainer: pl.Trainer) -> None:
-    """From now on the Trainer saves no checkpoints, until :func:`allow_checkpoints`.
+    """Keep the Trainer from saving checkpoints, until :func:`allow_checkpoints`.
 
-    Lightning saves one when SLURM requeues a job, or when a callback for exceptions asks for it, and then resumes from it
-    unasked. It would hold a half pruned model. Without it the same command starts anew, and finds finished blocks in
-    ``resume_dir``.
+    During pruning a checkpoint would hold a half pruned model. Lightning saves one when SLURM requeues the job, and resumes
+    from it without being asked; a checkpoint callback may save one on an exception. Without a checkpoint the same command
+    prunes from the start, and takes finished blocks from ``resume_dir``.
     """
     vars(trainer)["save_checkpoint"] = _save_nothing
-    for callback in trainer.checkpoint_callbacks:  # which would take the checkpoint for saved, and link to it
+    for callback in trainer.checkpoint_callbacks:  # or it would link last.ckpt to a checkpoint that was not saved
         vars(callback)["_should_save_on_exception"] = _save_nothing
 
 

@@ -59,8 +59,8 @@ class SparseLLMCallback(SparseFinetuning):
         overwrite: replace an earlier export in ``export_dir``.
         pack: export files without the zeros, which only :func:`~sparsellm_lightning.load_model` reads (format:
             :mod:`sparsellm_lightning.models.packed`).
-        push_to_hub: id of a repository on the Hugging Face hub, which gets the export. It is made, private, if there is none.
-            Needs ``export_dir``, and not with ``pack``. None: no upload.
+        push_to_hub: id of the repository on the Hugging Face hub to which the export is uploaded. A repository that does not
+            exist is made, as a private one. Needs ``export_dir``. Not possible with ``pack``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
         baseline: first prune the model by SparseGPT alone, and report R, the loss ``ln(perplexity / dense)`` as a share of
             SparseGPT's. Needs ``measure``, and a pattern that is unstructured or N:M. The dense weights are kept in host memory

@@ -46,7 +46,7 @@ def steps_of_run(trainer: pl.Trainer) -> float:
 
 def warn_of_late_stages(trainer: pl.Trainer, schedule: dict[int, float]) -> None:
     """Name the stages that the run will not reach, as far as its loaders and limits say how many steps it takes."""
-    if not trainer.lightning_module.automatic_optimization:  # which counts the steps of each optimizer
+    if not trainer.lightning_module.automatic_optimization:  # global_step then counts the steps of every optimizer
         return
     steps = steps_of_run(trainer)
     late = [step for step in schedule if steps <= step]

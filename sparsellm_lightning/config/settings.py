@@ -73,17 +73,17 @@ class PruningConfig:
             24 bytes for each kept weight (value, position, gradient, two moments, best state), plus all gradients if weights
             are sharded. If the preset sets the steps, they are skipped with a warning where the model has no language-model
             head or memory is too small. 0: none.
-        continuations: windows that the dense model writes for each fitted calibration window without padding. The first
-            continues each 32 tokens of the window; others continue random tokens of the vocabulary, for text of other kinds.
-            The first 40 % of the distillation steps use these windows. For the first half of the fitted calibration windows,
-            the last written window enters the blocks' Gram matrices too.
+        continuations: number of windows that the dense model writes for each fitted calibration window without padding. In the
+            first, the model continues every 32-token piece of the calibration window; in the others it continues random tokens
+            of the vocabulary, which gives text of other kinds. The first 40 % of the distillation steps use the written
+            windows. The blocks are also fitted to one written window (the last) for each of the first half of the fitted ones.
         damping: added to the diagonal of each Gram matrix, as a fraction of the diagonal's mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
         penalties: weights α, β, γ of the alternation's objective, and whether they are scale-free.
-        allocation_spread: largest distance of one block's (``kl``: one projection's) sparsity from the mean, cut to half of
-            1 − sparsity and, for ``owl`` and ``atp``, to half of the sparsity. ``owl``: half the width of the range of
-            sparsities, which is then shifted to the mean asked for.
+        allocation_spread: largest difference between the sparsity of one block (``kl``: of one projection) and the mean. Values
+            above (1 − sparsity) / 2 are lowered to it, for ``owl`` and ``atp`` also values above sparsity / 2. ``owl``: half of
+            the difference between the largest and the smallest sparsity of a block.
         ignore: name patterns of projections that stay dense, shell-style, matched against the whole name or its tail
             (``down_proj``, ``layers.0.*``). Not with patterns that may remove blocks.
         num_calibration_samples: calibration windows, over all ranks.
@@ -151,7 +151,7 @@ class PruningConfig:
         check_settings(self)
 
     def _normalise(self) -> None:
-        """Make numbers of other kinds, such as NumPy's, which JSON does not know, Python's."""
+        """Convert numbers of other types, such as NumPy's, to Python's, because JSON does not know them."""
         for name in ("sparsity", "damping", "allocation_spread", "calibration_val_fraction"):
             value = getattr(self, name)
             if isinstance(value, SupportsFloat):
@@ -251,7 +251,7 @@ class PruningConfig:
         step = self.round_to if structure == "neurons" else 1
         kept = number - round(share) if share >= 1 else round((1 - share) * number / step) * step
         if share and not 0 < kept < number:
-            noun = {"neurons": "hidden units", "heads": "heads that can leave alone"}.get(structure, structure)
+            noun = {"neurons": "hidden units", "heads": "removable heads"}.get(structure, structure)
             given = f"{share:g} blocks" if share >= 1 else f"{setting} {share:g}"
             given, hint = (
                 (f"{given} and round_to {step}", "Lower round_to, or choose") if step > 1 else (given, "Choose")

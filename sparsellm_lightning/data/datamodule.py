@@ -50,8 +50,8 @@ class TextDataModule(LightningDataModule):
 
     A text is tokenised as a whole (for calibration on ``c4``, each drawn document), with the tokenizer's defaults, on first
     use. Every item of every loader is ``{"input_ids": (T,), "labels": (T,)}``, int64 and equal; batches are ``(B, T)``. On
-    several ranks, if the module has :class:`~sparsellm_lightning.CausalLM`'s evaluation steps, windows whose labels are all
-    -100 make up an even share, so that each window counts once. In other modules Lightning's sampler repeats windows.
+    several ranks every rank gets equally many evaluation windows. Missing ones are repeated windows: with labels of -100, which
+    do not count, if the module has :class:`~sparsellm_lightning.CausalLM`'s evaluation steps, otherwise with their labels.
 
     Args:
         source: ``wikitext2``, ``ptb``, ``c4``, ``python-docs``, ``files``, ``self``, or the hub id of another dataset.
@@ -231,8 +231,8 @@ class TextDataModule(LightningDataModule):
         """
         collate = None
         if not self._trains or (self.source == "self" and self.max_train_windows is None):
-            # Lightning asks for a loader also in a run that only prunes, which asks the loader for no batch. The limits that a
-            # Trainer puts on batches leave some of these, and its val_check_interval is not longer.
+            # Lightning needs a loader even in a run that only prunes, but takes no batch from it. The loader is long, so that
+            # limit_train_batches as a fraction leaves at least one batch, and val_check_interval does not exceed its length.
             windows, collate = torch.empty(10_000_000, 0), self._refuse_batch
         elif self.source == "self":
             assert self.max_train_windows is not None
@@ -294,7 +294,8 @@ class TextDataModule(LightningDataModule):
         """
         ranks = 1
         if self.trainer is not None:
-            # These steps count tokens with labels. A mean loss would be NaN in a batch without any.
+            # CausalLM's evaluation steps count labelled tokens only, so windows without labels can fill up a rank's share. In
+            # other modules the mean loss of a batch without labels would be NaN.
             steps, module = ("validation_step", "test_step"), type(self.trainer.lightning_module)
             counts = all(getattr(module, step, None) is getattr(CausalLM, step) for step in steps)
             ranks = self.trainer.world_size if counts else 1

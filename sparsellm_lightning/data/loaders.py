@@ -47,9 +47,9 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A DataLoader whose position in the text is part of a checkpoint, by Lightning's protocol for stateful loaders.
 
-    The loader counts epochs and batches itself. An iteration begins the next epoch, but after :meth:`load_state_dict` goes on
-    at that position until this epoch ends: Lightning's own count is one ahead in a checkpoint that is saved when ``max_steps``
-    ends a run, and Lightning may then begin an epoch twice.
+    The loader counts epochs and batches itself, because Lightning's own count is one ahead in a checkpoint that is saved when
+    ``max_steps`` ends a run. Each new iterator begins the next epoch. After :meth:`load_state_dict`, iterators continue at the
+    loaded position until its epoch ends, because Lightning may then begin that epoch twice.
 
     Args:
         limit: batches of an epoch, or their share, as the Trainer's ``limit_train_batches``.

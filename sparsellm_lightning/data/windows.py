@@ -172,7 +172,7 @@ def first_tokens(batches: Sequence[CalibrationBatch], tokens: int, length: int, 
 
 
 def equally_many(batches: list[CalibrationBatch], ranks: Ranks, device: torch.device) -> list[CalibrationBatch]:
-    """The batches, padded to the number of batches of the rank with most by batches in which no token counts."""
+    """The batches, and after them batches in which no token counts, until this rank has as many as the rank with the most."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     nothing = CalibrationBatch({"input_ids": ids}, torch.zeros_like(ids, dtype=torch.bool))
     return batches + [nothing] * (ranks.largest(len(batches)) - len(batches))
@@ -185,11 +185,11 @@ def written_windows(
     ranks: Ranks,
     device: torch.device,
 ) -> tuple[list[CalibrationBatch], int]:
-    """Windows that the model writes after those that have the length of the longest one and no padding.
+    """Windows that the model writes, for every window that has no padding and is as long as the longest one of all ranks.
 
     Args:
         batches: this rank's windows.
-        copies: windows to write for each of these.
+        copies: number of windows to write for each such window.
         write: called for each copy with windows (n, length), equally many on every rank, their names, which are unique over
             ranks and copies, and the number of the copy. Returns windows of the same shape.
         ranks: all call this function together.

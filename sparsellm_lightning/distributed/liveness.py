@@ -22,14 +22,14 @@ GRACE = 10.0  # seconds after another rank's failure in which this one may still
 
 @contextmanager
 def watching_peers(store: Store, rank: int, size: int, what: str = "Pruning") -> Iterator[None]:
-    """End this process if the ranks inside this context stop.
+    """End this process if another rank inside this context stops or fails.
 
-    A thread counts up this rank's key in the store and reads the key of the next rank, so that the store's load does not grow
-    with the square of the ranks. The rank whose neighbour has been silent for :data:`SILENCE` seconds (:data:`ARRIVAL`, if it
-    has not come yet) notes that as a failure.
-    Every rank that finds a failure and has not ended after :data:`GRACE` seconds exits with status 1: a main thread that waits
-    in a collective cannot be interrupted otherwise. The first rank that leaves the context without an exception ends the watch
-    of all: inside, no rank waits for another behind its last collective.
+    A thread counts up this rank's key in the store and reads the key of the next rank only, so that the store's load grows in
+    proportion to the number of ranks. If the next rank's key has not changed for :data:`SILENCE` seconds (:data:`ARRIVAL`
+    before its first change), this rank writes a failure into the store and exits. A rank that reads a failure and has not ended
+    :data:`GRACE` seconds later exits with status 1, because a main thread that waits in a collective cannot be interrupted
+    otherwise. The first rank that leaves the context without an exception ends the watch on all ranks. That is safe, because no
+    rank waits for another after the last collective inside the context.
 
     Args:
         store: shared by all ranks. Its keys must be this context's own.

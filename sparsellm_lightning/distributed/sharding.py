@@ -59,8 +59,8 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, all device
 def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Apply ``fully_shard`` to every decoder block, then to the model, as pruning under FSDP2 needs.
 
-    What trains in a unit must have one dtype, so that modules with another one (routers that stay float32) become units too.
-    The same holds for what is frozen: pruning tunes the weights behind adapters.
+    All trained parameters of a unit must have one dtype, so modules with another dtype (routers that stay float32) become units
+    of their own. The same holds for frozen parameters, because pruning tunes the frozen weights that have adapters.
 
     Args:
         model: sharded in place, and returned.

@@ -1,8 +1,8 @@
 """What stays in float32 when a module is converted.
 
-``Trainer(precision="bf16-true")`` rounds everything. A model that is loaded from its files in bfloat16 keeps two kinds of
-tensors in float32: buffers that no checkpoint holds, such as the frequencies of rotary embeddings, and what its class names,
-such as routers. So the rounded model would not be the one that an export holds.
+``Trainer(precision="bf16-true")`` rounds all tensors. ``from_pretrained`` in bfloat16 keeps two kinds of tensors in float32:
+buffers that no checkpoint holds, such as the frequencies of rotary embeddings, and tensors that the model's class lists, such
+as routers. So a model that the Trainer has rounded would differ from the same model loaded from its export.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def model_inputs(batch: Any) -> dict[str, Tensor]:
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
         if any(_is_mask(other, batch[0]) or _are_labels(other, batch[0]) for other in batch[1:]):
             raise UserError(
-                "Of a batch that is a sequence only the first tensor is used, the token ids, but another one looks like an "
-                f"attention mask with zeros, or like labels with {IGNORED}. Have the dataloader give a dict: 'input_ids', and "
-                "'attention_mask' or 'labels' if it is one."
+                "Only the first tensor of a sequence is used, as token ids, but another tensor in this batch looks like an "
+                f"attention mask with zeros, or like labels with {IGNORED}. Have the dataloader give a dict with 'input_ids', "
+                "and with 'attention_mask' or 'labels' for the other tensor."
             )
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -109,7 +109,7 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
 
 
 class _Perplexity(Perplexity):
-    """torchmetrics' perplexity, from log-probabilities: it takes the logarithm of probabilities, of which small ones are 0."""
+    """torchmetrics' perplexity, from log-probabilities. The base class takes the logarithm of probabilities that may be 0."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits (batch, positions, vocabulary) and target tokens (batch, positions)."""
@@ -213,7 +213,7 @@ def perplexity(
 ) -> float:
     """Perplexity of a causal LM: ``exp(−1/N Σ_t log q(y_t | y_<t))``, computed in float32.
 
-    N counts the predicted tokens: all but the first of each window, those labelled −100 and padding. NaN if N is 0.
+    N counts the predicted tokens. The first token of each window, tokens labelled −100 and padding do not count. NaN if N is 0.
 
     Args:
         model: with a language-model head.

@@ -18,10 +18,11 @@ Forward = Callable[[], Tensor | None]
 
 
 def decoder_output(model: PreTrainedModel, forward: Forward, shape: tuple[int, ...]) -> Any | None:
-    """The output of the model's decoder in a forward, with ``last_hidden_state`` (batch, sequence, d), which has its gradient.
+    """The output of the model's decoder, with ``last_hidden_state`` (batch, sequence, d), through which gradients can flow.
 
-    What follows the decoder runs on one position only. None if the forward does not call the decoder once with ``shape``, or
-    takes its logits from elsewhere. The caller then needs a whole forward.
+    Calls ``forward`` once. The head gets the first position only, so that it costs little. None if the forward does not call
+    the decoder exactly once on tokens of this shape, or does not compute its logits from ``last_hidden_state``. The caller must
+    then compute all logits by a whole forward.
 
     Args:
         model: with a language-model head.

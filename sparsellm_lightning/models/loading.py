@@ -73,7 +73,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
 
 
 def _class_of(source: str) -> Any:
-    """``AutoModelForCausalLM``, or the class that a configuration names which that does not know (exports of Emu3, mllama)."""
+    """``AutoModelForCausalLM``, or the class named by a configuration that it does not map (exports of Emu3, mllama)."""
     if not (Path(source) / "config.json").is_file():  # a hub id, or the folder of a GGUF file
         return AutoModelForCausalLM
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # nosec B615
@@ -83,9 +83,10 @@ def _class_of(source: str) -> Any:
 
 
 def note_untied(model: PreTrainedModel) -> None:
-    """Say in the configuration that head and embeddings are not tied, if the model has two that differ.
+    """Set ``tie_word_embeddings`` to false in the configuration, if the weights of head and embedding differ.
 
-    ``transformers`` leaves them untied if its files hold two, but not in a model that is built anew from the configuration.
+    ``transformers`` does not tie them when the loaded files hold both, but ties them in a model that is built from a
+    configuration that says so.
     """
     weights = [getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     embedding, head = weights

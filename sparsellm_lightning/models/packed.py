@@ -1,13 +1,13 @@
 """Model files without the zeros.
 
-The format: ``packed*.safetensors`` takes the place of ``model*.safetensors``. A tensor NAME of n entries that gets smaller so
-is stored as two tensors,
+The format: ``packed*.safetensors`` takes the place of ``model*.safetensors``. A tensor NAME of n entries is stored as the two
+tensors below, if both together take less memory,
 
 - ``NAME.bits``: (⌈n / 8⌉,) uint8. Bit i mod 8, from the lowest, of byte ⌊i / 8⌋ is 1 if entry i, row by row, is not zero.
 - ``NAME.kept``: the entries that are not zero, in that order, in the tensor's dtype,
 
-and its shape is in the file's metadata, ``"shapes"``, a JSON object by NAME. Every other tensor is stored as it is. For an N:M
-pattern these are M bits a group: 2:4 and 4:8 take two bits a kept weight.
+and its shape is in the file's metadata, ``"shapes"``, a JSON object by NAME. Every other tensor is stored as it is. The bits of
+an N:M pattern are M for each group of M weights: 2:4 and 4:8 take two bits for each kept weight.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ Cut = dict[str, tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """What leaves a model.
+    """What is removed from a model.
 
     Args:
-        units: hidden units that every feed-forward network keeps. None: all.
-        heads: heads that every attention keeps of those that can leave alone. None: all.
-        blocks: indices of the blocks that leave.
+        units: number of hidden units that every feed-forward network keeps. None: all.
+        heads: number of heads that every attention keeps: key-value heads, or query heads if all share one. None: all.
+        blocks: indices of the blocks that are removed.
     """
 
     units: int | None = None

@@ -96,8 +96,8 @@ def can_sample(model: PreTrainedModel, logits: Callable[[], Tensor]) -> bool:
         tolerance = 1e-2 * float(wanted.abs().median())
         return some.shape == wanted.shape and torch.allclose(some, wanted, rtol=1e-2, atol=tolerance)
 
-    # Without the first token, code that knows tokens by number changes other ones, and stays inside the vocabulary: outside, a
-    # GPU would end the process. Without half of them, a softmax changes.
+    # Without the first token every id shifts by one: code that edits logits by token id then edits other logits. That is found
+    # before ids can exceed the number of rows, which on a GPU ends the process. Without half of the tokens, a softmax changes.
     return whole.shape[-1] == len(head.weight) and gives(slice(1, None)) and gives(slice(len(head.weight) // 2, None))
 
 

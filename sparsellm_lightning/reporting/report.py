@@ -26,8 +26,8 @@ class BlockResult:
     Args:
         index: of the block.
         errors: relative error of the feed-forward output after each iteration of the alternation, ``‖Y − FFN(X)‖² / ‖Y‖²``, on
-            fitted tokens. Empty in blocks that the local solver solves. Of a network that sees every token, if the block has
-            one, otherwise the mean over experts.
+            fitted tokens. Empty in blocks that the local solver solves. In a block with experts: the error of its network that
+            sees every token (shared expert), or, if there is none, the mean over experts.
         held_out_errors: the same on held-out tokens. Empty if there are none.
         borrowing_experts: number of experts with fewer fitted tokens than hidden features, whose statistics were partly those
             of all tokens.
@@ -70,8 +70,8 @@ class PruningReport:
             After units, heads or blocks are cut out, also ``"exported"``: of the files.
         perplexity: ``{"dense", "pruned"}``, after fine-tuning ``"finetuned"``, and with ``baseline`` ``"sparsegpt"``: of the
             model pruned by SparseGPT alone. None where not measured.
-        layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is that of
-            :class:`BlockResult`, None for a projection that was not solved or only lost rows.
+        layers: ``{"name", "shape", "sparsity", "error"}`` of every projection. The error is ``layer_errors`` of
+            :class:`BlockResult`. None for a projection that was not solved, or in which rows were only set to zero.
         blocks: the fields of :class:`BlockResult` by block, without the layers' errors, and ``"dense"``: the linear layers that
             cannot be pruned, with the reason.
         calibration: over all ranks, ``{"windows", "held_out", "written", "tokens"}``, and in a Trainer the ``"source"`` of the

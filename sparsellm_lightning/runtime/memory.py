@@ -1,8 +1,9 @@
 """Memory: what a block's solve needs, where activations are kept, the peak that pruning reached, and what to say when it ran
 out.
 
-Statistics and factorisations have a size that the model gives. With the calibration set grow a block's inputs and outputs (d
-numbers a token each) and the alternation's auxiliaries (2 f numbers a token, f if the block is not gated).
+The model alone determines the size of statistics and factorisations. Two kinds of tensors grow with the calibration set: a
+block's inputs and outputs (d numbers a token each, d: hidden size) and the alternation's auxiliaries (2 f numbers a token, f:
+feed-forward width; f numbers if the feed-forward network is not gated).
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from torch import Tensor
 
 @contextmanager
 def fastest_float32(device: torch.device) -> Iterator[None]:
-    """The fastest float32 products that keep float32's accuracy.
+    """Context with the fastest float32 products that keep float32's accuracy.
 
-    A coarser precision that was set outside, such as TF32, does not hold inside. By default torch gives float32 products to
-    MKL, which reaches about half of oneDNN's speed on AMD processors. torch uses oneDNN if reduced precision is allowed. On
-    processors without reduced kernels oneDNN computes in float32 all the same.
+    A coarser precision that was set outside, such as TF32, is switched off inside. On a CPU torch gives float32 products to MKL
+    by default, which reaches about half of oneDNN's speed on AMD processors, and to oneDNN under matmul precision ``medium``.
+    Where oneDNN has no kernels of reduced precision, it still computes in float32: there ``medium`` is used.
     """
     with _matmul_precision("medium" if device.type == "cpu" and _medium_is_exact() else "highest"):
         yield

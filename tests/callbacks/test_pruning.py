@@ -727,7 +727,7 @@ def test_a_mask_beside_token_ids_is_refused(ids: torch.Tensor) -> None:
     segments = torch.zeros_like(ids)  # 0 at both ends is no mask
     trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, segments), batch_size=4))
     mask[:, -3:] = 0
-    with pytest.raises(UserError, match="'attention_mask' or 'labels' if it is one"):
+    with pytest.raises(UserError, match="'attention_mask' or 'labels' for the other tensor"):
         trainer(pruner).fit(OwnModule(build_model("llama")), DataLoader(TensorDataset(ids, mask), batch_size=4))
 
 
