@@ -1,4 +1,4 @@
-"""How a sparsity is divided over the projections of a model, and what leaves it as a whole."""
+"""How a sparsity is divided over the projections of a model, and what is removed from it as a whole."""
 
 from sparsellm_lightning.allocation.depth import choose_blocks, leave_out
 from sparsellm_lightning.allocation.sensitivity import allocate

@@ -1,4 +1,4 @@
-"""What leaves a model as a whole: hidden units, heads, decoder blocks, or a mixture that meets a budget."""
+"""What is removed from a model as a whole: hidden units, heads, decoder blocks, or a mixture that meets a budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsellm_lightning.solvers import refit_columns, surgeon
 _TIMINGS = 5  # forwards of a block, of whose seconds the median counts
 
 Damage = Callable[[int], float]
-"""Number of units or heads that leave every block -> divergence of the output, by block summed."""
+"""Number of units or heads removed from every block -> divergence of the output, summed over the blocks."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
     """The mixture of units, heads and blocks of least damage that meets the budget.
 
     Damages of units, heads and blocks are added. Those of units and heads are measured at the number that alone would meet the
-    budget, and scaled to other numbers by the local error. Those of blocks are measured in the order in which blocks leave.
+    budget, and scaled to other numbers by the local error. Those of blocks are measured in the order of their removal.
     Nothing is tuned meanwhile, because tuning repairs about the same share of each.
     """
     config, layout = context.config, context.layout
@@ -87,7 +87,7 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
     limit = share * sum(cost.of(1, 1) for cost in costs)
     total = len(layout.blocks)
     by_cost = sorted(cost.of(1, 1) for cost in costs)
-    # The number of blocks that is enough even if the cheapest ones leave.
+    # The number of blocks that is enough even if the cheapest ones are removed.
     enough = next(n for n in range(total + 1) if sum(by_cost[n:]) <= limit * (1 + 1e-9))
     # The last windows, because the first ones give the statistics: on these a refit looks better than it is.
     probing = batches[::-1]
@@ -118,7 +118,7 @@ def _spend(context: Context, cache: ActivationCache, batches: Sequence[Calibrati
 def _mixtures(
     layout: DecoderLayout, costs: Sequence[Cost], limit: float, step: int, leaving: Mapping[int, float]
 ) -> Iterator[tuple[Shrinkage, float]]:
-    """Mixtures within the limit, each with as many units as fit, and the damage of the blocks that leave.
+    """Mixtures within the limit, each with as many units as fit, and the damage of the removed blocks.
 
     Args:
         layout: of the model.
@@ -140,7 +140,7 @@ def _mixtures(
 def _units_within(left: Sequence[Cost], limit: float, heads: float, width: int, step: int) -> int | None:
     """The largest number of hidden units, a multiple of ``step`` or all, that keeps the cost within a limit."""
     choices = [width, *range((width - 1) // step * step, 0, -step)]
-    shares = {units: units / width if width else 1.0 for units in choices}  # where no units can leave, all stay
+    shares = {units: units / width if width else 1.0 for units in choices}  # where no units can be removed, all stay
     cost = {units: sum(cost.of(share, heads) for cost in left) for units, share in shares.items()}
     return next((units for units in choices if cost[units] <= limit * (1 + 1e-9)), None)
 
@@ -162,7 +162,7 @@ def _seconds(context: Context, sample: ActivationCache) -> list[Cost]:
     one, found = sample.part(range(min(len(sample.hidden), 1))), []  # a rank may have no windows
     for block in context.layout.blocks:
         of_units = {p.module for network in block.networks for p in network.projections}
-        of_heads: dict[nn.Module, float] = {}  # share of the module's rows that leave with heads
+        of_heads: dict[nn.Module, float] = {}  # share of the module's rows that are removed with heads
         if block.attention is not None:
             of_heads[block.attention.output.module] = 1.0
             for p, _, rows in block.attention.spans():
@@ -217,7 +217,7 @@ def _damages(
     """Damage of removing a number of units, and of heads, from every block, on the first of the windows ``probing``.
 
     Each block is measured alone, at ``share`` of its units or heads. The sum is then scaled to the divergence with all blocks
-    changed together, because blocks that leave are measured together too.
+    changed together, because removed blocks are measured together too.
     """
     layout = context.layout
     sample, probe = cache.beginning(STATISTICS_TOKENS, context.ranks), OutputProbe(context, probing)

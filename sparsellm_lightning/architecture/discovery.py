@@ -134,7 +134,7 @@ def _bound(model: PreTrainedModel, config: PruningConfig) -> Iterator[Block]:
 
 
 def _may_leave(blocks: Sequence[Block], config: PruningConfig) -> set[str]:
-    """Names of the projections that lose rows or columns if neurons or heads leave."""
+    """Names of the projections that lose rows or columns if neurons or heads are removed."""
     names = set()
     for block in blocks:
         if "neurons" in config.removes:
@@ -213,7 +213,7 @@ def _check_units(layout: DecoderLayout, config: PruningConfig) -> None:
 
 
 def _check_heads(layout: DecoderLayout, config: PruningConfig) -> None:
-    """Refuse pattern heads for a model whose heads cannot leave alone."""
+    """Refuse pattern heads for a model whose heads cannot be removed one by one."""
     name = type(layout.model).__name__
     without = [block.name for block in layout.blocks if block.attention is None]
     if without:

@@ -1,4 +1,4 @@
-"""Attention that treats its heads alike and apart, so that some can leave."""
+"""Attention that treats its heads alike and apart, so that some can be removed."""
 
 from __future__ import annotations
 

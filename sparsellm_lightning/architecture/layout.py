@@ -196,7 +196,7 @@ class Attention:
 
     @property
     def removable(self) -> int:
-        """How many can leave one by one: key-value heads with their query heads, or query heads if all share one."""
+        """How many heads can be removed one by one: key-value heads with their query heads, or query heads if all share one."""
         return self.groups if self.groups > 1 else self.heads
 
     @property
@@ -260,7 +260,7 @@ class Block:
         module: of the block.
         units: what is solved at a time, in the order of evaluation.
         replay: see :class:`Replay`. None: every forward runs the whole block.
-        attention: see :class:`Attention`. None: there is none whose heads can leave.
+        attention: see :class:`Attention`. None: there is none whose heads can be removed.
         returns: values that the module returns behind the hidden states. None: it returns no tuple.
         dense: linear layers that cannot be pruned, with the reason.
         order: permutation of the axes of the hidden states that makes them (batch, sequence, ...). None: they are.
@@ -360,7 +360,7 @@ class DecoderLayout:
 
     @property
     def heads(self) -> int:
-        """Number of heads of every block's attention that can leave alone. 0 if there is no such number."""
+        """Number of heads of every block's attention that can be removed one by one. 0 if there is no such number."""
         found = {0 if block.attention is None else block.attention.removable for block in self.blocks}
         return found.pop() if len(found) == 1 else 0
 

@@ -161,7 +161,7 @@ class Exporter:
 def _cut(
     layout: DecoderLayout, config: PruningConfig, state: dict[str, Tensor] | None, report: PruningReport
 ) -> tuple[PreTrainedModel, dict[str, Tensor] | None, PruningReport]:
-    """The model without what has left, its weights if they are not its own, and the report of it."""
+    """The smaller model, its weights if the model does not hold them, and the report of it."""
     try:
         smaller = shrink(layout, config, state)
     except Exception as error:  # better the model with zeros than none

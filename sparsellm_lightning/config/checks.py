@@ -50,7 +50,7 @@ def check_pattern(config: PruningConfig) -> None:
     parse_nofm(config.pattern)
     if isinstance(config.pattern, str):
         return
-    named = "neurons, heads and blocks with the shares that leave, or parameters or latency with the share that is kept"
+    named = "neurons, heads and blocks with the shares to remove, or parameters or latency with the share that is kept"
     if not config.pattern or ({*config.pattern} - {*STRUCTURES} and len(config.pattern) > 1):
         raise UserError(f"pattern must give {named}, got {config.pattern}. Write {{neurons: 0.25, blocks: 3}}.")
     if config.sparsity is not None:

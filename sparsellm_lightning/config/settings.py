@@ -142,7 +142,7 @@ class PruningConfig:
         if not target_given and not self.fits_target:
             object.__setattr__(self, "target", "block")
         if not target_given and "blocks" in self.removes and self.reconstruction_steps:
-            object.__setattr__(self, "target", "model")  # only the dense model's output makes up for a block that left
+            object.__setattr__(self, "target", "model")  # only the dense model's output makes up for a removed block
         if isinstance(self.ignore, str):
             raise UserError(
                 f"ignore must be a list of patterns, got the string {self.ignore!r}. Write ['{self.ignore}']."
@@ -194,7 +194,7 @@ class PruningConfig:
 
     @property
     def _can_alternate(self) -> bool:
-        """Whether the alternation has anything to solve: heads and blocks leave without it."""
+        """Whether the alternation has anything to solve: heads and blocks are removed without it."""
         return self.method == "sparsellm" and (not self.removes or "neurons" in self.removes)
 
     @property
@@ -225,7 +225,7 @@ class PruningConfig:
 
     @property
     def removed_shares(self) -> dict[str, float]:
-        """The shares of ``neurons``, ``heads`` and ``blocks`` that leave. Empty if the pattern is a budget, or of zeros."""
+        """The shares of ``neurons``, ``heads`` and ``blocks`` to remove. Empty if the pattern is a budget, or of zeros."""
         if self.budget is not None:
             return {}
         given = {self.pattern: self.requested_sparsity} if isinstance(self.pattern, str) else self.pattern
@@ -233,7 +233,7 @@ class PruningConfig:
 
     @property
     def removes(self) -> frozenset[str]:
-        """Which of ``neurons``, ``heads`` and ``blocks`` leave. A budget may remove any of them."""
+        """Which of ``neurons``, ``heads`` and ``blocks`` are removed. A budget may remove any of them."""
         return frozenset(STRUCTURES if self.budget is not None else self.removed_shares)
 
     def kept(self, structure: str, number: int) -> int:

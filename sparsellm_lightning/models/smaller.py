@@ -40,7 +40,7 @@ class Shrinkage:
 
 @dataclass(frozen=True)
 class Smaller:
-    """A model without what left.
+    """A model without what was removed.
 
     Args:
         model: on its own, with whole weights.
@@ -74,7 +74,7 @@ def rebuilt(
 
 
 def fixed_shrinkage(layout: DecoderLayout, settings: PruningConfig) -> Shrinkage:
-    """What the settings' shares remove. Which blocks leave is not known before a run: the last ones stand for them."""
+    """What the settings' shares remove. Which blocks are removed is not known before a run: the last ones stand for them."""
     blocks = len(layout.blocks)
     return Shrinkage(
         settings.kept("neurons", layout.units) if "neurons" in settings.removed_shares else None,
@@ -101,7 +101,7 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
     LoRA adapters are merged.
 
     Args:
-        layout: of the model. Its zeros say what leaves.
+        layout: of the model. Its zeros say what is removed.
         settings: with which it was pruned.
         state_dict: whole weights of a model that is sharded over ranks. None: the model's own.
 
@@ -125,7 +125,7 @@ def shrink(layout: DecoderLayout, settings: PruningConfig, state_dict: dict[str,
     # Rounded up, so that a unit of zeros may stay.
     number = -(-number // settings.round_to) * settings.round_to
     most = _most(heads) if "heads" in settings.removes else layout.heads
-    shrinkage = Shrinkage(  # where sizes differ, none leaves
+    shrinkage = Shrinkage(  # where sizes differ, none is removed
         number if number < layout.units else None,
         most if most < layout.heads else None,
         frozenset(b.index for b in layout.blocks) - {*left},
@@ -182,7 +182,7 @@ def _shape(p: Projection, cut: tuple[int, Tensor] | None) -> tuple[int, int]:
 
 
 def _renumbered(layout: DecoderLayout, kept: Sequence[int], by_name: dict[str, Any]) -> dict[str, Any]:
-    """The entries that do not belong to blocks that left, with the names that they have in the smaller model."""
+    """The entries that do not belong to removed blocks, with the names that they have in the smaller model."""
     places = {layout.blocks[index].name: layout.blocks[place].name for place, index in enumerate(kept)}
     gone = tuple(f"{block.name}." for block in layout.blocks if block.name not in places)
     found = {}
@@ -297,7 +297,7 @@ def _shallower_config(
 ) -> PretrainedConfig:
     """The configuration with fewer blocks.
 
-    Lists with an entry a block lose those of the blocks that left. Lists of indices of blocks get new ones, if they have to.
+    Lists with an entry a block lose those of the removed blocks. Lists of indices of blocks get new ones, if they have to.
     """
     blocks = len(layout.blocks)
     settings = config.get_text_config(decoder=True).to_dict()

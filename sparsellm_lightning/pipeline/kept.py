@@ -240,7 +240,7 @@ def in_random_order(batches: Sequence[int], together: int, generator: torch.Gene
 def memory_of_tuning(blocks: Sequence[Block], config: PruningConfig, split: bool = False) -> tuple[float, float]:
     """Bytes of gradients and of the vectors of all kept weights of some blocks, on this rank.
 
-    Where units, heads or blocks leave, all weights count as kept, because how many leave is not known yet. Whole parameters
+    If units, heads or blocks are removed, all weights count as kept, because how many go is not known yet. Whole parameters
     hold one gradient at a time. Those of sharded parameters (``split``) are held together.
     """
     pruned = {id(p.parameter) for block in blocks for p in block.projections() if p.pruned}

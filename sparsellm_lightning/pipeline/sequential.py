@@ -107,7 +107,7 @@ def prune_blocks(
         with explaining_memory(lambda: _explain_memory(context, cache, sizes, "importance of features")):
             importance = feature_importance(context, cache)
     removed = frozenset() if shrinkage is None else shrinkage.blocks
-    # If whole blocks alone leave, tuning begins with the block in front of the first that leaves.
+    # If whole blocks alone are removed, tuning begins with the block in front of the first removed one.
     first_tuned = min(removed, default=0) - 1 if shrinkage == Shrinkage(blocks=removed) else 0
     alternate = _alternation(context, cache, windows, placement)
     tuned = batches_of_interest(context, cache)
@@ -175,7 +175,7 @@ def _sparsities(
 def _shrinkage(
     context: Context, cache: ActivationCache, batches: Sequence[CalibrationBatch], journal: Journal | None
 ) -> Shrinkage:
-    """What leaves. It is noted, because a run that goes on measures other seconds."""
+    """What to remove. Kept in the journal, because a resumed run would measure other seconds."""
 
     def choose() -> Tensor:
         found = choose_shrinkage(context, cache, batches)

@@ -45,7 +45,9 @@ def model_card(report: PruningReport, images: Sequence[str] = (), packed: bool =
 _PACKED = (
     "The files leave the zeros out. `sparsellm_lightning.load_model(DIR)` reads them, plain `transformers` does not."
 )
-_SMALLER = "Hidden units, heads or blocks have left the matrices and the configuration. This is a smaller dense model"
+_SMALLER = (
+    "Hidden units, heads or blocks are removed from the matrices and the configuration. This is a smaller dense model"
+)
 _ANY_ENGINE = ": any engine runs it, and `sparsellm benchmark` measures how much faster."
 _ZEROS = (
     "The weights hold zeros. Engines without sparse kernels run them at dense speed, and plain files are as large as the dense "

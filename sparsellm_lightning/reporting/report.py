@@ -100,7 +100,7 @@ class PruningReport:
             next-token distributions before and after, on held-out windows if there are any. None if there were no steps.
         mask_check: after fine-tuning, ``{"checks", "layers", "zeros"}``: number of comparisons with the masks, and layers and
             zeros compared. A run with a changed zero stops.
-        removed_blocks: indices of the blocks that left the written model. ``blocks`` are those that stay.
+        removed_blocks: indices of the blocks that the written model lacks. ``blocks`` are the others.
         stages: of gradual pruning, ``{"step", "sparsity", "before", "after"}``, with the perplexity before and after the stage.
     """
 
@@ -170,7 +170,7 @@ class PruningReport:
 
     @property
     def exported_sparsity(self) -> float:
-        """Fraction of zeros in the projections as they are written: without what leaves the model as a whole."""
+        """Fraction of zeros in the projections as they are written: without what is removed as a whole."""
         return float(self.sparsity.get("exported", self.sparsity["achieved"]))
 
     def metrics(self) -> dict[str, float]:

@@ -61,7 +61,7 @@ def surgeon(
         ``tr(W_j ((H⁻¹)_jj)⁻¹ W_jᵀ)``
 
     Then ``W −= W_j ((H⁻¹)_jj)⁻¹ (H⁻¹)_j``, and the same for ``H⁻¹`` (ZipLM, arXiv 2302.04089). To remove more than 512 groups,
-    512 steps remove one or several each, by scores that ignore what else leaves in the step.
+    512 steps remove one or several each, by scores that ignore what else the step removes.
 
     Args:
         weight: W, (rows, columns) float32.

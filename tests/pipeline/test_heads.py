@@ -84,9 +84,7 @@ def test_trained_model(trained: Callable[[str], PreTrainedModel], text: TextData
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"keep some of 2 removable heads and remove some, but sparsity 0.9 keeps 0"
-    ):
+    with pytest.raises(UserError, match=r"keep some of 2 removable heads and remove some, but sparsity 0.9 keeps 0"):
         describe(build_model("llama"), PruningConfig(pattern="heads", sparsity=0.9))
     with pytest.raises(UserError, match="of GPTNeoXForCausalLM has none"):
         describe(build_model("gpt_neox"), PruningConfig(pattern="heads"))
