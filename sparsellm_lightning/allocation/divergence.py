@@ -107,7 +107,7 @@ class OutputProbe:
         return moving.hidden
 
     def _choose_sample(self, ends: list[Tensor]) -> VocabularySample | None:
-        """Of the vocabulary, if the model can give its logits alone. The same on all ranks, and on any number of them."""
+        """A sample of the vocabulary, the same for any number of ranks. None if the model must compute all logits together."""
         model, ranks = self.context.layout.model, self.context.ranks
         if self.context.adapter.forward_is_collective:
             return None

@@ -42,8 +42,8 @@ LARGE = 0.1  # smallest share of a block's parameters from which one that is not
 
 @dataclass
 class Examination:
-    """Of one block that was observed, by further forwards: two for each feed-forward network or mixture (see
-    :func:`effect_on_block`), and more for routers, attention heads and replays.
+    """Finds what the layers of an observed block are. Runs further forwards of the block: two for each feed-forward network or
+    mixture (see :func:`effect_on_block`), and more for routers, attention heads and replays.
 
     Args:
         index: of the block.

@@ -174,7 +174,7 @@ class Experts:
 
     @property
     def projections(self) -> list[Projection]:
-        """Of all experts, in order."""
+        """The projections of all experts, in order."""
         return [p for network in self.networks for p in network.projections]
 
 

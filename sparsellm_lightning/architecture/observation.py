@@ -78,7 +78,7 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 @dataclass
 class Observation:
-    """Of one block: the calls of its linear layers, its experts, and what the modules inside return.
+    """What one forward of a block shows: calls of its linear layers, its experts, and what the modules inside return.
 
     Args:
         model: that holds the block.

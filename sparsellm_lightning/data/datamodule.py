@@ -161,11 +161,11 @@ class TextDataModule(LightningDataModule):
         self._resumed, self._trains = False, True
 
     def teardown(self, stage: str) -> None:
-        """Behind the run, :meth:`train_dataloader` makes its windows again."""
+        """Let :meth:`train_dataloader` give the training windows again after the run."""
         self._trains = True
 
     def on_exception(self, exception: BaseException) -> None:
-        """As :meth:`teardown`, which does not follow an exception."""
+        """Do what :meth:`teardown` does, which Lightning does not call after an exception."""
         self._trains = True
 
     def state_dict(self) -> dict[str, Any]:

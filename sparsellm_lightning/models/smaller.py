@@ -20,7 +20,7 @@ from sparsellm_lightning.sparsity import has_adapters, merged_state
 Shapes = dict[str, torch.Size]
 
 Cut = dict[str, tuple[int, Tensor]]
-"""Of each parameter that loses entries, by name: the axis, and a bool for each entry along it, True = kept."""
+"""Name of each parameter that loses entries -> (axis, bool for each entry along that axis, True = kept)."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _renumbered(layout: DecoderLayout, kept: Sequence[int], by_name: dict[str, A
 
 
 def _cut_units(layout: DecoderLayout, kept: Sequence[Tensor]) -> Cut:
-    """The entries that weights and biases keep, given those of the hidden units of each feed-forward network, (f,) bool."""
+    """The entries that weights and biases keep, given the kept hidden units of each feed-forward network, (f,) bool."""
     names, found = unwrapped_names(layout.model), Cut()
     for network, units in zip(layout.networks, kept, strict=True):
         if not units.all():
@@ -207,7 +207,7 @@ def _cut_units(layout: DecoderLayout, kept: Sequence[Tensor]) -> Cut:
 
 
 def _cut_heads(layout: DecoderLayout, kept: Sequence[Tensor]) -> Cut:
-    """Likewise, given the heads of each attention, (removable,) bool."""
+    """The entries that weights and biases keep, given the kept heads of each attention, (removable,) bool."""
     names, found = unwrapped_names(layout.model), Cut()
     for attention, heads in zip(_attentions(layout), kept, strict=True):
         if not heads.all():

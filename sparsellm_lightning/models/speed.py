@@ -119,7 +119,7 @@ def measure_speed(
 
 
 def _memory_bytes(model: PreTrainedModel) -> int:
-    """Of parameters and buffers. A semi-structured tensor has the shape of the dense one, and holds smaller ones."""
+    """Bytes of parameters and buffers. A semi-structured tensor has the dense shape, but holds smaller tensors, which count."""
 
     def size(tensor: Tensor) -> int:
         inside: list[str] = tensor.__tensor_flatten__()[0] if isinstance(tensor, SparseSemiStructuredTensor) else []

@@ -64,7 +64,7 @@ class BlockProblem:
 
     @property
     def context(self) -> Context:
-        """Of the run."""
+        """The run's context."""
         return self.solver.context
 
     def statistics(self, unit: Linears | Network) -> InputStatistics:

@@ -269,7 +269,7 @@ class Distiller:
             hidden.backward(leaf.grad)
 
     def _logits(self, forward: Forward, hidden: Tensor) -> Tensor:
-        """Of the next token, for the decoder's output at some positions."""
+        """Next-token logits for the decoder's output at some positions."""
         with self.context.autocast():
             logits = logits_at(self.model, forward, self._output, hidden)
         assert logits is not None  # every batch has windows
@@ -297,5 +297,5 @@ class Distiller:
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:
-    """Of logits (windows, positions, vocabulary): (windows, positions). The dense ones are written over."""
+    """KL divergence per position, (windows, positions), of logits (windows, positions, vocabulary). Overwrites ``dense``."""
     return kl_divergence(dense.flatten(0, 1), logits.flatten(0, 1), reuse=True).view(logits.shape[:2])

@@ -14,7 +14,7 @@ from sparsellm_lightning.runtime import Sizes
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a run on one device.
+    """What a run takes on one device.
 
     Args:
         operations: floating-point operations by phase, as :class:`~sparsellm_lightning.PruningReport` names them, without

@@ -61,7 +61,7 @@ class _KLDivergence(torch.autograd.Function):
 
 
 def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Tensor | None) -> Tensor:
-    """As :func:`kl_divergence`, of at least one token. The gradient, which may lie where ``dense`` does, is filled in."""
+    """See :func:`kl_divergence`. Needs a token. Writes the gradient into ``gradient``, which may share ``dense``'s memory."""
     tokens, vocabulary = logits.shape
     columns = max(1, (CPU_ENTRIES if logits.device.type == "cpu" else GPU_ENTRIES) // tokens)
     parts = [slice(start, start + columns) for start in range(0, vocabulary, columns)]
