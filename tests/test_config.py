@@ -70,7 +70,7 @@ def test_where_blocks_leave_the_others_are_fitted_to_the_dense_model() -> None:
 
 def test_numbers_in_the_help_are_those_of_the_code() -> None:
     shown = " ".join(str(PruningConfig.__doc__).split())
-    assert f"continues each {synthetic.PROMPT} tokens" in shown
+    assert f"continues every {synthetic.PROMPT}-token piece" in shown
     assert f"about {distil.STEP_TOKENS} tokens" in shown
     assert f"first {100 * (1 - distil.OWN_SHARE):.0f} %" in shown
 
