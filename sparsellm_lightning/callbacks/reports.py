@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from sparsellm_lightning.runtime import Profile
 from sparsellm_lightning.sparsity import SPARSE, filled_by_merge, has_adapters
 
 
+@dataclass
 class Reporter:
     """Prunes and measures the model of one run, and reports it. All ranks call its methods together.
 
@@ -38,22 +39,14 @@ class Reporter:
         profile: seconds of the measurements.
     """
 
-    def __init__(
-        self,
-        config: PruningConfig,
-        schedule: dict[int, float] | None,
-        resume_dir: str | None,
-        *,
-        measure: bool,
-        baseline: bool,
-        examples: bool,
-    ) -> None:
-        self.config = config
-        self.schedule = schedule
-        self.resume_dir = resume_dir
-        self.measure = measure
-        self.baseline = baseline
-        self.examples = examples
+    config: PruningConfig
+    schedule: dict[int, float] | None
+    resume_dir: str | None
+    measure: bool
+    baseline: bool
+    examples: bool
+
+    def __post_init__(self) -> None:
         self.profile = Profile()
         self._measurer = Measurer(self.profile)
 
