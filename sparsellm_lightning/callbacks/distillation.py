@@ -245,8 +245,8 @@ class Distillation(pl.Callback):
         assert teacher is not None
         if not calls:
             raise UserError(
-                "Distillation compares the student's forwards, but training_step made none through the model's own forward. "
-                "Call the transformers model itself, not its parts."
+                "Distillation compares the student's forwards, but training_step made none with gradients through the "
+                "model's own forward. Call the transformers model itself, not its parts, and train some of its weights."
             )
         total: Tensor | float = 0.0
         parts: defaultdict[str, Any] = defaultdict(float)  # over the forwards of a step

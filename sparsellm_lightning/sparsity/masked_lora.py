@@ -17,7 +17,7 @@ from sparsellm_lightning.sparsity.lora import merged, refilled
 
 
 class MaskedLora(LoraVariant):  # type: ignore[misc]
-    """The output of a linear layer: ``x (W + M ⊙ s BA)ᵀ`` with M = (W ≠ 0) and s the adapter's scale."""
+    """Adds the masked update to a linear layer: ``x (W + M ⊙ s BA)ᵀ`` with M = (W ≠ 0) and s the adapter's scale."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str) -> None: ...

@@ -44,7 +44,6 @@ from common import (
     other_python,
     parser,
     prepared,
-    replace_json,
     write_section,
 )
 from matplotlib.figure import Figure
@@ -52,6 +51,7 @@ from matplotlib.ticker import LogLocator
 
 from sparsellm_lightning import PruningConfig
 from sparsellm_lightning.config import PRESETS, Allocation
+from sparsellm_lightning.models import replace_text
 
 Cell = tuple[str, str]  # its row and its column
 Settings = dict[str, Any]
@@ -131,7 +131,7 @@ class Results:
 
     def add(self, cell: Cell, figures: Job) -> None:
         self.known[self.key(cell)] = figures
-        replace_json(self.path, self.known)
+        replace_text(self.path, json.dumps(self.known, indent=1))
 
     def gap(self, cell: Cell, text: str) -> float | None:
         dense, pruned = self.find(DENSE), self.find(cell)

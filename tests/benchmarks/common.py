@@ -160,13 +160,6 @@ def forget_peak() -> int:
     return peak_bytes()
 
 
-def replace_json(path: Path, content: Any) -> None:
-    """Write a file as a whole. A kill leaves the old one or the new one."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1))
-    os.replace(beside, path)
-
-
 def run_job(script: str, job: Job, python: str = sys.executable) -> Job:
     """Run ``script --job JSON`` and parse the last line that it prints."""
     done = subprocess.run([python, script, "--job", json.dumps(job)], check=True, stdout=subprocess.PIPE, text=True)
@@ -180,6 +173,7 @@ def complete(file: Path, every: Mapping[str, Job], wanted: Iterable[str], script
     Answers to jobs of the same name with other settings, presets, models or windows are left out.
     """
     from sparsellm_lightning import PruningConfig
+    from sparsellm_lightning.models import replace_text
 
     known: dict[str, Job] = json.loads(file.read_text()) if file.exists() else {}
     settings = {}
@@ -193,7 +187,7 @@ def complete(file: Path, every: Mapping[str, Job], wanted: Iterable[str], script
             found = run_job(script, every[name])
             kept = {key: found[key] for key in ("seconds", "perplexity", "peak_bytes") if key in found}
             known[name] = {**kept, "settings": settings[name]}
-            replace_json(file, known)
+            replace_text(file, json.dumps(known, indent=1))
             print(name, known[name], file=sys.stderr, flush=True)
     return {name: answer for name, answer in known.items() if name in settings and answer["settings"] == settings[name]}
 

@@ -524,7 +524,7 @@ def test_a_step_without_a_forward_of_the_model(trained, sparse: PreTrainedModel,
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return self.backbone.lm_head(self.backbone.model(batch).last_hidden_state).mean()
 
-    with pytest.raises(UserError, match="made none through the model's own forward"):
+    with pytest.raises(UserError, match="made none with gradients through the model's own forward"):
         loss_of(Parts(sparse, adamw), ids, SparseFinetuning(), Distillation(trained("llama")))
 
 
