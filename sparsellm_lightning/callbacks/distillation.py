@@ -27,17 +27,22 @@ from sparsellm_lightning.solvers import kl_divergence
 from sparsellm_lightning.sparsity import linear_layers, pruned_before
 
 
-def logit_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
+def logit_loss(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None, *, reuse: bool = False
+) -> Tensor:
     """``T² · mean KL(softmax(t / T) ‖ softmax(s / T))`` over tokens (Hinton et al., arXiv 1503.02531).
 
     Args:
         student, teacher: logits, (..., classes), any dtype. Computed in float32.
         temperature: T. The factor T² makes the size of the gradient independent of T.
         valid: (...) bool, tokens that count. None: all.
+        reuse: the gradient may overwrite ``teacher``, to save memory.
     """
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
-    return temperature**2 * kl_divergence(teacher.flatten(0, -2), student.flatten(0, -2), temperature).mean()
+    reuse = reuse and student.dtype == teacher.dtype
+    divergence = kl_divergence(teacher.flatten(0, -2), student.flatten(0, -2), temperature, reuse=reuse)
+    return temperature**2 * divergence.mean()
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
@@ -264,7 +269,7 @@ class Distillation(pl.Callback):
                         f"{shapes[1]}. Choose a teacher with the same head and vocabulary, or set logit_weight to 0."
                     )
                 tokens = _of_kept_logits(valid, call.inputs) if call.logits.dim() == 3 else None
-                loss = logit_loss(call.logits, seen[0].logits, self.temperature, tokens)
+                loss = logit_loss(call.logits, seen[0].logits, self.temperature, tokens, reuse=True)
                 parts["logit"] += loss.detach()
                 total = total + self.logit_weight * loss
             if self.feature_weight:

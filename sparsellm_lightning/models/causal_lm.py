@@ -22,10 +22,12 @@ from sparsellm_lightning.models.evaluation import (
     labels_in,
     model_inputs,
     new_metric,
+    next_tokens,
     targets_of,
     update,
 )
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
+from sparsellm_lightning.solvers import cross_entropy
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
 
@@ -132,9 +134,8 @@ class CausalLM(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         targets = targets_of(model_inputs(batch), labels_in(batch))
-        loss = torch.nn.functional.cross_entropy(
-            self(batch)[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED
-        )
+        following = next_tokens(targets).flatten()
+        loss = cross_entropy(self(batch).flatten(0, 1), following).sum() / (following != IGNORED).sum()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

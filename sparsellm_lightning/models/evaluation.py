@@ -160,6 +160,14 @@ def targets_of(inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
     return labels.masked_fill((mask == 0) | (seen == 0), IGNORED)  # what sees padding alone predicts nothing
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """The label of the following position at each one, (batch, sequence), and -100 at the last.
+
+    Thus the logits of all positions can be compared, without a copy of all but the last ones.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: Forward, ranks: Ranks = SINGLE) -> None:
     """Add the next-token likelihoods of a batch. The logits of a few positions at a time are in memory.
 
@@ -170,7 +178,7 @@ def update(metric: Perplexity, model: PreTrainedModel, labels: Tensor, forward: 
         forward: of the model, over the batch. It is called several times.
         ranks: that call the model together, because its weights are split over them.
     """
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    following = next_tokens(labels)
     for positions, logits in _logits_in_slices(model, forward, labels.shape, ranks):
         targets = following[:, positions]
         if bool((targets != IGNORED).any()):

@@ -11,7 +11,7 @@ from sparsellm_lightning.solvers.activations import (
 from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.auxiliaries import Penalties
 from sparsellm_lightning.solvers.columns import choose_columns, refit_columns, refits, surgeon
-from sparsellm_lightning.solvers.divergence import kl_divergence
+from sparsellm_lightning.solvers.divergence import cross_entropy, kl_divergence
 from sparsellm_lightning.solvers.errors import NumericalError
 from sparsellm_lightning.solvers.factorization import Factor, factorize, spd_inverse
 from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
@@ -65,6 +65,7 @@ __all__ = [
     "choose_columns",
     "count",
     "counted_by",
+    "cross_entropy",
     "empty",
     "factorize",
     "find_activation",

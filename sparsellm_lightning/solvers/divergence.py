@@ -1,7 +1,9 @@
-"""Divergence of a model's next-token distribution from another's, with its gradient, from logits."""
+"""Losses of next-token distributions, with their gradients, from logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.autograd.function import once_differentiable
 CPU_ENTRIES = 2**18  # limit on the float32 logits at once on a CPU, so that they stay in its caches
 GPU_ENTRIES = 2**23
 TOKENS = 512  # largest number of tokens at once. CPU_ENTRIES / tokens is then the number of vocabulary entries
+IGNORED = -100  # as target
 LEAST = -1e4  # lower limit of (logit − largest) / T, so that a minus infinity of an excluded token stays finite
 
 
@@ -30,40 +33,82 @@ def kl_divergence(dense: Tensor, logits: Tensor, temperature: float = 1.0, *, re
     Returns:
         (tokens,) float32.
     """
-    divergence: Tensor = _KLDivergence.apply(dense, logits, temperature, reuse)
+    divergence: Tensor = _Loss.apply(logits, dense if reuse else None, TOKENS, partial(_divergence, dense, temperature))
     return divergence
 
 
-class _KLDivergence(torch.autograd.Function):
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """``−log softmax(logits)[target]`` of each token, and 0 where the target is −100.
+
+    The gradient, ``softmax(logits)`` minus 1 at the target, is computed in the forward, as for :func:`kl_divergence`. PyTorch's
+    function holds three float32 tensors as large as the logits in its backward.
+
+    Args:
+        logits: (tokens, vocabulary), any dtype, with a gradient.
+        targets: (tokens,) int64, of the vocabulary or −100.
+
+    Returns:
+        (tokens,) float32.
+    """
+    together = max(1, _entries(logits) // logits.shape[1])
+    loss: Tensor = _Loss.apply(logits, None, together, partial(_cross_entropy, targets))
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    """A loss of each token. Its gradient is computed with it."""
+
     @staticmethod
-    def forward(ctx: Any, dense: Tensor, logits: Tensor, temperature: float, reuse: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        memory: Tensor | None,
+        together: int,
+        loss_of: Callable[[slice, Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """``loss_of(tokens, their logits, where their gradient is written)`` gets ``together`` tokens at a time.
+
+        ``memory``: of the logits' dtype, for the gradient.
+        """
         gradient = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[0]:
             # Float16 cannot hold entries below 6e-8, which the loss scale lifts only in the backward.
             half = logits.dtype == torch.float16
             kind = torch.float32 if half else logits.dtype
-            gradient = dense if reuse and not half else torch.empty_like(logits, dtype=kind)
+            gradient = torch.empty_like(logits, dtype=kind) if half or memory is None else memory
             ctx.save_for_backward(gradient)
             ctx.dtype = logits.dtype
-        divergences = [logits.new_empty(0, dtype=torch.float32)]
-        for start in range(0, len(logits), TOKENS):
-            some = slice(start, start + TOKENS)
-            into = None if gradient is None else gradient[some]
-            divergences.append(_divergence(dense[some], logits[some], temperature, into))
-        return torch.cat(divergences)
+        losses = [logits.new_empty(0, dtype=torch.float32)]
+        for start in range(0, len(logits), together):
+            some = slice(start, start + together)
+            losses.append(loss_of(some, logits[some], None if gradient is None else gradient[some]))
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place, for memory. Autograd refuses a second backward.
-        return None, gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)).to(ctx.dtype), None, None
+        return gradient.mul_(upstream.unsqueeze(-1).to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
-def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Tensor | None) -> Tensor:
+def _cross_entropy(targets: Tensor, some: slice, logits: Tensor, gradient: Tensor | None) -> Tensor:
+    """See :func:`cross_entropy`."""
+    ignored = (targets[some] == IGNORED).unsqueeze(-1)
+    target = targets[some].unsqueeze(-1).masked_fill(ignored, 0)
+    log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+    losses = -log_q.gather(-1, target).masked_fill(ignored, 0).squeeze(-1)
+    if gradient is not None:
+        at_target = torch.full_like(target, -1, dtype=torch.float32)
+        gradient.copy_(log_q.exp_().scatter_add_(-1, target, at_target).masked_fill_(ignored, 0))
+    return losses
+
+
+def _divergence(dense: Tensor, temperature: float, some: slice, logits: Tensor, gradient: Tensor | None) -> Tensor:
     """See :func:`kl_divergence`. Needs a token. Writes the gradient into ``gradient``, which may share ``dense``'s memory."""
+    dense = dense[some]
     tokens, vocabulary = logits.shape
-    columns = max(1, (CPU_ENTRIES if logits.device.type == "cpu" else GPU_ENTRIES) // tokens)
+    columns = max(1, _entries(logits) // tokens)
     parts = [slice(start, start + columns) for start in range(0, vocabulary, columns)]
     # log p = a − log Σ exp(a), where a is a logit minus the largest one, divided by T.
     largest = [x.amax(-1, keepdim=True).float() for x in (dense, logits)]
@@ -85,3 +130,8 @@ def _divergence(dense: Tensor, logits: Tensor, temperature: float, gradient: Ten
             gradient[:, part] = q.sub_(p)
     divergence: Tensor = (weighted / sum_p - sum_p.log() + sum_q.log()).squeeze(-1)
     return divergence
+
+
+def _entries(logits: Tensor) -> int:
+    """How many float32 logits may be in memory at once."""
+    return CPU_ENTRIES if logits.device.type == "cpu" else GPU_ENTRIES

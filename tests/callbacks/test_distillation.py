@@ -59,14 +59,18 @@ def test_logit_loss(temperature: float, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("valid", [None, torch.rand(3, 90, generator=torch.Generator().manual_seed(3)) < 0.7])
-def test_gradient_of_the_logit_loss(valid: Tensor | None) -> None:
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_logit_loss(valid: Tensor | None, reuse: bool, dtype: torch.dtype) -> None:
     """More tokens than one chunk of the computation, against autograd through the plain formula."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(3, 90, 7, generator=generator, requires_grad=True)
-    teacher = torch.randn(3, 90, 7, generator=generator)
-    (0.7 * logit_loss(student, teacher, 2.0, valid)).backward()
+    teacher = torch.randn(3, 90, 7, generator=generator).to(dtype)  # another dtype's memory cannot hold the gradient
+    given = teacher.clone()
+    (0.7 * logit_loss(student, given, 2.0, valid, reuse=reuse)).backward()
+    assert reuse or torch.equal(given, teacher)
     (ours,), student.grad = (student.grad.clone(),), None  # type: ignore[union-attr]
-    s, t = (student, teacher) if valid is None else (student[valid], teacher[valid])
+    s, t = (student, teacher.float()) if valid is None else (student[valid], teacher[valid].float())
     q, p = torch.log_softmax(s / 2, -1), torch.log_softmax(t / 2, -1)
     (0.7 * 4 * (p.exp() * (p - q)).sum(-1).mean()).backward()
     torch.testing.assert_close(ours, student.grad, rtol=1e-4, atol=1e-8)
