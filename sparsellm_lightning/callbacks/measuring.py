@@ -18,10 +18,11 @@ from sparsellm_lightning.architecture import context_of, token_input
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import calibration_batches, datamodule_of, validation_batches
 from sparsellm_lightning.distributed import adapter_for, local_tensor
-from sparsellm_lightning.models import IGNORED, continued, first_prompts, labels_in, model_inputs, perplexity
+from sparsellm_lightning.models import continued, first_prompts, labels_in, model_inputs, perplexity
 from sparsellm_lightning.pipeline import prune_model
 from sparsellm_lightning.reporting import PruningReport
 from sparsellm_lightning.runtime import Profile, showing
+from sparsellm_lightning.solvers import IGNORED
 
 PROMPTS = (3, 16)  # examples, and tokens of each
 CONTINUED = 24  # tokens that follow

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparsellm_lightning.architecture import token_input
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import IGNORED, model_inputs
+from sparsellm_lightning.models import model_inputs
+from sparsellm_lightning.solvers import IGNORED
 
 Windows = DataLoader[dict[str, Tensor]]
 

@@ -5,7 +5,6 @@ from sparsellm_lightning.models.buffers import keep_in_conversions, kept_in_floa
 from sparsellm_lightning.models.causal_lm import CausalLM
 from sparsellm_lightning.models.checkpoint import check_checkpoint
 from sparsellm_lightning.models.evaluation import (
-    IGNORED,
     check_inputs,
     labels_in,
     model_inputs,
@@ -41,7 +40,6 @@ from sparsellm_lightning.models.verify import verify_export
 from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens, size_of_sample
 
 __all__ = [
-    "IGNORED",
     "REPORT_NAME",
     "CausalLM",
     "Forward",

@@ -17,7 +17,6 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.buffers import kept_in_float32
 from sparsellm_lightning.models.checkpoint import is_checkpoint, load_checkpoint
 from sparsellm_lightning.models.evaluation import (
-    IGNORED,
     check_inputs,
     labels_in,
     model_inputs,
@@ -27,7 +26,7 @@ from sparsellm_lightning.models.evaluation import (
     update,
 )
 from sparsellm_lightning.models.loading import load_model, load_tokenizer
-from sparsellm_lightning.solvers import cross_entropy
+from sparsellm_lightning.solvers import IGNORED, cross_entropy
 from sparsellm_lightning.sparsity import LoraOptions, add_adapters
 
 

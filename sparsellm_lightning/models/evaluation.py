@@ -17,9 +17,8 @@ from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.head import Forward, decoder_output, logits_at
 from sparsellm_lightning.runtime import tracked
-from sparsellm_lightning.solvers import SINGLE, Ranks
+from sparsellm_lightning.solvers import IGNORED, SINGLE, Ranks
 
-IGNORED = -100
 # Limit on the logits of several positions in memory at once. Their softmax is a copy, and distillation holds those of two
 # models.
 LOGITS = 2**24

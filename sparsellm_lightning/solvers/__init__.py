@@ -11,7 +11,7 @@ from sparsellm_lightning.solvers.activations import (
 from sparsellm_lightning.solvers.admm import admm
 from sparsellm_lightning.solvers.auxiliaries import Penalties
 from sparsellm_lightning.solvers.columns import choose_columns, refit_columns, refits, surgeon
-from sparsellm_lightning.solvers.divergence import cross_entropy, kl_divergence
+from sparsellm_lightning.solvers.divergence import IGNORED, cross_entropy, kl_divergence
 from sparsellm_lightning.solvers.errors import NumericalError
 from sparsellm_lightning.solvers.factorization import Factor, factorize, spd_inverse
 from sparsellm_lightning.solvers.feed_forward import CHUNK, FeedForward
@@ -36,6 +36,7 @@ from sparsellm_lightning.solvers.wanda import wanda
 
 __all__ = [
     "CHUNK",
+    "IGNORED",
     "LOCAL_SOLVERS",
     "SINGLE",
     "Activation",

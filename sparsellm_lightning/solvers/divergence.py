@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 CPU_ENTRIES = 2**18  # limit on the float32 logits at once on a CPU, so that they stay in its caches
 GPU_ENTRIES = 2**23
 TOKENS = 512  # largest number of tokens at once. CPU_ENTRIES / tokens is then the number of vocabulary entries
-IGNORED = -100  # as target
+IGNORED = -100  # as target: there is none
 LEAST = -1e4  # lower limit of (logit − largest) / T, so that a minus infinity of an excluded token stays finite
 
 
@@ -41,7 +41,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """``−log softmax(logits)[target]`` of each token, and 0 where the target is −100.
 
     The gradient, ``softmax(logits)`` minus 1 at the target, is computed in the forward, as for :func:`kl_divergence`. PyTorch's
-    function holds three float32 tensors as large as the logits in its backward.
+    function holds three float32 tensors as large as the logits in its backward. Here the backward can run only once.
 
     Args:
         logits: (tokens, vocabulary), any dtype, with a gradient.
