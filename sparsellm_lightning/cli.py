@@ -1,4 +1,4 @@
-"""The ``sparsellm`` command: Lightning's subcommands, prune, evaluate, verify, inspect, benchmark and sweep."""
+"""The ``sparsellm`` command: prune, evaluate, verify, inspect, benchmark, sweep and Lightning's subcommands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps out of what the commands print: advertisements, notes about other packages' insides, and bars in log files."""
+"""Keeps advertisements, notes about other packages' insides, and bars in log files out of the commands' output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTES = (
 
 
 def quieten() -> None:
-    """Drop them from warnings, from Lightning's log and, outside a terminal, from what transformers and datasets print."""
+    """Drop notes from warnings and from Lightning's log and, outside a terminal, the bars of transformers and datasets."""
     if not draws_bars():
         disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, which comes later, if at all

@@ -125,7 +125,7 @@ def _mixtures(
         costs: by block.
         limit: on their sum.
         step: the number of units is a multiple of it, or all.
-        leaving: the divergence after each block that leaves, in order.
+        leaving: the divergence after each removed block, in order.
     """
     for number in range(len(leaving) + 1):
         gone = list(leaving)[:number]

@@ -48,7 +48,7 @@ class PruningConfig:
             budget: the share to keep of the parameters of the decoder blocks' projections, ``{parameters: 0.7}``, or of the
             blocks' time in a forward over one calibration batch, ``{latency: 0.7}``, divided over units, heads and blocks so
             that the estimated divergence of the model's output is least.
-        round_to: number by which the hidden units that are kept are divisible.
+        round_to: the number of hidden units that are kept is a multiple of it.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
             ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,
             reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
@@ -76,7 +76,7 @@ class PruningConfig:
         continuations: number of windows that the dense model writes for each fitted calibration window without padding. In the
             first, the model continues every 32-token piece of the calibration window; in the others it continues random tokens
             of the vocabulary, which gives text of other kinds. The first 40 % of the distillation steps use the written
-            windows. The blocks are also fitted to one written window (the last) for each of the first half of the fitted ones.
+            windows. For the first half of the fitted windows, the blocks are also fitted to the last window written for each.
         damping: added to the diagonal of each Gram matrix, as a fraction of the diagonal's mean.
         alternation_blocks: blocks whose feed-forward network ``sparsellm`` solves by the alternation (the paper's Ω): ``all``,
             ``none``, ``first_half``, or block indices (negative ones count from the end). ``local_solver`` solves the others.
@@ -88,7 +88,7 @@ class PruningConfig:
             (``down_proj``, ``layers.0.*``). Not with patterns that may remove blocks.
         num_calibration_samples: calibration windows, over all ranks.
         calibration_val_fraction: fraction of the calibration windows that are held out. No weight is fitted to them; iterates
-            and reconstruction steps are chosen on them. Rounded down to whole windows. Methods that choose nothing fit all
+            and tuned states are chosen on them. Rounded down to whole windows. Methods that choose nothing fit all
             windows.
         seed: of the choice of calibration windows, of continuations, of the order of tuning batches, and of sampled tokens.
         solver_precision: ``auto``: bfloat16 products where the hardware is faster at them: for the alternation's auxiliaries,

@@ -206,7 +206,7 @@ def _uses(module: torch.nn.Module) -> Counter[int]:
 def batches_of_a_step(ranks: Ranks, tokens: Sequence[int], wanted: int) -> int:
     """How many batches each rank takes in a step, so that the steps of all ranks together have about ``wanted`` tokens.
 
-    All ranks make equally many forwards. The rank with most batches need see none twice in a step.
+    All ranks make equally many forwards. No step takes more batches than the rank with most has.
 
     Args:
         ranks: call this together.

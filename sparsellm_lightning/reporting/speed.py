@@ -11,7 +11,7 @@ from sparsellm_lightning.reporting.report import format_table
 def speed_table(speeds: Sequence[Speed]) -> str:
     """One row for each figure, one column for each model, and a column of ratios: the first model's figure over the last's.
 
-    Of the first model with its fastest kernels, and of the last one with dense ones.
+    Ratios take the first model's speed with its fastest kernels, and the last one's with dense ones.
     """
     first = [speed for speed in speeds if speed.name == speeds[0].name][-1]
     last = next(speed for speed in speeds if speed.name == speeds[-1].name)

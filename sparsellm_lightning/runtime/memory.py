@@ -34,7 +34,7 @@ class Sizes:
 
     Args:
         work: the feed-forward network's weights in float32, its statistics and their factorisations.
-        activations: inputs and outputs of the block and of its feed-forward network.
+        activations: inputs and outputs of the block and of its feed-forward network, and the outputs that it should have.
         auxiliaries: z and s of the alternation. 0 without an alternation.
     """
 

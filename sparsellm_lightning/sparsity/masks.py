@@ -21,7 +21,7 @@ class Masks:
     the zeros always show which weights are pruned.
 
     Args:
-        projections: weights whose zeros are held. Of a fused parameter, all zeros are.
+        projections: weights whose zeros are held. Of a fused parameter all zeros are held.
         adapter: of the strategy the model runs under.
 
     Attributes:
