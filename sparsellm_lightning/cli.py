@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsellm_lightning.architecture import find_model
-from sparsellm_lightning.callbacks import SparseLLMCallback
+from sparsellm_lightning.callbacks import SparseFinetuning, SparseLLMCallback
 from sparsellm_lightning.commands import benchmark, inspect, verify
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule, run_tokenizer
@@ -282,8 +282,9 @@ class SparseLLMCLI(LightningCLI):
             )
 
     def before_test(self) -> None:
-        """Refuse a checkpoint that is not there or not of this run."""
+        """Refuse a checkpoint that is not there or not of this run. Adapters in it are masked as in training."""
         self._check_ckpt_path("evaluate it")
+        self.trainer.callbacks.append(SparseFinetuning())  # type: ignore[attr-defined]
 
     def _check_ckpt_path(self, then: str) -> None:
         """Refuse a checkpoint that is not there, and one that Lightning would take unasked in a job that is not requeued."""

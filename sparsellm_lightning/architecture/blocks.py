@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -117,16 +117,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward inside this context. Hooks of the module still run around it."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
+def patched(owner: object, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one object inside this context."""
+    own = vars(owner).get(name)
+    vars(owner)[name] = method
     try:
         yield
     finally:
-        del vars(module)["forward"]
+        del vars(owner)[name]
         if own is not None:
-            vars(module)["forward"] = own
+            vars(owner)[name] = own
+
+
+def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Replace a module's forward inside this context. Hooks of the module still run around it."""
+    return patched(module, "forward", forward)
 
 
 def hidden_states(returned: Any) -> Tensor:

@@ -25,7 +25,7 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
 
     To second order, a change δ of the hidden states moves the output by the divergence ``½ Σ_j F_j E δ_j²``, if features are
     taken one by one. Where a few features are huge and the next norm's weights shrink them, ``Σ_j δ_j²`` says little about the
-    output.
+    output. Where blocks take keys and values of earlier ones (Gemma 3n), gradients through these are left out.
 
     Every window uses the same random numbers, so that the result does not depend on how windows lie on ranks. One block's
     forward with gradients is on the device at a time.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsellm_lightning.architecture import Block, Experts, Routing
 from sparsellm_lightning.calibration.activations import ActivationCache, chunks_in
@@ -73,7 +74,7 @@ class RoutedTokens:
             self.lengths.append(windows[-1][0].shape[-2])
 
         observe_routing(context, block, cache, experts, see)
-        self.routing = Routing(*(torch.cat(tensors, -2) for tensors in zip(*windows, strict=True))) if windows else None
+        self.routing = Routing(*(_joined(tensors) for tensors in zip(*windows, strict=True))) if windows else None
 
     def of(self, expert: int, borrowing_below: int) -> ExpertTokens:
         """The tokens that are routed to an expert.
@@ -109,3 +110,10 @@ class RoutedTokens:
             x, weight = x[chosen], square[chosen] * (routed / energy)
         fitted_chunks = len(chunks_in(lengths[fitted]))
         return ExpertTokens(x, weight.to(device), chunks_in(lengths), fitted_chunks, lengths[fitted], borrows)
+
+
+def _joined(batches: tuple[Tensor, ...]) -> Tensor:
+    """Along tokens. A router that does not choose equally many experts for each token gives batches of unequal widths."""
+    widest = max(tensor.shape[-1] for tensor in batches)
+    # Expert 0 with weight 0: not routed there.
+    return torch.cat([pad(t, (0, widest - t.shape[-1])) if t.shape[-1] < widest else t for t in batches], -2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import decoder_blocks, device_of, find_model, hidden_states
+from sparsellm_lightning.architecture import decoder_blocks, device_of, find_model, hidden_states, patched
 from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
@@ -35,14 +35,14 @@ def logit_loss(
     Args:
         student, teacher: logits, (..., classes), any dtype. Computed in float32.
         temperature: T. The factor T² makes the size of the gradient independent of T.
-        valid: (...) bool, tokens that count. None: all.
+        valid: (...) bool, tokens that count. None: all. The loss of no tokens is 0.
         reuse: the gradient may overwrite ``teacher``, to save memory.
     """
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
     reuse = reuse and student.dtype == teacher.dtype
     divergence = kl_divergence(teacher.flatten(0, -2), student.flatten(0, -2), temperature, reuse=reuse)
-    return temperature**2 * divergence.mean()
+    return temperature**2 * divergence.sum() / max(len(divergence), 1)
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
@@ -81,8 +81,8 @@ class Distillation(pl.Callback):
         model_attribute: attribute of the LightningModule that holds the student, if it holds several models.
 
     Raises:
-        UserError: weights or temperature out of range, at construction; no dense teacher, or manual optimisation, before
-            training.
+        UserError: weights or temperature out of range, at construction; no dense teacher, a second Distillation, or manual
+            optimisation, before training.
     """
 
     def __init__(
@@ -124,6 +124,10 @@ class Distillation(pl.Callback):
                 f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} has "
                 "automatic_optimization false and takes its own backward. Leave Distillation out, or optimise automatically."
             )
+        if sum(isinstance(callback, Distillation) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "The Trainer has several Distillation callbacks, but a step has one teacher. Leave one of them."
+            )
         # The model exists here. A run that prunes has not pruned yet, unless it resumes.
         model = self._make_teacher(trainer, pl_module)
         self._check_alike(find_model(pl_module, self.model_attribute), model)
@@ -143,7 +147,11 @@ class Distillation(pl.Callback):
             self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
         elif not isinstance(self._model, FSDPModule):
             self._model.to(pl_module.device)  # type: ignore[arg-type]
-        self._patched.enter_context(self._patching(pl_module, student))
+        original = pl_module.training_step  # no hook of a callback may change the loss
+        step = partial(self._step, original, pl_module, student)  # which can be pickled, unlike a local function
+        self._patched.enter_context(
+            patched(pl_module, "training_step", wraps(original)(step))
+        )  # Lightning reads the signature
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
@@ -212,19 +220,6 @@ class Distillation(pl.Callback):
                     f"Distillation with {weight} needs a teacher with the student's {name}, {ours}, but it has {theirs}. "
                     f"Choose another teacher, or set {weight} to 0."
                 )
-
-    @contextmanager
-    def _patching(self, pl_module: pl.LightningModule, student: PreTrainedModel) -> Iterator[None]:
-        """Wrap ``training_step``, because no hook of a callback may change the loss."""
-        original, own = pl_module.training_step, vars(pl_module).get("training_step")
-        step = partial(self._step, original, pl_module, student)  # which can be pickled, unlike a local function
-        vars(pl_module)["training_step"] = wraps(original)(step)  # Lightning reads the signature
-        try:
-            yield
-        finally:
-            del vars(pl_module)["training_step"]
-            if own is not None:
-                vars(pl_module)["training_step"] = own
 
     def _step(
         self,

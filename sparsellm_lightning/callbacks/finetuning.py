@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,10 +19,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparsellm_lightning.architecture import Projection
+from sparsellm_lightning.architecture import Projection, patched
 from sparsellm_lightning.distributed import adapter_for, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity import SPARSE, Masks, linear_layers, mask_adapters, sparse_layers, zero_shares
+from sparsellm_lightning.sparsity import (
+    SPARSE,
+    Masks,
+    has_adapters,
+    linear_layers,
+    mask_adapters,
+    mask_adapters_by_zeros,
+    sparse_layers,
+    zero_shares,
+)
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
@@ -32,7 +44,7 @@ class SparseFinetuning(pl.Callback):
     - Directly after every optimizer step, pruned weights are set to zero, before any other callback sees them. Only optimizers
       that mix entries move them at all.
     - At the end of every epoch and of training, the zeros are compared with the masks, entry by entry.
-    - LoRA adapters (``peft``) on sparse layers are masked in training as in the merge.
+    - LoRA adapters (``peft``) on sparse layers are masked in training and evaluation as in the merge.
 
     Works on one device, under DDP, FSDP2 and FSDP1 (which hides fused experts: they are refused), with any optimizer,
     precision, accumulation and compiled modules. The masks are of the local shard, one bit a weight. A resumed run rebuilds
@@ -48,7 +60,7 @@ class SparseFinetuning(pl.Callback):
         self._masks: Masks | None = None  # while training
         self._zeros: dict[str, int] = {}  # their number, by layer
         self._stored: dict[str, Any] = {}
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
         self._random_state: torch.Tensor | None = None
         self._random_state_of_device: torch.Tensor | None = None
         self._resumes = True  # whether a state that is loaded is of the run that goes on
@@ -81,10 +93,17 @@ class SparseFinetuning(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a run: spawned workers of a DataLoader may get the Trainer, pickled."""
-        return vars(self) | {"_handles": [], "_masks": None}
+        return vars(self) | {"_hooks": ExitStack(), "_masks": None}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.hold(trainer, pl_module, kept_layers(trainer, pl_module))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Training has masked them, or has not pruned yet.
+        if trainer.state.fn != TrainerFn.FITTING and has_adapters(pl_module):
+            mask_adapters_by_zeros(pl_module, adapter_for(trainer))
+
+    on_test_start = on_predict_start = on_validation_start
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, projections: list[Projection]) -> None:
         """Keep the zeros of these layers from now on."""
@@ -97,13 +116,11 @@ class SparseFinetuning(pl.Callback):
         mask_adapters(pl_module, {p.module for p in projections})
         for optimizer in trainer.optimizers:
             # Not in on_train_batch_end, because a weight-averaging callback earlier in the list must see the zeros.
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._apply()))
+            self._hooks.enter_context(_after_steps(optimizer, self._apply))
 
     def release(self) -> None:
         """Stop keeping the zeros. The masks stay known."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -182,6 +199,22 @@ class SparseFinetuning(pl.Callback):
                     "Resume from the checkpoint that belongs to these weights; to fine-tune other sparse weights, start a new "
                     "run from them (CausalLM(weights=...)) instead of resuming."
                 )
+
+
+@contextmanager
+def _after_steps(optimizer: torch.optim.Optimizer, do: Callable[[], None]) -> Iterator[None]:
+    """Call a function directly after every step of an optimizer."""
+    step = optimizer.step
+
+    @wraps(step)
+    def stepped(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        do()
+        return result
+
+    # Not torch's hooks: optimizers that wrap another, such as Lookahead, may have none, or never call them.
+    with patched(optimizer, "step", MethodType(stepped, optimizer)):  # schedulers need a method
+        yield
 
 
 def resumed(trainer: pl.Trainer) -> Any:

@@ -32,7 +32,7 @@ from sparsellm_lightning.distributed import adapter_for
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models import is_sparse_already, keep_in_conversions, pretrained_of, stop_keeping
 from sparsellm_lightning.reporting import PruningReport, layer_rows
-from sparsellm_lightning.sparsity import has_adapters, left_out_biases, pruned_before
+from sparsellm_lightning.sparsity import has_adapters, left_out_biases, maskable_adapters, pruned_before
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,8 @@ class SparseLLMCallback(SparseFinetuning):
                 check_resume_dir(trainer, self.resume_dir)
         if self._exporter is not None:
             self._exporter.check(pl_module, layout, self.config)
+        if self._trains_on(pl_module):
+            maskable_adapters(pl_module, {p.module for p in layout.projections() if p.pruned})
         if self.schedule is not None and has_adapters(pl_module):
             raise UserError(
                 "Gradual pruning solves for weights that LoRA adapters would shift. Leave out schedule or lora."

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import patched_forward
+from sparsellm_lightning.architecture import patched_forward, token_input
 from sparsellm_lightning.distributed.adapter import StrategyAdapter
 
 
@@ -21,8 +22,10 @@ class ShardedAdapter(StrategyAdapter):
     weights_are_split = True
 
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-        # The root's forward gathers its own parameters, so the head cannot be left out, only cut to one position.
-        one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        # The root's forward gathers its own parameters, so the head cannot be left out, only cut to one position. Where blocks
+        # share keys and values (Gemma 4), a number would cut their hidden states too, which indices do not.
+        first = torch.zeros(1, dtype=torch.long, device=token_input(inputs).device)
+        one = {"logits_to_keep": first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._through_root(lambda: model(**inputs, **one, use_cache=False))
 
     def _through_root(self, call: Callable[[], Any]) -> Any:

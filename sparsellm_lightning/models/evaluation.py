@@ -64,7 +64,7 @@ def _is_mask(other: Any, ids: Tensor) -> bool:
     """Whether a tensor beside token ids holds ones, and zeros at one end of some windows."""
     if not isinstance(other, Tensor) or other.dim() != 2 or other.shape != ids.shape or other.is_floating_point():
         return False
-    ends = other[:, [0, -1]] == 0
+    ends = other[(other != 0).any(1)][:, [0, -1]] == 0  # of windows that are not padding alone
     return bool(ends.any()) and not bool(ends.all(1).any()) and bool(((other == 0) | (other == 1)).all())
 
 
@@ -221,6 +221,7 @@ def perplexity(
     """Perplexity of a causal LM: ``exp(−1/N Σ_t log q(y_t | y_<t))``, computed in float32.
 
     N counts the predicted tokens. The first token of each window, tokens labelled −100 and padding do not count. NaN if N is 0.
+    Some models (GPT-2) count padding on the left as positions, unless the batches have ``position_ids``.
 
     Args:
         model: with a language-model head.

@@ -18,7 +18,7 @@ from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.export import REPORT_NAME, add_to_report, replace_text
 
 RESULTS_NAME = "tasks.json"
-_LIMITS = "examples of each task"  # entry beside those of the models
+_LIMITS = "examples of each task"  # entry beside those of the models, by model and task, where they are not all
 LESS = " (less is better)"  # behind the names of such metrics, as of perplexity
 
 
@@ -87,13 +87,12 @@ def save_tasks(folder: Path, results: dict[str, dict[str, dict[str, float]]], li
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = {}
-    measured = {task for tasks in results.values() for task in tasks}
-    earlier = content.pop(_LIMITS, {})
-    limits = (
-        {task: number for task, number in earlier.items() if task not in measured} if isinstance(earlier, dict) else {}
-    )
-    limits |= {} if limit is None else dict.fromkeys(sorted(measured), limit)
-    content |= {model: {**content.get(model, {}), **tasks} for model, tasks in finite.items()}
+    limits = content.pop(_LIMITS, {})
+    for model, tasks in finite.items():
+        content[model] = {**content.get(model, {}), **tasks}
+        others = {task: number for task, number in limits.get(model, {}).items() if task not in tasks}
+        limits[model] = others | ({} if limit is None else dict.fromkeys(tasks, limit))
+    limits = {model: numbers for model, numbers in limits.items() if numbers}
     content |= {_LIMITS: limits} if limits else {}
     try:
         replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

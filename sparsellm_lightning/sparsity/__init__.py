@@ -9,6 +9,8 @@ from sparsellm_lightning.sparsity.lora import (
     filled_by_merge,
     has_adapters,
     mask_adapters,
+    mask_adapters_by_zeros,
+    maskable_adapters,
     merged_state,
 )
 from sparsellm_lightning.sparsity.masks import (
@@ -38,6 +40,8 @@ __all__ = [
     "left_out_biases",
     "linear_layers",
     "mask_adapters",
+    "mask_adapters_by_zeros",
+    "maskable_adapters",
     "merged_state",
     "pack",
     "pruned_before",

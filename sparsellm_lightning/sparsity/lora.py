@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm_lightning.distributed import local_tensor
+from sparsellm_lightning.distributed import StrategyAdapter, local_tensor
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.sparsity.masks import MANY_ZEROS
+from sparsellm_lightning.sparsity.masks import MANY_ZEROS, linear_layers, sparse_layers, zero_shares
 
 # Name parts of modules that are left out of states.
 _WRAPPED = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
@@ -157,38 +157,67 @@ def mask_adapters(module: nn.Module, sparse: Collection[nn.Module]) -> None:
         sparse: layers whose zeros are kept.
 
     Raises:
+        UserError: see :func:`maskable_adapters`.
+    """
+    found = maskable_adapters(module, sparse)
+    if not found:
+        return
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from sparsellm_lightning.sparsity.masked_lora import MaskedLora, MaskedParameter
+
+    for layer in found:
+        if isinstance(layer, ParamWrapper):
+            layer.__class__ = MaskedParameter
+            continue
+        for adapter in layer.lora_A:
+            layer.lora_variant[adapter] = MaskedLora()
+
+
+def mask_adapters_by_zeros(module: nn.Module, adapter: StrategyAdapter) -> None:
+    """Mask the adapters on the layers that are sparse, as in training. For evaluations of adapters from a checkpoint.
+
+    All ranks call this together.
+    """
+    layers = linear_layers(module)
+    sparse = sparse_layers(layers, zero_shares(layers, adapter), adapter)
+    mask_adapters(module, {p.module for p in sparse})
+
+
+def maskable_adapters(module: nn.Module, sparse: Collection[nn.Module]) -> list[Any]:
+    """The ``peft`` layers of LoRA adapters on sparse layers. For arguments see :func:`mask_adapters`.
+
+    Raises:
         UserError: an adapter of another kind, whose merge would fill the zeros.
     """
     if not has_adapters(module):
-        return
+        return []
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import Linear
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from sparsellm_lightning.sparsity.masked_lora import MaskedLora, MaskedParameter
+    from sparsellm_lightning.sparsity.masked_lora import MaskedLora
 
+    found: list[Any] = []
     for layer in module.modules():
         if not isinstance(layer, BaseTunerLayer) or layer.get_base_layer() not in sparse:
             continue
         foreign = [v for v in getattr(layer, "lora_variant", {}).values() if not isinstance(v, MaskedLora)]
         if isinstance(layer, IA3Layer):
             continue  # scales rows or columns: zeros stay zero
-        if isinstance(layer, ParamWrapper):
-            layer.__class__ = MaskedParameter
-            continue
-        if not isinstance(layer, Linear) or foreign:
+        if not isinstance(layer, (Linear, ParamWrapper)) or foreign:
             kind = type(foreign[0] if foreign else layer).__name__
             raise UserError(
                 f"Adapters on a sparse layer must be plain LoRA or IA3, whose merge can keep the zeros, got {kind}. "
                 "Use peft.LoraConfig without use_dora and the like."
             )
-        if any(layer.lora_bias.values()):
+        if isinstance(layer, Linear) and any(layer.lora_bias.values()):
             raise UserError(
                 "Adapters on a sparse layer must have no biases of their own, but lora_bias is true. Set it to false."
             )
-        for adapter in layer.lora_A:
-            layer.lora_variant[adapter] = MaskedLora()
+        found.append(layer)
+    return found
 
 
 def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from sparsellm_lightning.architecture import (
 )
 from sparsellm_lightning.architecture.feed_forward import activations_of
 from sparsellm_lightning.calibration import feed_forward_of
+from sparsellm_lightning.distributed.sharded import ShardedAdapter
 
 _SEPARATE = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 _LLAMA = (_SEPARATE, {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}, "silu")
@@ -460,3 +462,21 @@ def test_a_model_with_nothing_to_prune_is_refused() -> None:
 def test_half_a_row_is_refused(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match="Give up and down too"):
         Architecture(**given)  # type: ignore[arg-type]
+
+
+def test_a_forward_through_the_root_gives_shared_blocks_whole_windows() -> None:
+    """The later blocks of Gemma 4 take keys and values of earlier ones. With few logits they would get few positions."""
+
+    class Root(ShardedAdapter):
+        def _through_root(self, call: Any) -> Any:
+            return call()
+
+    layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2}
+    model = tiny_model("gemma4_text", **layers, global_head_dim=16).eval()
+    seen: list[int] = []
+    model.model.layers[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        Root().run_model(model, {"input_ids": torch.ones(2, 9, dtype=torch.long)})
+    assert seen == [9]

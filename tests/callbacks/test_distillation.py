@@ -58,6 +58,15 @@ def test_logit_loss(temperature: float, masked: bool) -> None:
     assert float(logit_loss(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-6)
 
 
+def test_logit_loss_of_padding_alone() -> None:
+    student, teacher = torch.ones(1, 3, 5, requires_grad=True), torch.zeros(1, 3, 5)
+    loss = logit_loss(student, teacher, valid=torch.zeros(1, 3, dtype=torch.bool))
+    loss.backward()
+    assert float(loss) == 0
+    assert student.grad is not None
+    assert not student.grad.any()
+
+
 @pytest.mark.parametrize("valid", [None, torch.rand(3, 90, generator=torch.Generator().manual_seed(3)) < 0.7])
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,6 +250,12 @@ def test_no_dense_teacher(tmp_path: Path, trained, ids: Tensor) -> None:
     resumed = trainer(pruner(), Distillation(str(tmp_path / "dense")), max_steps=2)
     resumed.fit(OwnModule(trained("llama")), loader, ckpt_path=tmp_path / "a.ckpt")
     assert resumed.global_step == 2
+
+
+def test_two_teachers_are_refused(trained, ids: Tensor) -> None:
+    teachers = [Distillation(trained("llama")) for _ in range(2)]
+    with pytest.raises(UserError, match="several Distillation callbacks"):
+        trainer(pruner(), *teachers, max_steps=1).fit(OwnModule(trained("llama")), DataLoader(ids, batch_size=8))
 
 
 # -- kinds of steps, teachers and students ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,32 @@ class EightBit(OneByOne):
         p.sub_(momentum, alpha=10 * lr)
 
 
+class Wrapping(torch.optim.Optimizer):
+    """Around another optimizer, without torch's constructor, as public versions of Lookahead are. It moves pruned weights."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = Mixing(parameters)
+        self.param_groups, self.defaults, self.state = self.inner.param_groups, self.inner.defaults, self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.inner.step(closure)
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(1e-3)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+class WrappingWithHooks(Wrapping):
+    """Has the attribute in which torch notes hooks, but its step does not call them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self._optimizer_step_post_hooks: Any = OrderedDict()
+
+
 def muon(parameters: Any) -> torch.optim.Optimizer:
     matrices = [p for p in parameters if p.dim() == 2 and p.shape[0] < 512]  # not the embedding
     return torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1)
@@ -107,6 +134,8 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "mixing": Mixing,
     "eight-bit": EightBit,
     "muon": muon,
+    "wrapping": Wrapping,
+    "wrapping-with-hooks": WrappingWithHooks,
 }
 
 
@@ -150,6 +179,8 @@ COMBINATIONS: list[tuple[str, dict[str, Any], bool]] = [
     ("adamw", {"precision": "bf16-true", "gradient_clip_val": 0.1}, False),
     ("mixing", {"precision": "bf16-true"}, False),
     ("eight-bit", {}, False),
+    ("wrapping", {}, False),
+    ("wrapping-with-hooks", {}, False),
     ("mixing", {"precision": "bf16-mixed"}, True),
 ]
 
@@ -184,7 +215,7 @@ def test_zeros_hold_after_every_step(
         assert watch.sparsity() == pytest.approx(0.7, abs=0.002)
         assert watch.moved(module) > (0.3 if settings.get("precision") == "bf16-true" else 0.98)
     moments = last.moments(module, fit.optimizers[0])
-    assert len(moments) >= (0 if optimizer in ("mixing", "adafactor") else 21)
+    assert len(moments) >= (0 if optimizer in ("mixing", "adafactor", "wrapping", "wrapping-with-hooks") else 21)
     assert all(bool((pruned == 0).all()) and bool((kept != 0).any()) for pruned, kept in moments)
     assert held.report is not None
     assert held.report.mask_check == {"checks": 2, "layers": 21, "zeros": sum_of_zeros(last.start)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.batches import random_batches
 from support.classes import tiny_model
 from support.models import CONFIGS, SIZES, VOCABULARY, build_model
+from support.training import trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -77,6 +80,14 @@ def test_labels_beside_token_ids_are_not_ignored() -> None:
     assert model_inputs([ids, ids])["input_ids"] is ids
 
 
+@pytest.mark.parametrize("shortest", [0, 2])
+def test_a_mask_beside_token_ids_is_not_ignored(shortest: int) -> None:
+    """Also if a window, such as an empty line, is padding alone."""
+    ids, lengths = torch.ones(2, 4, dtype=torch.long), torch.tensor([[3], [shortest]])
+    with pytest.raises(UserError, match="like an attention mask"):
+        model_inputs([ids, (torch.arange(4) < lengths).long()])
+
+
 @torch.no_grad()
 def plain(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> float:
     losses = []
@@ -138,6 +149,32 @@ def test_a_token_of_tiny_probability() -> None:
     metric = evaluation.new_metric()
     metric.update(logits, torch.ones(1, 100, dtype=torch.long))
     assert float(metric.compute()) == pytest.approx(math.exp((200 + 99 * math.log(8)) / 100), rel=1e-4)
+
+
+def test_a_batch_without_targets_has_no_gradient(tmp_path: Path) -> None:
+    """Such as questions that are cut before their answers. NaN would become weights."""
+    build_model("llama").save_pretrained(tmp_path)
+    module = CausalLM(str(tmp_path))
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    ids = torch.ones(1, 8, dtype=torch.long)
+    module.training_step({"input_ids": ids, "labels": torch.full_like(ids, -100)}, 0).backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_test_that_failed_does_not_count_in_the_next(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path)
+    good, other = torch.randint(0, VOCABULARY, (2, 1, 16), generator=torch.Generator().manual_seed(0))
+
+    def tested(module: CausalLM, *batches: torch.Tensor) -> Any:
+        return trainer().test(module, DataLoader(list(batches), batch_size=None))
+
+    module = CausalLM(str(tmp_path))
+    with pytest.raises(UserError, match="vocabulary"):
+        tested(module, good, torch.full_like(good, VOCABULARY))
+    assert tested(module, other) == tested(CausalLM(str(tmp_path)), other)
 
 
 def test_causal_lm_gives_the_model_what_calibration_gives_it(tmp_path: Path) -> None:

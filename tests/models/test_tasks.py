@@ -81,12 +81,12 @@ def test_results_beside_the_report(tmp_path: Path) -> None:
     (tmp_path / "pruning_report.json").write_text('{"files": []}')
     save_tasks(tmp_path, {"a": {"t": {"acc": 0.5, "other": math.nan}}}, limit=20)
     written = json.loads((tmp_path / "tasks.json").read_text())
-    assert written == {"a": {"t": {"acc": 0.5, "other": None}}, "examples of each task": {"t": 20}}
+    assert written == {"a": {"t": {"acc": 0.5, "other": None}}, "examples of each task": {"a": {"t": 20}}}
     save_tasks(tmp_path, {"a": {"u": {"acc": 0.1}}, "b": {"u": {"acc": 0.2}}})
     written = json.loads((tmp_path / "tasks.json").read_text())
     assert written["a"] == {"t": {"acc": 0.5, "other": None}, "u": {"acc": 0.1}}, "earlier tasks stay"
     assert written["b"] == {"u": {"acc": 0.2}}
-    assert written["examples of each task"] == {"t": 20}
+    assert written["examples of each task"] == {"a": {"t": 20}}, "of another task, and of the model it was measured on"
     save_tasks(tmp_path, {"a": {"t": {"acc": 0.6}}})
     written = json.loads((tmp_path / "tasks.json").read_text())
     assert written["a"]["t"] == {"acc": 0.6}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.batches import random_batches
 from support.classes import tiny_model
+from support.mixtures import with_listed_experts
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import assert_same_weights, calibration_batches, make_context
@@ -151,6 +152,28 @@ def test_an_expert_that_no_token_reaches() -> None:
         matrix = p.matrix
         assert torch.isfinite(matrix).all()
         assert int((matrix == 0).sum()) == p.size // 2
+
+
+def test_a_router_that_chooses_unequally_many_experts() -> None:
+    """Those above a threshold: in some batches three for a token, in others two. Compared with one batch of all windows."""
+
+    def mixture() -> PreTrainedModel:
+        model = with_listed_experts(build_model("mixtral"), "above")
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data.mul_(8)
+        return model
+
+    def found(batches: list[dict[str, Tensor]]) -> list[Tensor]:
+        model = mixture()
+        context = make_context(model, PruningConfig())
+        cache = capture(context, calibration_batches(batches), sum(len(b["input_ids"]) for b in batches))
+        tokens = RoutedTokens(context, context.layout.blocks[0], cache, experts_of(model))
+        return [tensor for expert in range(4) for tensor in (tokens.of(expert, 1).x, tokens.of(expert, 1).weights)]
+
+    ids = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(0))
+    apart, together = found([{"input_ids": row[None]} for row in ids]), found([{"input_ids": ids}])
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2])

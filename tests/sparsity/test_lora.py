@@ -226,6 +226,29 @@ def test_sparse_finetuning_masks_adapters(trained, ids: Tensor) -> None:
         assert not torch.equal(weight, weights(original)[name]), name
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_of_adapters_is_evaluated_as_it_was_trained(
+    trained, ids: Tensor, tmp_path: Path, command: str
+) -> None:
+    prune_by_hand(trained("llama")).save_pretrained(tmp_path / "sparse")
+
+    def module() -> CausalLM:
+        return CausalLM(
+            str(tmp_path / "sparse"), lora=LoraOptions(rank=4), optimizer=lambda p: torch.optim.AdamW(p, lr=5e-2)
+        )
+
+    data = DataLoader(ids, batch_size=8)
+    fit, tuned = trainer(SparseFinetuning(), max_steps=4), module()
+    fit.fit(tuned, data)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    (expected,) = getattr(fit, command)(tuned, data)
+    again = trainer(SparseFinetuning())
+    (found,) = getattr(again, command)(module(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert found == expected
+    (unmasked,) = getattr(trainer(), command)(module(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert unmasked != expected
+
+
 def test_dora_is_refused(trained) -> None:
     model = prune_by_hand(trained("llama"))
     sparse = {p.module for p in describe(model).projections()}
@@ -357,6 +380,17 @@ def test_what_an_export_cannot_merge_is_refused_before_pruning(
     pruner = SparseLLMCallback(sparsity=0.5, finetune=True, export_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match=f"An export merges plain LoRA adapters, but .* has .*({named})"):
         trainer(pruner, max_steps=2).fit(module, DataLoader(ids, batch_size=8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_what_masks_cannot_cover_is_refused_before_pruning(trained, ids: Tensor, option: str) -> None:
+    """Also if nothing is exported."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **{option: True})
+    module = Peft(trained("llama"), config)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(UserError, match="Adapters on a sparse layer"):
+        trainer(SparseLLMCallback(sparsity=0.5, finetune=True), max_steps=2).fit(module, DataLoader(ids, batch_size=8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 

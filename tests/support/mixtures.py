@@ -11,7 +11,8 @@ class ListedMixtralConfig(MixtralConfig):
     """Its mixtures.
 
     ``style``: ``gathered``: an expert sees its tokens. ``all``: an expert sees all tokens. ``pair``: as ``gathered``, and a
-    mixture returns the router's logits too. ``weighted``: an expert sees its tokens times their weights.
+    mixture returns the router's logits too. ``weighted``: an expert sees its tokens times their weights. ``above``: as
+    ``gathered``, with all experts whose weight is above 0.2.
 
     ``fused``: whether an expert's gate and up are one matrix.
     """
@@ -44,11 +45,13 @@ class Mixture(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = hidden.reshape(-1, hidden.shape[-1])
         logits = self.gate(x)
-        weights, chosen = torch.softmax(logits.float(), -1).topk(self.chosen)
+        weights, chosen = torch.softmax(logits.float(), -1).topk(4 if self.style == "above" else self.chosen)
+        if self.style == "above":
+            weights = weights * (weights > 0.2)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         total = torch.zeros_like(x)
         for index, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == index)
+            token, slot = torch.where((chosen == index) & (weights > 0))
             weight = weights[token, slot, None]
             if self.style == "all":
                 total = total + expert(x) * (weights * (chosen == index)).sum(-1, keepdim=True)
