@@ -58,8 +58,8 @@ def feature_importance(context: Context, cache: ActivationCache) -> dict[int, Te
 
 def _squares(context: Context, cache: ActivationCache, gradients: list[Tensor]) -> Tensor:
     """Sums over all ranks' valid tokens, divided by their mean. Ones where float16 gradients vanish or overflow."""
-    sizes = context.ranks.gather_counts(gradients[0].shape[-1] if gradients else 0)  # a rank may have no windows
-    total = torch.zeros(max(size for (size,) in sizes), dtype=torch.float64, device=context.device)
+    size = context.ranks.largest(gradients[0].shape[-1] if gradients else 0)  # a rank may have no windows
+    total = torch.zeros(size, dtype=torch.float64, device=context.device)
     for gradient, valid in zip(gradients, cache.valid, strict=True):
         tokens = gradient if valid is None else gradient[valid.to(gradient.device)]
         total += tokens.flatten(0, -2).double().square().sum(0)

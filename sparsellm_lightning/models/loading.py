@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +68,8 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
     if gguf_config is not None and "quantization_config" not in kwargs:
         # Without this, transformers marks the model as quantized and save_pretrained refuses it.
         extra["quantization_config"] = gguf_config(dequantize=True)
-    with _without_progress_bars():
+    # The bars of the conversion, which transformers' own switch does not reach. Log messages still appear.
+    with contextlib.redirect_stderr(io.StringIO()):
         return or_user_error(pretrained, lambda: load(**extra))
 
 
@@ -259,10 +260,3 @@ def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loade
             f"transformers must be able to load {pretrained}, but cannot: {cause}. Check the name, the network and "
             "HF_HUB_OFFLINE, or name a local folder of a causal language model and its tokenizer."
         ) from error
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hide the bars of GGUF conversion, which transformers' own switch does not reach. Log messages still appear."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

@@ -38,11 +38,6 @@ class FeedForward:
     up_bounds: tuple[float, float] | None = None
 
     @property
-    def matrices(self) -> int:
-        """2, or 3 for a gated block."""
-        return 2 if self.gate is None else 3
-
-    @property
     def first_layers(self) -> list[str]:
         """The layers that see the block's input."""
         return ["up"] if self.gate is None else ["gate", "up"]
@@ -55,7 +50,7 @@ class FeedForward:
     def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``z`` and ``s`` for tokens x, (n, d): each (n, f). ``s`` is None in a plain block."""
         linear = torch.nn.functional.linear
-        count(2 * (self.matrices - 1) * len(x) * self.up.numel(), x.dtype)
+        count(2 * len(self.first_layers) * len(x) * self.up.numel(), x.dtype)
         return linear(x, self.up, self.up_bias), (None if self.gate is None else linear(x, self.gate, self.gate_bias))
 
     def combine(self, z: Tensor, s: Tensor | None) -> Tensor:

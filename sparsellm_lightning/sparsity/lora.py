@@ -51,11 +51,12 @@ def add_adapters(model: nn.Module, options: LoraOptions) -> None:
     Raises:
         UserError: ``peft`` is not installed, no layer matches, or one is an embedding.
     """
-    peft = _peft()
-    if peft is None:
+    try:
+        import peft
+    except ImportError as error:
         raise UserError(
             "lora needs the package peft, which is not installed. Run: pip install 'sparsellm-lightning[lora]'"
-        )
+        ) from error
     config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -295,11 +296,3 @@ def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     first, second = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts)
     order = "e o i" if layer._did_swap_in_out_features else "e i o"
     return torch.einsum(f"o r e, e r i -> {order}", second, first)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        return None
-    return peft
