@@ -18,7 +18,7 @@ import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from support.cli import RECIPES, ROOT, instantiate, pruner_of, sparsellm, sparsellm_process
 
-from sparsellm_lightning import UserError, verify_export
+from sparsellm_lightning import SparseFinetuning, UserError, verify_export
 from sparsellm_lightning.cli import PruningTrainer, SaveConfigBesideLogs, main
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.shorthand import expanded
@@ -184,6 +184,14 @@ def test_what_is_no_checkpoint(content: bytes | None, tmp_path: Path, capsys: py
 def test_the_model_behind_the_command_wins(config: Path) -> None:
     made = instantiate(*expanded(["prune", "my/model", "--config", str(config)]))
     assert made.model.pretrained == "my/model"
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_adapters_are_masked_in_evaluations(command: str) -> None:
+    """By the callback, whose tests show it."""
+    made = instantiate(command, "--model.pretrained", "my/model")
+    getattr(made, f"before_{command}")()
+    assert any(isinstance(callback, SparseFinetuning) for callback in made.trainer.callbacks)
 
 
 def test_prune_refuses_weights(

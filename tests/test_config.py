@@ -41,6 +41,9 @@ def decided(config: PruningConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in GIVEN}
 
 
+FEW: dict[str, Any] = {"num_calibration_samples": 32}  # for more, presets have more steps
+
+
 def test_every_preset_decides_the_same_settings() -> None:
     assert list(PRESETS) == ["paper", "fast", "balanced", "best"]
     for preset in PRESETS.values():
@@ -50,10 +53,23 @@ def test_every_preset_decides_the_same_settings() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_sets_its_values(preset: Any) -> None:
-    config = PruningConfig(preset=preset)
+    config = PruningConfig(preset=preset, **FEW)
     assert config.preset == preset
     assert decided(config) == PRESETS[preset]
-    assert SparseLLMCallback(preset=preset).config == config
+    assert SparseLLMCallback(preset=preset, **FEW).config == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "windows", "steps"),
+    [
+        *(("balanced", 1, 40), ("balanced", 32, 40), ("balanced", 33, 41), ("balanced", 128, 160)),
+        *(("best", 8, 128), ("best", 128, 512), ("fast", 128, 0), ("paper", 128, 0)),
+    ],
+)
+def test_presets_distil_more_text_in_more_steps(preset: Any, windows: int, steps: int) -> None:
+    config = PruningConfig(preset=preset, num_calibration_samples=windows)
+    assert config.distillation_steps == steps
+    assert PruningConfig(preset=preset, num_calibration_samples=windows, distillation_steps=7).distillation_steps == 7
 
 
 def test_the_settings_of_a_report_are_accepted() -> None:
@@ -105,13 +121,13 @@ DECIDED = {
 @pytest.mark.parametrize("preset", DECIDED)
 def test_presets_are_those_that_were_measured(preset: Any) -> None:
     names = "method local_solver num_iterations target allocation reconstruction_steps distillation_steps continuations damping"
-    assert decided(PruningConfig(preset=preset)) == dict(zip(names.split(), DECIDED[preset], strict=True))
+    assert decided(PruningConfig(preset=preset, **FEW)) == dict(zip(names.split(), DECIDED[preset], strict=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_given_setting_wins_over_the_preset(preset: Any, name: str) -> None:
-    config = PruningConfig(preset=preset, **{name: GIVEN[name]})
+    config = PruningConfig(preset=preset, **{name: GIVEN[name]}, **FEW)
     assert decided(config) == {**PRESETS[preset], name: GIVEN[name]}
 
 
@@ -147,7 +163,7 @@ def test_a_given_target_model_needs_an_alternation(settings: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nofm_patterns_have_a_uniform_allocation(preset: Any) -> None:
-    assert decided(PruningConfig(preset=preset, pattern="2:4")) == {**PRESETS[preset], "allocation": "uniform"}
+    assert decided(PruningConfig(preset=preset, pattern="2:4", **FEW)) == {**PRESETS[preset], "allocation": "uniform"}
     with pytest.raises(UserError, match=r"allocation kl needs pattern unstructured.*pattern 2:4"):
         PruningConfig(preset=preset, pattern="2:4", allocation="kl")
 

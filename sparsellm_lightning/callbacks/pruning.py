@@ -142,8 +142,8 @@ class SparseLLMCallback(SparseFinetuning):
             raise UserError(
                 f"weights names a sparse model, which is not pruned, but {name} asks for pruning. Leave one out."
             )
-        steps = self.config.reconstruction_steps + self.config.distillation_steps
-        check_trainer(trainer, self._trains_on(pl_module), tunes=steps > 0 and not is_sparse_already(pl_module))
+        tunes = self.config.tunes and not is_sparse_already(pl_module)
+        check_trainer(trainer, self._trains_on(pl_module), tunes=tunes)
         check_launcher(trainer, pl_module, self.export_dir)
         tries = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self.schedule is not None and not tries:

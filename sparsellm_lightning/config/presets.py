@@ -48,4 +48,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damping": 0.3,
     },
 }
-"""The settings that each preset decides. All presets decide the same ones."""
+"""The settings that each preset decides, for up to 32 calibration windows. All presets decide the same ones."""
+
+
+def preset_settings(preset: Preset, windows: int) -> dict[str, Any]:
+    """The settings that a preset decides for a number of calibration windows. More text is distilled in more steps."""
+    settings = PRESETS[preset]
+    return settings | {"distillation_steps": settings["distillation_steps"] * max(windows, 32) // 32}

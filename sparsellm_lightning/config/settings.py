@@ -27,6 +27,7 @@ from sparsellm_lightning.config.presets import (
     Precision,
     Preset,
     Target,
+    preset_settings,
 )
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.solvers import SINGLE, NofM, Pattern, Penalties, Ranks, Unstructured
@@ -72,7 +73,8 @@ class PruningConfig:
             distributions over the fitted windows. A step has about 512 tokens, and at least one window on each rank. Memory:
             24 bytes for each kept weight (value, position, gradient, two moments, best state), plus all gradients if weights
             are sharded. If the preset sets the steps, they are skipped with a warning where the model has no language-model
-            head or memory is too small. 0: none.
+            head or memory is too small. Presets have 1.25 (``balanced``) or 4 (``best``) for each calibration window, and at
+            least as many as for 32. 0: none.
         continuations: number of windows that the dense model writes for each fitted calibration window without padding. In the
             first, the model continues every 32-token piece of the calibration window; in the others it continues random tokens
             of the vocabulary, which gives text of other kinds. The first 40 % of the distillation steps use the written
@@ -134,7 +136,7 @@ class PruningConfig:
         self._normalise()
         target_given = self.target is not None
         allocation_given = self.allocation is not None
-        for name, value in PRESETS[self.preset].items():
+        for name, value in preset_settings(self.preset, self.num_calibration_samples).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.pattern != "unstructured" and not allocation_given:  # the pattern fixes every sparsity
@@ -185,6 +187,11 @@ class PruningConfig:
     def fits_target(self) -> bool:
         """Whether any part of the method fits ``target``: the alternation or reconstruction."""
         return self.alternates or bool(self.reconstruction_steps)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether any weights are tuned by gradient."""
+        return self.reconstruction_steps + self.distillation_steps > 0
 
     @property
     def alternates(self) -> bool:
@@ -271,8 +278,7 @@ class PruningConfig:
     @property
     def held_out_fraction(self) -> float:
         """``calibration_val_fraction``, or 0 if the method chooses nothing on held-out windows."""
-        tunes = self.reconstruction_steps or self.distillation_steps
-        return self.calibration_val_fraction if self.alternates or tunes else 0.0
+        return self.calibration_val_fraction if self.alternates or self.tunes else 0.0
 
     def build_pattern(
         self,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsellm_lightning.architecture import ROUTES, DecoderLayout, device_of
 from sparsellm_lightning.calibration import Context
-from sparsellm_lightning.config import PRESETS, PruningConfig
+from sparsellm_lightning.config import PruningConfig, preset_settings
 from sparsellm_lightning.distributed import StrategyAdapter
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.reporting import layer_rows
@@ -52,7 +52,7 @@ def without_predictions(layout: DecoderLayout, config: PruningConfig, adapter: S
     """
     if layout.predicts:
         return config
-    preset = PRESETS[config.preset]
+    preset = preset_settings(config.preset, config.num_calibration_samples)
     needed: dict[str, Any] = {"allocation": "uniform", "continuations": 0, "distillation_steps": 0}
     if config.allocation not in ("kl", "kl_blocks"):
         del needed["allocation"]

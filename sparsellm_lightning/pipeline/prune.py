@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm_lightning.calibration import Context, check_finite_weights, works_under_autocast
-from sparsellm_lightning.config import PRESETS, PruningConfig
+from sparsellm_lightning.config import PruningConfig, preset_settings
 from sparsellm_lightning.data import (
     CalibrationBatch,
     equally_many,
@@ -133,7 +133,6 @@ def prune_model(
     ):
         check_adapters_untrained(context)
         context = replace(context, autocasts=works_under_autocast(context))
-        tunes = config.reconstruction_steps or config.distillation_steps
         # A shuffled dataloader draws from the global generator, whose state is restored at the end.
         torch.manual_seed(config.seed)
         batches, windows = take_windows(
@@ -142,7 +141,7 @@ def prune_model(
             adapter.ranks,
             context.device,
             sharded=sharded,
-            batch_tokens=STEP_TOKENS // adapter.ranks.size if tunes else None,
+            batch_tokens=STEP_TOKENS // adapter.ranks.size if config.tunes else None,
         )
         journal = None if resume_dir is None else Journal(resume_dir, context, batches)
         fitted = fitted_windows(sum(batch.windows for batch in batches), config.held_out_fraction, adapter.ranks)
@@ -289,7 +288,8 @@ def _distilling(context: Context, do: Callable[[], _Done], otherwise: str) -> _D
             return do()
     except UserError as error:
         one_rank_alone = isinstance(error, OutOfMemoryError) and context.ranks.size > 1  # the others would wait for it
-        if one_rank_alone or config.distillation_steps != PRESETS[config.preset]["distillation_steps"]:
+        preset = preset_settings(config.preset, config.num_calibration_samples)
+        if one_rank_alone or config.distillation_steps != preset["distillation_steps"]:
             raise
         if context.ranks.rank == 0:
             warnings.warn(f"Preset {config.preset} {otherwise}: {error}", stacklevel=4)

@@ -196,7 +196,7 @@ def fingerprint(context: Context, batches: Iterable[CalibrationBatch]) -> dict[s
     settings = asdict(context.config)
     del settings["memory"]  # a run that had no room can go on with less
     # Likewise without distillation. It follows the blocks, which depend only on whether anything is tuned.
-    settings["distillation_steps"] = bool(settings["reconstruction_steps"] or settings["distillation_steps"])
+    settings["distillation_steps"] = context.config.tunes
     model_config = {
         k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")
     }
