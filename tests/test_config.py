@@ -62,14 +62,21 @@ def test_a_preset_sets_its_values(preset: Any) -> None:
 @pytest.mark.parametrize(
     ("preset", "windows", "steps"),
     [
-        *(("balanced", 1, 40), ("balanced", 32, 40), ("balanced", 33, 41), ("balanced", 128, 160)),
-        *(("best", 8, 128), ("best", 128, 512), ("fast", 128, 0), ("paper", 128, 0)),
+        *(
+            ("balanced", 1, (24, 40)),
+            ("balanced", 32, (24, 40)),
+            ("balanced", 33, (24, 41)),
+            ("balanced", 128, (96, 160)),
+        ),
+        *(("best", 8, (24, 128)), ("best", 128, (96, 512)), ("fast", 128, (24, 0)), ("paper", 128, (0, 0))),
     ],
 )
-def test_presets_distil_more_text_in_more_steps(preset: Any, windows: int, steps: int) -> None:
+def test_presets_tune_on_more_text_in_more_steps(preset: Any, windows: int, steps: tuple[int, int]) -> None:
     config = PruningConfig(preset=preset, num_calibration_samples=windows)
-    assert config.distillation_steps == steps
-    assert PruningConfig(preset=preset, num_calibration_samples=windows, distillation_steps=7).distillation_steps == 7
+    assert (config.reconstruction_steps, config.distillation_steps) == steps
+    given: dict[str, Any] = {"reconstruction_steps": 5, "distillation_steps": 7}
+    config = PruningConfig(preset=preset, num_calibration_samples=windows, **given)
+    assert (config.reconstruction_steps, config.distillation_steps) == (5, 7)
 
 
 def test_the_settings_of_a_report_are_accepted() -> None:

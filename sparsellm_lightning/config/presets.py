@@ -52,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_settings(preset: Preset, windows: int) -> dict[str, Any]:
-    """The settings that a preset decides for a number of calibration windows. More text is distilled in more steps."""
+    """The settings that a preset decides for a number of calibration windows. More text is tuned on in more steps."""
     settings = PRESETS[preset]
-    return settings | {"distillation_steps": settings["distillation_steps"] * max(windows, 32) // 32}
+    steps = ("reconstruction_steps", "distillation_steps")
+    return settings | {name: settings[name] * max(windows, 32) // 32 for name in steps}

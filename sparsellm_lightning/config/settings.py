@@ -53,8 +53,8 @@ class PruningConfig:
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
             ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,
             reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
-            writes; more accurate on text unlike the calibration text. A setting that is given wins over the preset. If not
-            given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if blocks may
+            writes; more accurate on text unlike the calibration text. For more than 32 calibration windows their steps grow
+            in proportion. A setting that is given wins over the preset. If not given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if blocks may
             be removed and reconstruction is on, and ``block`` if nothing fits a target.
         method: ``sparsellm`` (feed-forward networks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
@@ -73,8 +73,7 @@ class PruningConfig:
             distributions over the fitted windows. A step has about 512 tokens, and at least one window on each rank. Memory:
             24 bytes for each kept weight (value, position, gradient, two moments, best state), plus all gradients if weights
             are sharded. If the preset sets the steps, they are skipped with a warning where the model has no language-model
-            head or memory is too small. Presets have 1.25 (``balanced``) or 4 (``best``) for each calibration window, and at
-            least as many as for 32. 0: none.
+            head or memory is too small. 0: none.
         continuations: number of windows that the dense model writes for each fitted calibration window without padding. In the
             first, the model continues every 32-token piece of the calibration window; in the others it continues random tokens
             of the vocabulary, which gives text of other kinds. The first 40 % of the distillation steps use the written
