@@ -54,8 +54,9 @@ class PruningConfig:
             ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,
             reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
             writes; more accurate on text unlike the calibration text. For more than 32 calibration windows their steps grow
-            in proportion. A setting that is given wins over the preset. If not given, ``allocation`` is uniform for every pattern but ``unstructured``, and ``target`` is ``model`` if blocks may
-            be removed and reconstruction is on, and ``block`` if nothing fits a target.
+            in proportion. A setting that is given wins over the preset. If not given, ``allocation`` is uniform for every
+            pattern but ``unstructured``, and ``target`` is ``model`` if blocks may be removed and reconstruction is on, and
+            ``block`` if nothing fits a target.
         method: ``sparsellm`` (feed-forward networks by the alternation, other projections by ``local_solver``), or one local
             solver for all projections: ``admm``, ``sparsegpt``, ``wanda``, ``magnitude``.
         local_solver: solver inside ``sparsellm``: of the alternation's weight steps, and of every projection outside it.
