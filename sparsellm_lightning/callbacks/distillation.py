@@ -147,11 +147,10 @@ class Distillation(pl.Callback):
             self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
         elif not isinstance(self._model, FSDPModule):
             self._model.to(pl_module.device)  # type: ignore[arg-type]
-        original = pl_module.training_step  # no hook of a callback may change the loss
-        step = partial(self._step, original, pl_module, student)  # which can be pickled, unlike a local function
-        self._patched.enter_context(
-            patched(pl_module, "training_step", wraps(original)(step))
-        )  # Lightning reads the signature
+        # No hook of a callback may change the loss. A partial function can be pickled; Lightning reads its signature.
+        original = pl_module.training_step
+        step = wraps(original)(partial(self._step, original, pl_module, student))
+        self._patched.enter_context(patched(pl_module, "training_step", step))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
