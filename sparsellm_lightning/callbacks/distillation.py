@@ -126,7 +126,7 @@ class Distillation(pl.Callback):
             )
         if sum(isinstance(callback, Distillation) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise UserError(
-                "The Trainer has several Distillation callbacks, but a step has one teacher. Leave one of them."
+                "The Trainer has several Distillation callbacks, but a step has one teacher. Keep one of them."
             )
         # The model exists here. A run that prunes has not pruned yet, unless it resumes.
         model = self._make_teacher(trainer, pl_module)
