@@ -217,7 +217,8 @@ def _advance_dense(
         None if the alternation skips the block, or if the block has no feed-forward network.
     """
     if not alternates or not block.networks:
-        dense.hidden = run_block(context, block, dense)
+        with context.autocast():
+            dense.hidden = run_block(context, block, dense)
         return None
     own = {
         network.roles["down"].name: TokenBuffer(dense.tokens, network.roles["down"].shape[0], dense.storage)
@@ -259,7 +260,9 @@ def _plan_tuning(
     steps = context.config.reconstruction_steps if context.config.requested_sparsity else 0
     if not steps or not any(p.pruned for p in block.projections()):
         return None
-    goal = run_block(context, block, cache) if goal is None else goal
+    if goal is None:
+        with context.autocast():
+            goal = run_block(context, block, cache)
     reached = replace(cache, hidden=goal)
     check_finite_activations(context, reached.valid_tokens(), f"after the dense {block.name}")
     return cache, goal

@@ -120,7 +120,7 @@ class Reconstructor:
                 needed = index < fitted_batches or fitted < len(self.goal[index])
                 if not needed and not self.adapter.forward_is_collective:
                     continue
-                with self.adapter.forward_context():
+                with self.adapter.forward_context(), self._autocast():
                     output = self._forward(index)
                 self._count(index, 1)
                 hidden = self.cache.hidden[index].to(self.device)
@@ -161,8 +161,7 @@ class Reconstructor:
 
     def _count(self, index: int, forwards: int) -> None:
         tokens = self.cache.hidden[index].shape[:2].numel()
-        stored = next(self.block.module.parameters()).dtype
-        dtype = self.autocast_dtype if self.autocast_dtype and forwards > 1 else stored
+        dtype = self.autocast_dtype or next(self.block.module.parameters()).dtype
         count(forwards * tokens * self.block.forward_work(max(self.cache.windows)), dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -94,6 +94,7 @@ def test_windows_of_the_dense_model(method: Any, monkeypatch: pytest.MonkeyPatch
         target="model",
         reconstruction_steps=2,
         num_calibration_samples=8,
+        solver_precision="float32",
     )
     prune_model(model, [ids], config)
     windows = [0, 1, 7] if method == "sparsegpt" else list(range(8))
