@@ -181,16 +181,34 @@ def _sample(
     tokens = [prompts]
     while len(tokens) <= length:
         logits = adapter.next_logits(model, torch.cat(tokens, 1) if cache is None else tokens[-1], cache)
-        # Sampling by exponential clocks: the token with the smallest clock / chance wins. Inverting the distribution function
-        # would be far more sensitive to rounding. float64, because a rare token wins with a time below float32's resolution.
         # Row by row, because a row fits into the processor's cache.
-        winners = []
-        for row, generator in zip(logits, generators, strict=True):
-            chances = torch.softmax(row.float() / temperature, -1)
-            clocks = torch.empty_like(chances, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
-            winners.append(clocks.reciprocal_().mul_(chances).argmax(-1, keepdim=True))
+        winners = [
+            _draw(row.float() / temperature, generator) for row, generator in zip(logits, generators, strict=True)
+        ]
         tokens.append(torch.stack(winners))
     return torch.cat([prompts[:, :0], *tokens[1:]], 1)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from the softmax of logits (vocabulary,), as (1,) int64.
+
+    First a group of about √vocabulary tokens is drawn, then one of them: fewer random numbers than tokens.
+    """
+    width = math.isqrt(len(logits) - 1) + 1
+    square = torch.nn.functional.pad(logits, (0, width * width - len(logits)), value=-math.inf)
+    chances = torch.softmax(square, -1).view(width, width)
+    group = _first(chances.sum(1), generator)
+    return group * width + _first(chances[group].squeeze(0), generator)
+
+
+def _first(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """An index drawn in proportion to chances (n,), as (1,) int64.
+
+    By exponential clocks: the index with the smallest clock / chance wins. Inverting the distribution function would be far
+    more sensitive to rounding. float64, because a rare token wins with a time below float32's resolution.
+    """
+    clocks = torch.empty_like(chances, dtype=torch.float64).uniform_(generator=generator).log_().neg_()
+    return clocks.reciprocal_().mul_(chances).argmax(-1, keepdim=True)
 
 
 def _cache(model: PreTrainedModel, room: int) -> DynamicCache:

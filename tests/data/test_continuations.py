@@ -11,6 +11,7 @@ from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
 from support.ranks import on_ranks
 from support.runs import make_context, tune_with
+from support.sampling import draw
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
@@ -46,8 +47,7 @@ def naive(
         ids = [drawn[number]] if from_random_tokens else window[start:end]
         for _ in range(end - start - from_random_tokens):
             chances = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().softmax(-1)
-            clocks = -torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).log()
-            ids = [*ids, int((chances / clocks).argmax())]
+            ids = [*ids, draw(chances.numpy(), generator)]
         written += ids[start - end :]
     return written[: len(window)]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.classes import tiny_model
 from support.models import VOCABULARY, build_model
+from support.sampling import draw
 from support.training import trainer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
@@ -39,9 +40,7 @@ def _naive(model: PreTrainedModel, index: int, length: int, seed: int, temperatu
     generator = torch.Generator().manual_seed(random.Random(f"{seed}/{index}").getrandbits(63))
     ids = [model.config.bos_token_id]
     while len(ids) < length:
-        exponential = -np.log(torch.empty(VOCABULARY, dtype=torch.float64).uniform_(generator=generator).numpy())
-        gumbel = -np.log(exponential)
-        ids.append(int(np.argmax(np.log(_next_distribution(model, ids, temperature)) + gumbel)))
+        ids.append(draw(_next_distribution(model, ids, temperature), generator))
     return ids
 
 
