@@ -86,6 +86,7 @@ class Distiller:
     ) -> None:
         self.context = context
         self.autocast_dtype = context.autocast_dtype
+        self.head_dtype = None if context.adapter.weights_are_split else context.autocast_dtype  # see head_in
         self.kept: dict[str, Any] = {}
         self.model, self.ranks, self.adapter = context.layout.model, context.ranks, context.adapter
         if self.model.get_output_embeddings() is None:
@@ -128,9 +129,9 @@ class Distiller:
         blocks = [block for block in self.context.layout.blocks if self._has_weights(block)]
         parameters = KeptParameters(self.context, blocks, LEARNING_RATE, steps, self.storage)
         best, checks = parameters.state(), min(MAX_CHECKS, steps)
-        rounded = None if self.adapter.weights_are_split else self.autocast_dtype
         try:
-            with head_in(self.model, rounded), parameters.trainable([self.model]):
+            # Samples of a large vocabulary are small. The rounded copy of its whole head is not.
+            with head_in(self.model, None if self.likely else self.head_dtype), parameters.trainable([self.model]):
                 before = least = self.divergence()
                 self.kept = {"steps": 0, "divergence": [before, least]}
                 for step, chosen in enumerate(tracked(self.schedule, "Distilling", "step")):
@@ -153,9 +154,10 @@ class Distiller:
         """Mean divergence over all ranks' held-out tokens. Over those that steps see if none are held out."""
         (held_out,) = self.ranks.total(sum(batch.tokens for batch, _ in self.held_out))
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        for batch, goal in self.held_out if held_out else self.fitted.values():
-            totals[0] += sum(part.sum() for part in self._divergences(batch, goal))
-            totals[1] += batch.tokens
+        with head_in(self.model, self.head_dtype):
+            for batch, goal in self.held_out if held_out else self.fitted.values():
+                totals[0] += sum(part.sum() for part in self._divergences(batch, goal))
+                totals[1] += batch.tokens
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
@@ -209,8 +211,8 @@ class Distiller:
         return min(found / max(wanted, 1), 1.0)
 
     def _with_goal(self, batch: CalibrationBatch) -> tuple[CalibrationBatch, Tensor]:
-        """A batch and the dense model's decoder output for it, on the host."""
-        return batch, self._decode(batch).last_hidden_state.cpu()
+        """A batch and the dense model's decoder output for it, on the host. Autocast rounds that output in front of the head."""
+        return batch, self._decode(batch).last_hidden_state.to("cpu", self.autocast_dtype)
 
     def _can_sample(self) -> bool:
         """Whether steps can take a sample of the vocabulary."""
