@@ -211,7 +211,7 @@ class Distiller:
         return min(found / max(wanted, 1), 1.0)
 
     def _with_goal(self, batch: CalibrationBatch) -> tuple[CalibrationBatch, Tensor]:
-        """A batch and the dense model's decoder output for it, on the host. Autocast rounds that output in front of the head."""
+        """A batch and the dense model's decoder output for it, on the host, as autocast rounds it in front of the head."""
         return batch, self._decode(batch).last_hidden_state.to("cpu", self.autocast_dtype)
 
     def _can_sample(self) -> bool:
