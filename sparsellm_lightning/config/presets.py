@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "admm",
         "target": "model",
         "allocation": "kl",
-        "reconstruction_steps": 24,
+        "reconstruction_steps": 128,
         "continuations": 2,
         "distillation_steps": 128,
         "damping": 0.3,
