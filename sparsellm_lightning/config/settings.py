@@ -52,7 +52,7 @@ class PruningConfig:
         round_to: the number of hidden units that are kept is a multiple of it.
         preset: values for the settings from ``method`` to ``damping``. ``paper``: SparseLLM, with the differences that
             ``solvers/README.md`` lists. ``fast``: SparseGPT and reconstruction. ``balanced``: ADMM, sparsity by block,
-            reconstruction, distillation. ``best``: sparsity by projection, more distillation, and windows that the model
+            reconstruction, distillation. ``best``: sparsity by projection, more of both, and windows that the model
             writes; more accurate on text unlike the calibration text. For more than 32 calibration windows their steps grow
             in proportion. A setting that is given wins over the preset. If not given, ``allocation`` is uniform for every
             pattern but ``unstructured``, and ``target`` is ``model`` if blocks may be removed and reconstruction is on, and

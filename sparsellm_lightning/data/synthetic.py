@@ -36,8 +36,8 @@ def generate_windows(
     """Sample windows from a causal language model, token by token, starting with its beginning- (or end-) of-sequence token.
 
     The draws of window i depend on ``seed``, i and the kind of device, but not on batches or ranks. Rounding depends on batches
-    and ranks, and changes a token where two tokens are almost equally likely: in float32, a few times in a million tokens. An
-    end-of-sequence token does not end a window.
+    and ranks, and changes a token where two tokens, or two groups of them, are almost equally likely: in float32, a few times
+    in a million tokens. An end-of-sequence token does not end a window.
 
     Args:
         model: with a language-model head.

@@ -112,9 +112,11 @@ class Distiller:
             *islice(self._choices(fitted_batches, range(len(own))), steps - before),
         ]
         seen = sorted({index for chosen in self.schedule for index in chosen})
-        self.fitted = {index: self._with_goal(fitted_batches[index]) for index in seen}
-        self.held_out = [self._with_goal(batch) for batch in held_out]
-        self.likely = {index: self._likely(*self.fitted[index]) for index in seen} if self._can_sample() else {}
+        with head_in(self.model, self.head_dtype):
+            self.fitted = {index: self._with_goal(fitted_batches[index]) for index in seen}
+            self.held_out = [self._with_goal(batch) for batch in held_out]
+            can_sample = self._can_sample()
+            self.likely = {index: self._likely(*self.fitted[index]) for index in seen} if can_sample else {}
         self._generator = torch.Generator().manual_seed(context.config.seed)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from sparsellm_lightning.pipeline.kept import (
     in_random_order,
     memory_of_tuning,
 )
-from sparsellm_lightning.runtime import room
+from sparsellm_lightning.runtime import dtype_of_products, room
 from sparsellm_lightning.solvers import count
 
 LEARNING_RATE = 4e-3  # largest one, in units of each parameter's scale
@@ -76,7 +76,6 @@ class Reconstructor:
         self.fitted = cache.fitted_by_batch()
         self.tokens = cache.fitted_tokens_by_batch()
         self.guarded = self.ranks.total(sum(cache.windows[cache.fitted :])) != [0]
-        self.autocast_dtype = None if self.parameters.below_float32 else context.autocast_dtype
 
     def tune(self) -> tuple[list[tuple[float, float]], int]:
         """Tune the block in place and keep the best of the checked states.
@@ -122,7 +121,7 @@ class Reconstructor:
                     continue
                 with self.adapter.forward_context(), self._autocast():
                     output = self._forward(index)
-                self._count(index, 1)
+                    self._count(index, 1)
                 hidden = self.cache.hidden[index].to(self.device)
                 parts = (slice(fitted if index < fitted_batches else 0), slice(fitted, None))
                 for part, rows in enumerate(parts):
@@ -161,11 +160,11 @@ class Reconstructor:
 
     def _count(self, index: int, forwards: int) -> None:
         tokens = self.cache.hidden[index].shape[:2].numel()
-        dtype = self.autocast_dtype or next(self.block.module.parameters()).dtype
+        dtype = dtype_of_products(next(self.block.module.parameters()))
         count(forwards * tokens * self.block.forward_work(max(self.cache.windows)), dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
+        return nullcontext() if self.parameters.below_float32 else self.context.autocast()
 
 
 def batches_of_interest(context: Context, cache: ActivationCache, batch_tokens: int = STEP_TOKENS) -> list[int]:
