@@ -35,7 +35,7 @@ from sparsellm_lightning.pipeline.kept import (
     in_random_order,
     memory_of_tuning,
 )
-from sparsellm_lightning.runtime import format_bytes, room, tracked
+from sparsellm_lightning.runtime import format_bytes, return_free_memory, room, tracked
 from sparsellm_lightning.solvers import count, kl_divergence
 
 LEARNING_RATE = 5e-4  # largest one, in units of each parameter's scale
@@ -156,10 +156,12 @@ class Distiller:
         """Mean divergence over all ranks' held-out tokens. Over those that steps see if none are held out."""
         (held_out,) = self.ranks.total(sum(batch.tokens for batch, _ in self.held_out))
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        return_free_memory()  # a step's activations and the rounded head of a check do not fit into each other's place
         with head_in(self.model, self.head_dtype):
             for batch, goal in self.held_out if held_out else self.fitted.values():
                 totals[0] += sum(part.sum() for part in self._divergences(batch, goal))
                 totals[1] += batch.tokens
+        return_free_memory()
         self.ranks.sum_(totals)
         return float(totals[0] / totals[1])
 
