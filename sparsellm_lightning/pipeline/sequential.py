@@ -237,7 +237,7 @@ def _advance_dense(
 
 
 def _run_dense(context: Context, block: Block, cache: ActivationCache) -> list[Tensor]:
-    """A dense block's output, as a goal of tuning, whose steps average rounding out. Targets of alternations stay in float32."""
+    """A dense block's output, as a goal of tuning, whose steps average rounding out. An alternation keeps float32."""
     with nullcontext() if context.alternating_blocks else context.autocast():
         return run_block(context, block, cache)
 
