@@ -59,6 +59,14 @@ class Context:
         kept = not self.adapter.weights_are_split  # casts of gathered shards would add up to the whole model
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, cache_enabled=kept)
 
+    def coarse_forwards(self) -> AbstractContextManager[object]:
+        """:meth:`autocast` for forwards of blocks that are tuned afterwards, whose steps average rounding out.
+
+        Without tuning, and with an alternation, the model's own dtype stays.
+        """
+        tuned = self.config.reconstruction_steps > 0 and not self.alternating_blocks
+        return self.autocast() if tuned else nullcontext()
+
     @property
     def alternating_blocks(self) -> set[int]:
         """Indices of the blocks whose feed-forward network the alternation solves. Empty at sparsity 0."""

@@ -95,6 +95,7 @@ def run_block(
         for module, observer in outputs:
             stack.callback(module.register_forward_hook(batches.on_output(observer)).remove)
         stack.enter_context(context.adapter.holding(block.module))
+        stack.enter_context(context.coarse_forwards())
         for returned in batches:
             states.append(moved(block.batch_first(hidden_states(returned)), cache.storage))
     return states
@@ -166,6 +167,7 @@ def _run_until(batches: _Batches, observed: nn.Module, see: Callable[..., None])
         stack.callback(observed.register_forward_pre_hook(see_and_stop, with_kwargs=True).remove)
         stack.enter_context(patched_forward(inner, _stoppable(inner.forward)))
         stack.enter_context(adapter.holding(block))
+        stack.enter_context(batches.context.coarse_forwards())
         for _ in batches:
             pass
 

@@ -10,7 +10,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -202,7 +201,7 @@ def _pass_removed(context: Context, first: int, removed: Set[int], dense: Activa
     for block in context.layout.blocks[first:]:
         if dense is None or block.index not in removed:
             break
-        dense.hidden = _run_dense(context, block, dense)
+        dense.hidden = run_block(context, block, dense)
         first += 1
     return first - 1
 
@@ -218,7 +217,7 @@ def _advance_dense(
         None if the alternation skips the block, or if the block has no feed-forward network.
     """
     if not alternates or not block.networks:
-        dense.hidden = _run_dense(context, block, dense)
+        dense.hidden = run_block(context, block, dense)
         return None
     own = {
         network.roles["down"].name: TokenBuffer(dense.tokens, network.roles["down"].shape[0], dense.storage)
@@ -234,12 +233,6 @@ def _advance_dense(
         return _corrected_output(dense, output, block_outputs, network.scale)
 
     return target
-
-
-def _run_dense(context: Context, block: Block, cache: ActivationCache) -> list[Tensor]:
-    """A dense block's output, as a goal of tuning, whose steps average rounding out. An alternation keeps float32."""
-    with nullcontext() if context.alternating_blocks else context.autocast():
-        return run_block(context, block, cache)
 
 
 def _corrected_output(dense: ActivationCache, output: Tensor, block_outputs: list[Tensor], scale: float) -> Tensor:
@@ -266,7 +259,7 @@ def _plan_tuning(
     steps = context.config.reconstruction_steps if context.config.requested_sparsity else 0
     if not steps or not any(p.pruned for p in block.projections()):
         return None
-    goal = _run_dense(context, block, cache) if goal is None else goal
+    goal = run_block(context, block, cache) if goal is None else goal
     reached = replace(cache, hidden=goal)
     check_finite_activations(context, reached.valid_tokens(), f"after the dense {block.name}")
     return cache, goal

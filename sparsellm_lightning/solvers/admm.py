@@ -17,7 +17,7 @@ _GROWTH = 2.0  # of the penalty. ALPS has 1.1 to 1.3, which is slower and a litt
 
 
 def admm(
-    weight: Tensor, gram: Tensor, damping: float, pattern: Pattern, iterations: int = 300, refinements: int = 10
+    weight: Tensor, gram: Tensor, damping: float, pattern: Pattern, iterations: int = 300, refinements: int = 5
 ) -> Tensor:
     """Approximately minimise ``‖(W − Ŵ) H^{1/2}‖`` over W in the pattern, by splitting W into B = D with D in the pattern.
 

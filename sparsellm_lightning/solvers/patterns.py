@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 
 _RADIX_BITS = 11  # 32 bits in three steps
+_COMPARED = 8  # largest group whose entries are compared pair by pair, which is faster than sorting small groups
 _GATHERED = 2**20  # largest number of scores, over all ranks, that are exchanged instead of counted
 
 Counted = tuple[Tensor, int, int]
@@ -123,10 +124,12 @@ class NofM(Pattern):
         return 1 - self.kept / self.group
 
     def select(self, scores: Tensor, *, per_row: bool = False, first_column: int = 0) -> Tensor:
-        rows, columns = scores.shape
-        grouped = scores.reshape(rows, columns // self.group, self.group)
-        order = grouped.argsort(dim=2, descending=True, stable=True)[..., : self.kept]
-        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, order, True).view(rows, columns)
+        if self.group <= _COMPARED:
+            by_place = scores.reshape(-1, self.group).T.contiguous()
+            return (_number_ahead(by_place) < self.kept).T.reshape(scores.shape)
+        grouped = scores.reshape(-1, self.group)
+        order = grouped.argsort(dim=1, descending=True, stable=True)[:, : self.kept]
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,17 @@ class Containing(Pattern):
         before = sum(rows for (rows,) in self.ranks.gather_counts(int(free.sum()))[: self.ranks.rank])
         ends = torch.nn.functional.pad(free.cumsum(0), (1, 0)) + before
         return given.sum(1) + (ends.double() * share).round().long().diff()
+
+
+def _number_ahead(scores: Tensor) -> Tensor:
+    """How many of each column's other entries are larger, or equal and above, (places, columns) uint8."""
+    ahead = torch.zeros_like(scores, dtype=torch.uint8)
+    for lower in range(len(scores)):
+        for upper in range(lower):
+            upper_is_ahead = scores[upper] >= scores[lower]
+            ahead[lower] += upper_is_ahead
+            ahead[upper] += ~upper_is_ahead
+    return ahead
 
 
 def _given_first(scores: Tensor, given: Tensor) -> Tensor:

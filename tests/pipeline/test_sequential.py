@@ -115,6 +115,22 @@ def test_dense_activations_under_autocast(method: Any, monkeypatch: pytest.Monke
     assert (1e-4 < error < 2e-2) if method == "sparsegpt" else (error < 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "expected"),
+    [("sparsegpt", 0, {False}), ("sparsegpt", 8, {True}), ("sparsellm", 0, {False}), ("sparsellm", 8, {False, True})],
+)
+def test_forwards_under_autocast(method: Any, steps: int, expected: set[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are tuned run under autocast. Beside an alternation, only the tuning does."""
+    monkeypatch.setattr("sparsellm_lightning.calibration.context.coarse_dtype", lambda device, exact: torch.bfloat16)
+    model, seen = build_model("llama"), set()
+    for block in describe(model).blocks:
+        for projection in block.projections():
+            projection.module.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    config = PruningConfig(preset="paper", method=method, num_iterations=2, reconstruction_steps=steps)
+    prune_blocks(make_context(model, config), calibration_batches(random_batches()))
+    assert seen == expected
+
+
 @pytest.mark.parametrize("alternation", ["all", [-1]])
 def test_the_dense_model_has_keys_and_values_of_its_own(alternation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last two of Gemma 3n's blocks use those of the second, which the pruned model computes too.
