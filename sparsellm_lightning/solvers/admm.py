@@ -13,6 +13,7 @@ _FIRST_PENALTY = 0.1
 _CONVERGED = 1e-12  # share of the first squared residual at which conjugate gradients have converged in float32
 _FLAT = 1e-6  # curvature below which float32 rounding decides, in units of h's unit diagonal
 _EVERY = 3  # iterations between two comparisons of the support, and between two inverses, which take longest
+_SETTLED = 2e-3  # number of entries of the support that come or go, as a share of its size, with which the loop ends
 _GROWTH = 2.0  # of the penalty. ALPS has 1.1 to 1.3, which is slower and a little more accurate
 
 
@@ -25,7 +26,7 @@ def admm(
 
         B = (Ŵ H + ρ (D − u)) (H + ρI)⁻¹,    T = B + u,    D = the pattern's largest entries of T,    u = T − D
 
-    Every three iterations ρ doubles. The loop ends when the support no longer changes. Conjugate-gradient steps on the fixed
+    Every three iterations ρ doubles. The loop ends when the support hardly changes. Conjugate-gradient steps on the fixed
     support follow.
 
     Args:
@@ -64,7 +65,8 @@ def admm(
         d = t * keep
         u = t - d
         if (iteration + 1) % _EVERY == 0:
-            if pattern.ranks.total(int((keep ^ support).sum())) == [0]:
+            moved, size = pattern.ranks.total(int((keep ^ support).sum()), int(keep.sum()))
+            if moved <= _SETTLED * size:
                 break
             support = keep
             rho *= _GROWTH
