@@ -94,8 +94,8 @@ class PruningConfig:
             windows.
         seed: of the choice of calibration windows, of continuations, of the order of tuning batches, and of sampled tokens.
         solver_precision: ``auto``: bfloat16 products where the hardware is faster at them: for the alternation's auxiliaries,
-            and, if the model is float32, for tuning, continuations and measurements of the output. Gram matrices and weight
-            steps are never in bfloat16. ``float32``: no bfloat16 besides the model's own dtype.
+            and, if the model is float32, for tuning, forwards of blocks that are tuned, continuations and measurements of the
+            output. Gram matrices and weight steps are never in bfloat16. ``float32``: no bfloat16 but the model's own dtype.
         memory: bytes that pruning may hold on each rank's device besides the model, or ``auto``: most of what is free. With
             less, an accelerator keeps auxiliaries, activations and Adam's moments in host memory, which is slower, and a preset
             goes without distillation if its gradients do not fit. Less than one block needs is refused.

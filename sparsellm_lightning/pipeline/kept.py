@@ -37,7 +37,8 @@ class KeptParameters:
     fewer weights are left.
 
     Kept entries, their gradients and Adam's moments are float32 vectors in ``storage``, so that the memory shrinks with the
-    sparsity. In the backward, the gradient of a parameter that is not sharded is reduced to its kept entries and freed at once.
+    sparsity. The entries of float32 parameters that lie there too are copied only while a step changes them. In the backward,
+    the gradient of a parameter that is not sharded is reduced to its kept entries and freed at once.
     Gradients are summed over ranks, each of which has its own tokens. Sharded parameters are tuned shard by shard.
 
     Args:
@@ -84,6 +85,7 @@ class KeptParameters:
             {"params": [values], "lr": learning_rate * scale}
             for values, scale in zip(self.values, self._scales(), strict=True)
         ]
+        self._release()
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _share_of_rate(step, steps))
 
@@ -114,6 +116,9 @@ class KeptParameters:
                 gradient = gradient.to(self.device)  # what travels between ranks lies on their device
                 self.ranks.sum_(gradient)
             values.grad = gradient.to(self.storage)
+        for index, values in enumerate(self.values):
+            if self._is_released(index):
+                _refill(values, self._kept_of(index, self.locals[index]))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -121,17 +126,17 @@ class KeptParameters:
 
     def state(self) -> list[Tensor]:
         """A copy of the kept entries."""
-        return [values.clone() for values in self.values]
+        return [self._current(index).clone() for index in range(len(self.values))]
 
     def update(self, state: list[Tensor]) -> None:
         """Write the kept entries over an earlier copy, so that no second one is in memory."""
-        for copied, values in zip(state, self.values, strict=True):
-            copied.copy_(values)
+        for index, copied in enumerate(state):
+            copied.copy_(self._current(index))
 
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a copy."""
         for values, before in zip(self.values, state, strict=True):
-            values.copy_(before)
+            _refill(values, before)
         self._store()
 
     @contextmanager
@@ -172,6 +177,20 @@ class KeptParameters:
             return flat.to(self.storage, torch.float32, copy=True)
         return flat.index_select(0, kept.to(flat.device, non_blocking=True)).to(self.storage, torch.float32)
 
+    def _current(self, index: int) -> Tensor:
+        """The kept entries of a parameter, as a float32 vector."""
+        return self._kept_of(index, self.locals[index]) if self._is_released(index) else self.values[index]
+
+    def _is_released(self, index: int) -> bool:
+        """Whether the values of a parameter are released between steps, because the parameter holds the same numbers."""
+        local = self.locals[index]
+        return local.dtype == torch.float32 and local.device == self.values[index].device
+
+    def _release(self) -> None:
+        for index, values in enumerate(self.values):
+            if self._is_released(index):
+                values.untyped_storage().resize_(0)
+
     def _store(self) -> None:
         """Write the kept entries into the parameters."""
         for local, kept, values in zip(self.locals, self.kept, self.values, strict=True):
@@ -182,6 +201,7 @@ class KeptParameters:
             flat.index_copy_(0, kept.to(local.device, non_blocking=True).long(), values.to(local.device, local.dtype))
             if flat.data_ptr() != local.data_ptr():
                 local.copy_(flat.view_as(local))
+        self._release()
 
     def _scales(self) -> list[float]:
         """``rms / ρ`` of each parameter, over all of its shards, ρ being at least :data:`LEAST_DENSITY`."""
@@ -196,6 +216,12 @@ class KeptParameters:
         rms = (squares / entries).sqrt().clamp(min=LEAST_SCALE)
         scales: list[float] = torch.minimum(rms * size / entries, rms / LEAST_DENSITY).tolist()
         return scales
+
+
+def _refill(values: Tensor, source: Tensor) -> None:
+    """Copy into a vector whose memory may have been released."""
+    values.untyped_storage().resize_(values.numel() * values.element_size())
+    values.copy_(source)
 
 
 def _uses(module: torch.nn.Module) -> Counter[int]:

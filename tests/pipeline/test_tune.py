@@ -327,6 +327,21 @@ def test_bfloat16_has_float32_masters() -> None:
     assert moved[64] > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_values_in_forwards(dtype: torch.dtype) -> None:
+    """Float32 parameters hold their values themselves. Others have masters of 4 bytes for each kept entry."""
+    case = make_case("llama", dtype=dtype)
+    reconstructor = case.reconstructor(steps=3)
+    held: list[int] = []
+    values = reconstructor.parameters.values
+    case.block.module.register_forward_pre_hook(
+        lambda *_: held.append(sum(v.untyped_storage().nbytes() for v in values))
+    )
+    tune(reconstructor)
+    masters = 4 * sum(int((p != 0).sum()) for p in case.block.module.parameters())
+    assert set(held) == {masters if dtype == torch.bfloat16 else 0}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("pattern", "target"), [("unstructured", "model"), ("2:4", "block")])
 def test_every_layout(name: str, pattern: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,7 +564,8 @@ def test_reconstruction_starts_from_the_local_solver(name: str, monkeypatch: pyt
     states = []
     for steps in (0, 1):
         model = build_model(name)
-        config = PruningConfig(preset="paper", sparsity=0.6, method="sparsegpt", reconstruction_steps=steps)
+        settings: dict[str, Any] = {"method": "sparsegpt", "solver_precision": "float32"}
+        config = PruningConfig(preset="paper", sparsity=0.6, reconstruction_steps=steps, **settings)
         context = make_context(model, config)
         results, _ = prune_blocks(context, calibration_batches(random_batches()))
         for result in results:
