@@ -126,12 +126,15 @@ class KeptParameters:
 
     def state(self) -> list[Tensor]:
         """A copy of the kept entries."""
-        return [self._current(index).clone() for index in range(len(self.values))]
+        copies = [torch.empty_like(values) for values in self.values]
+        self.update(copies)
+        return copies
 
     def update(self, state: list[Tensor]) -> None:
         """Write the kept entries over an earlier copy, so that no second one is in memory."""
         for index, copied in enumerate(state):
-            copied.copy_(self._current(index))
+            released = self._is_released(index)
+            copied.copy_(self._kept_of(index, self.locals[index]) if released else self.values[index])
 
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a copy."""
@@ -176,10 +179,6 @@ class KeptParameters:
         if kept is None:
             return flat.to(self.storage, torch.float32, copy=True)
         return flat.index_select(0, kept.to(flat.device, non_blocking=True)).to(self.storage, torch.float32)
-
-    def _current(self, index: int) -> Tensor:
-        """The kept entries of a parameter, as a float32 vector."""
-        return self._kept_of(index, self.locals[index]) if self._is_released(index) else self.values[index]
 
     def _is_released(self, index: int) -> bool:
         """Whether the values of a parameter are released between steps, because the parameter holds the same numbers."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsellm_lightning.solvers.ranks import SINGLE, Ranks
 
 _RADIX_BITS = 11  # 32 bits in three steps
-_COMPARED = 8  # largest group whose entries are compared pair by pair, which is faster than sorting small groups
+_COMPARED = 8  # largest group whose entries are compared pair by pair, which is faster on a CPU than sorting
 _GATHERED = 2**20  # largest number of scores, over all ranks, that are exchanged instead of counted
 
 Counted = tuple[Tensor, int, int]
