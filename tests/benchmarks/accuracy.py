@@ -7,9 +7,9 @@
 Prints tables, and writes them as ``accuracy.json``, ``accuracy.md`` and ``accuracy.png``; with ``--results`` also into a
 section of that Markdown file. A cell is one process. A finished cell is kept in ``accuracy.json``, by its row, its column and
 a hash of its configuration, the model's weights and its windows. The hash does not cover the code. So a run that was killed,
-or is asked for more cells, goes on. ``--again`` measures the chosen cells again. R compares cells of one machine only. Seconds
-and memory are shown if they are of the machine that makes the table. The tables show all known cells. With
-``--together N``, N cells run at once, each on its share of the cores, and their seconds are not shown.
+or is asked for more cells, goes on. ``--again`` measures the chosen cells again. With ``--together N``, N cells run at once,
+each on its share of the cores. R compares cells of one machine only. Memory is shown if it is of the machine that makes the
+table, and seconds if as many cells ran at once, too. The tables show all known cells.
 
 The gap of a cell is ``ln(perplexity / dense perplexity)``. R is the gap divided by that of this package's ``sparsegpt`` at the
 same sparsity and seed: 0 is the dense model, 1 SparseGPT. With several ``--seeds``, each of which chooses other calibration
@@ -108,10 +108,12 @@ class Results:
         path: of a JSON file, created by the first :meth:`add`. It may hold cells of other runs.
         job: what all cells of this run have in common, as :func:`common.prepared` gives it.
         seed: of the settings. It has chosen the job's windows too.
+        together: number of cells at once. Only cells that were measured so have comparable seconds.
     """
 
-    def __init__(self, path: Path, job: Job, seed: int) -> None:
+    def __init__(self, path: Path, job: Job, seed: int, together: int) -> None:
         self.path, self.seed, self.texts, self.content = path, seed, list(job["texts"]), job["content"]
+        self.together = together
         self.known: dict[str, Job] = json.loads(path.read_text()) if path.exists() else {}
 
     def key(self, cell: Cell) -> str:
@@ -154,7 +156,7 @@ class Results:
         if figure in (SECONDS, MEMORY) and found.get("machine") != machine():
             return None
         if figure == SECONDS:
-            return [found["seconds"]] if found["together"] == 1 else None
+            return [found["seconds"]] if found["together"] == self.together else None
         if figure == MEMORY:
             return [(found["peak_bytes"] - found["before_bytes"]) / 2**20]
         if figure == PERPLEXITY:
@@ -225,7 +227,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
     headings = {
         PERPLEXITY: "Perplexity",
         SHARE: "R: ln(perplexity / dense) as a share of sparsegpt's",
-        SECONDS: f"Seconds of pruning, on {os.cpu_count()} cores",
+        SECONDS: f"Seconds of pruning, {seeds[0].together} at once on {os.cpu_count()} cores",
         MEMORY: "Peak memory over the loaded model, MiB",
     }
     for figure, heading in headings.items():
@@ -332,7 +334,7 @@ def main() -> None:
         seeds = []
         for seed in options.seeds:
             with prepared(argparse.Namespace(**vars(options), model=model), texts, seed) as job:
-                results = Results(options.out / "accuracy.json", job, seed)
+                results = Results(options.out / "accuracy.json", job, seed, options.together)
                 failed += [f"{model}, {row}, {column}" for row, column in measure_cells(results, job, wanted, options)]
                 seeds.append(results)
         name = Path(model.removeprefix("package:")).name
