@@ -53,8 +53,8 @@ def allocate(context: Context, cache: ActivationCache, batches: Sequence[Calibra
     local errors ``‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²``, and s₀ the sparsity asked for, or the largest s of the curve where pruning to s₀
     changes nothing (gradual pruning).
 
-    Reconstruction with target ``model`` or ``mean`` tunes blocks to repair the errors of those before them. Then damage in
-    block l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
+    Reconstruction with target ``model`` tunes every block to repair the errors of the blocks before it. Then damage in block
+    l of L counts ``exp(−ρ (L − 1 − l) / (L − 1))`` times, ρ = :data:`DISCOUNT`.
 
     Args:
         context: of the run. The dense model's weights are changed and restored.
@@ -202,7 +202,7 @@ def _damages(context: Context, cache: ActivationCache, batches: Sequence[Calibra
 
 def depth_discount(block: int, blocks: int, config: PruningConfig) -> float:
     """The weight of damage in a block, because tuning later blocks partly repairs it."""
-    if not config.reconstruction_steps or config.target == "block":
+    if not config.reconstruction_steps or config.target != "model":
         return 1.0
     return math.exp(-DISCOUNT * (blocks - 1 - block) / max(blocks - 1, 1))
 

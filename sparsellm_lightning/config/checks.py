@@ -98,9 +98,9 @@ def _check_choices(config: PruningConfig) -> None:
             f"pattern {config.pattern_name} may remove whole blocks, but ignore keeps {', '.join(config.ignore)} in them. "
             "Leave ignore out, or remove neurons or heads instead."
         )
-    if config.target != "block" and not config.fits_target:
+    if config.target == "model" and not config.fits_target:
         raise UserError(
-            f"target {config.target} needs a method that fits it, but method is {config.method} without reconstruction"
+            f"target model needs a method that fits it, but method is {config.method} without reconstruction"
             f"{' and without an alternation' * (config.method == 'sparsellm')}. Set reconstruction_steps, use method sparsellm "
             "with several num_iterations, or leave target out."
         )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Preset = Literal["paper", "fast", "balanced", "best"]
 Method = Literal["sparsellm", "admm", "sparsegpt", "wanda", "magnitude"]
 LocalSolverName = Literal["admm", "sparsegpt", "wanda", "magnitude"]
-Target = Literal["block", "model", "mean"]
+Target = Literal["block", "model"]
 Allocation = Literal["uniform", "owl", "atp", "kl", "kl_blocks"]
 Precision = Literal["auto", "float32"]
 

@@ -63,8 +63,7 @@ class PruningConfig:
         num_iterations: iterations of the alternation. The first is the local solver.
         target: output that alternation and reconstruction fit. ``block``: the dense block's (for the alternation: its
             feed-forward network's) on the pruned model's activations. ``model``: the dense model's output at this block, so
-            that each block also corrects the error of the blocks before it. ``mean``: the mean of both, because such
-            corrections fit the calibration text better than other text. Experts are alternated towards their own output.
+            that each block also corrects the error of the blocks before it. Experts are alternated towards their own output.
         allocation: how the sparsity is divided, its mean being kept. ``uniform``: equal everywhere. ``owl``, ``atp``: published
             rules by block (arXiv 2310.05175, 2502.14770). ``kl``: by projection, from the measured KL divergence of the model's
             output when that projection alone is pruned. ``kl_blocks``: by block, likewise, in a fraction of the time.

@@ -40,12 +40,12 @@ def estimate_work(layout: DecoderLayout, config: PruningConfig, tokens: int, win
     operations = {"forward": 0.0, "statistics": 0.0, "local_solve": 0.0, "alternation": 0.0, "reconstruction": 0.0}
     alternating = config.alternates_in(len(layout.blocks))
     # Tokens for which the dense blocks' outputs are computed: all for the alternation, otherwise those that tuning uses.
-    tuned = 0.0
-    if config.reconstruction_steps:
+    followed = 0.0
+    if alternating and config.target == "model":
+        followed = tokens
+    elif config.reconstruction_steps:
         step = max(STEP_TOKENS, window)
-        tuned = min(config.reconstruction_steps * step + config.held_out_fraction * tokens, tokens)
-    advanced = (tokens if alternating else tuned) * (config.target != "block")
-    followed = advanced + tuned * (config.target != "model")
+        followed = min(config.reconstruction_steps * step + config.held_out_fraction * tokens, tokens)
     for block in layout.blocks:
         work_of_block = _of_block(block, config, tokens, window, block.index in alternating)
         work_of_block["forward"] += block.forward_work(window) * followed
@@ -121,7 +121,7 @@ def sizes_of_block(
     matrices = 3 if any("gate" in network.roles for network in layout.networks) else 2
     # Input and output of the block and of its feed-forward network, and the input of its last attention projection; the goal;
     # the dense model's activations.
-    copies = 5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target != "block")
+    copies = 5 + 2 * bool(config.reconstruction_steps) + 2 * (config.target == "model")
     return Sizes(
         # Float32: dense, best, current and rounded weights, targets. Of each Gram matrix the float64 sum, a damped copy and the
         # factor; in float32 the mean, the best iterate's, and factors.

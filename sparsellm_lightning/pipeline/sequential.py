@@ -53,7 +53,6 @@ from sparsellm_lightning.solvers import (
     solve_feed_forward,
 )
 
-DENSE_SHARE = {"block": 0.0, "mean": 0.5, "model": 1.0}  # of the dense model's output in the output that is fitted
 WORTH_COMPILING = 2**29  # updates x calibration tokens x hidden features from which compiling z and s steps (10 s) pays
 
 OnIteration = Callable[[int, int, float], None]
@@ -115,7 +114,7 @@ def prune_blocks(
     # The dense model's activations advance beside the pruned model's only if they are a target: those of all windows for the
     # alternation, otherwise of those that tuning uses.
     followed = range(len(cache.hidden)) if context.alternating_blocks else tuned
-    dense = cache.part(followed).apart() if DENSE_SHARE[context.config.target] else None
+    dense = cache.part(followed).apart() if context.config.target == "model" else None
     _pass_removed(context, 0, removed, dense)
     for block in context.layout.blocks:
         start = time.perf_counter()
@@ -215,8 +214,7 @@ def _advance_dense(
     Returns:
         the alternation's target: the feed-forward output that makes the block's output equal to the dense model's. If a norm
         follows the feed-forward network, that output is not known, and the target is the dense model's feed-forward output.
-        With target ``mean``, the mean of it and of what the dense network gives. None if the alternation skips the block, or
-        if the block has no feed-forward network.
+        None if the alternation skips the block, or if the block has no feed-forward network.
     """
     if not alternates or not block.networks:
         dense.hidden = run_block(context, block, dense)
@@ -228,12 +226,11 @@ def _advance_dense(
     }
     observed = [(n.output, own[n.roles["down"].name].add) for n in block.networks if n.scale is None]
     dense.hidden = run_block(context, block, dense, outputs=observed)
-    share = DENSE_SHARE[context.config.target]
 
     def target(output: Tensor, network: Network, block_outputs: list[Tensor]) -> Tensor:
         if network.scale is None:
-            return output.lerp_(own[network.roles["down"].name].filled(), share)
-        return _corrected_output(dense, output, block_outputs, network.scale / share)
+            return own[network.roles["down"].name].filled()
+        return _corrected_output(dense, output, block_outputs, network.scale)
 
     return target
 
@@ -257,15 +254,12 @@ def _plan_tuning(
         context: of the run.
         block: still dense.
         cache: activations in front of the block, of the windows that tuning uses.
-        goal: the dense model's activations behind the block, if the target has a share of them. None: what the block gives.
+        goal: the dense model's activations behind the block, if they are the target. None: what the block gives.
     """
     steps = context.config.reconstruction_steps if context.config.requested_sparsity else 0
     if not steps or not any(p.pruned for p in block.projections()):
         return None
-    share = DENSE_SHARE[context.config.target]
-    if goal is None or share < 1:
-        own = run_block(context, block, cache)
-        goal = own if goal is None else [torch.lerp(*pair, share) for pair in zip(own, goal, strict=True)]
+    goal = run_block(context, block, cache) if goal is None else goal
     reached = replace(cache, hidden=goal)
     check_finite_activations(context, reached.valid_tokens(), f"after the dense {block.name}")
     return cache, goal

@@ -62,17 +62,17 @@ def test_nothing_pruned_reproduces_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("target", ["block", "model", "mean"])
+@pytest.mark.parametrize("target", ["block", "model"])
 def test_cached_hidden_states_are_those_of_the_pruned_model(
     name: str, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With targets ``model`` and ``mean``, a second cache holds the hidden states of the dense model."""
+    """With target ``model``, a second cache holds the hidden states of the dense model."""
     model, batches = build_model(name), random_batches()
     dense = block_outputs(model, describe(model).blocks[-1].module, batches)
     followed = dense_activations(monkeypatch)
     config = PruningConfig(preset="paper", sparsity=0.6, target=target, num_iterations=2)
     assert_cache_is_the_model(make_context(model, config), rtol=1e-4, atol=1e-5)
-    assert bool(followed) == (target != "block")
+    assert bool(followed) == (target == "model")
     for second in followed[-1:]:
         assert_same_hidden(second.hidden, dense, calibration_batches(batches), rtol=1e-4, atol=1e-5)
     pruned = block_outputs(model, describe(model).blocks[-1].module, batches)
@@ -260,47 +260,6 @@ def test_target_model_corrects_earlier_blocks(trained, text, calibration) -> Non
         prune_model(model, calibration, config)
         distances[target] = float((end_of(model) - reference).norm())
     assert distances["model"] < distances["block"]
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_target_mean_is_the_mean_of_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the outputs of the first feed-forward network, for the alternation, and of the last block, for reconstruction."""
-    tune_with(monkeypatch, learning_rate=0.0)  # so that the activations are equal for all targets
-    plan, solve = sequential._plan_tuning, sequential.solve_feed_forward
-    outputs: list[torch.Tensor] = []
-    goals: list[list[torch.Tensor]] = []
-
-    def planned(*args: Any) -> Any:
-        tuning = plan(*args)
-        assert tuning is not None
-        goals.append(tuning[1])
-        return tuning
-
-    def solved(dense: Any, x: torch.Tensor, y: torch.Tensor, *args: Any, **options: Any) -> Any:
-        outputs.append(y.clone())
-        return solve(dense, x, y, *args, **options)
-
-    monkeypatch.setattr(sequential, "_plan_tuning", planned)
-    monkeypatch.setattr(sequential, "solve_feed_forward", solved)
-    fitted, reached = {}, {}
-    for target in ("block", "model", "mean"):
-        settings: dict[str, Any] = {"target": target, "reconstruction_steps": 1, "solver_precision": "float32"}
-        methods: tuple[Any, ...] = ("magnitude", "sparsellm")
-        for method in methods:
-            outputs.clear(), goals.clear()
-            model, batches = build_model(name), random_batches()
-            dense = block_outputs(model, describe(model).blocks[-1].module, batches)
-            config = PruningConfig(preset="paper", sparsity=0.6, method=method, num_iterations=2, **settings)
-            prune_blocks(make_context(model, config), calibration_batches(batches))
-            if method == "magnitude":
-                reached[target] = torch.cat([goal.flatten() for goal in goals[-1]])
-            else:
-                fitted[target] = outputs[0]
-        if target == "model":
-            assert_same_hidden(goals[-1], dense, calibration_batches(batches), rtol=1e-4, atol=1e-5)
-    for found in (fitted, reached):
-        assert not torch.allclose(found["block"], found["model"], rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(found["mean"], (found["block"] + found["model"]) / 2, rtol=1e-4, atol=1e-5)
 
 
 def masks_of(model: Any) -> torch.Tensor:
