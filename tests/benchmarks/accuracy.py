@@ -227,7 +227,7 @@ def markdown(seeds: Sequence[Results], title: str) -> str:
     headings = {
         PERPLEXITY: "Perplexity",
         SHARE: "R: ln(perplexity / dense) as a share of sparsegpt's",
-        SECONDS: f"Seconds of pruning, {seeds[0].together} at once on {os.cpu_count()} cores",
+        SECONDS: f"Seconds of pruning on {os.cpu_count()} cores, cells at once: {seeds[0].together}",
         MEMORY: "Peak memory over the loaded model, MiB",
     }
     for figure, heading in headings.items():
