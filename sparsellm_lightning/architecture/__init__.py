@@ -13,6 +13,7 @@ from sparsellm_lightning.architecture.blocks import (
     unwrapped,
     unwrapped_names,
     vocabulary_of,
+    without_cache,
 )
 from sparsellm_lightning.architecture.discovery import describe
 from sparsellm_lightning.architecture.examination import ROUTES
@@ -29,6 +30,7 @@ from sparsellm_lightning.architecture.layout import (
     linear_projection,
 )
 from sparsellm_lightning.architecture.listed import routing_in
+from sparsellm_lightning.architecture.probe import run_base
 from sparsellm_lightning.architecture.table import ARCHITECTURES, Architecture, register_architecture
 
 __all__ = [
@@ -56,8 +58,10 @@ __all__ = [
     "patched_forward",
     "register_architecture",
     "routing_in",
+    "run_base",
     "token_input",
     "unwrapped",
     "unwrapped_names",
     "vocabulary_of",
+    "without_cache",
 ]

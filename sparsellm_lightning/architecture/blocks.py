@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     if row is not None and row.blocks is not None:
         try:
             found: Any = model.base_model.get_submodule(row.blocks)
-            return list(found)
+            return list(found.values() if isinstance(found, nn.ModuleDict) else found)
         except (AttributeError, TypeError) as error:
             raise UserError(
                 f"The row for {model.config.model_type!r} must name a list of blocks of {type(model.base_model).__name__}, got "
@@ -164,6 +165,12 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
     found: int | None = getattr(embeddings, "num_embeddings", None)
     return model.config.get_text_config().vocab_size if found is None else found
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a forward from storing keys and values, if the forward has it."""
+    known = inspect.signature(model.forward).parameters.values()
+    return {"use_cache": False} if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in known) else {}
 
 
 def token_input(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -99,7 +99,13 @@ class Examination:
                 f"The row for {self.seen.model.config.model_type!r} names {', '.join(missing)}, which {self.seen.name} does "
                 f"not run as a linear layer. It runs {', '.join(by_name)}. Correct the row with register_architecture."
             )
-        activations = self.seen.activations if row.activation is None else [find_activation(row.activation)]
+        try:
+            activations = self.seen.activations if row.activation is None else [find_activation(row.activation)]
+        except KeyError:
+            raise UserError(
+                f"The row for {self.seen.model.config.model_type!r} must name an activation of transformers, got "
+                f"{row.activation!r}. Correct the row with register_architecture."
+            ) from None
         assert row.down is not None
         down = by_name[row.down]
         proof = prove(down, [by_name[path] for path in wanted], activations, self._holder(down))

@@ -201,7 +201,7 @@ def is_product(layer: Any, x: Tensor, y: Tensor) -> bool:
     Classes made from ``nn.Linear`` may scale, normalise or round what they see. True if that is not known: y is not finite, or
     the weight is sharded again.
     """
-    if isinstance(layer.weight, DTensor) or not math.isfinite(float(y.float().norm())):
+    if isinstance(layer.weight, DTensor) or not math.isfinite(float(y.detach().float().norm())):
         return True
     weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
     if (*x.shape[:-1], *weight.shape) != (*y.shape[:-1], x.shape[-1], y.shape[-1]):

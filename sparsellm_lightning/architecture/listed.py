@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsellm_lightning.architecture.blocks import hidden_states, patched_forward
 from sparsellm_lightning.architecture.experts import Routing, routing_of
 from sparsellm_lightning.architecture.feed_forward import Call, close, prove
-from sparsellm_lightning.architecture.layout import Experts, Network
+from sparsellm_lightning.architecture.layout import Experts, Network, linear_projection
 from sparsellm_lightning.solvers import Activation
 
 
@@ -24,7 +24,11 @@ def listed_experts(mixture: nn.Module) -> dict[str, list[nn.Module]]:
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             modules = list(child.values() if isinstance(child, nn.ModuleDict) else child)
             shapes = [
-                [(path, m.weight.shape) for path, m in expert.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+                [
+                    (path, linear_projection(path, m).shape)
+                    for path, m in expert.named_modules()
+                    if isinstance(m, (nn.Linear, Conv1D))
+                ]
                 for expert in modules
             ]
             if len(modules) > 1 and len(shapes[0]) > 1 and all(shape == shapes[0] for shape in shapes):

@@ -23,6 +23,7 @@ from sparsellm_lightning.architecture.blocks import (
     refusing,
     unwrapped_names,
     vocabulary_of,
+    without_cache,
 )
 from sparsellm_lightning.architecture.examination import Examination
 from sparsellm_lightning.architecture.feed_forward import activations_of
@@ -43,7 +44,7 @@ RunModel = Callable[[PreTrainedModel, dict[str, Tensor]], object]
 
 def run_base(model: PreTrainedModel, inputs: dict[str, Tensor]) -> object:
     """A forward without the head."""
-    return model.base_model(**inputs, use_cache=False)
+    return model.base_model(**inputs, **without_cache(model.base_model))
 
 
 @torch.no_grad()

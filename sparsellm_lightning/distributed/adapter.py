@@ -17,7 +17,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sparsellm_lightning.architecture import DecoderLayout, Projection, describe, device_of, evaluating, token_input
+from sparsellm_lightning.architecture import (
+    DecoderLayout,
+    Projection,
+    describe,
+    device_of,
+    evaluating,
+    run_base,
+    token_input,
+    without_cache,
+)
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.runtime import fastest_float32, keeping_freed_memory
 from sparsellm_lightning.solvers import SINGLE, Ranks
@@ -94,7 +103,7 @@ class StrategyAdapter:
 
     def run_model(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         """Run the model so that its blocks are called. The head is left out where the strategy allows it."""
-        model.base_model(**inputs, use_cache=False)
+        run_base(model, inputs)
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
         """Logits of this rank's part of an evaluation batch. None if the rank has no part of it."""
@@ -103,7 +112,7 @@ class StrategyAdapter:
             return None
         part = inputs if len(given) else {"input_ids": given.new_zeros(1, 2, dtype=torch.long)}
         with self.forward_context():
-            logits: Tensor = self._through_root(lambda: model(**part, use_cache=False)).logits
+            logits: Tensor = self._through_root(lambda: model(**part, **without_cache(model))).logits
         return logits if len(given) else None
 
     def next_logits(self, model: PreTrainedModel, ids: Tensor, cache: Cache | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import patched_forward, token_input
+from sparsellm_lightning.architecture import patched_forward, token_input, without_cache
 from sparsellm_lightning.distributed.adapter import StrategyAdapter
 
 
@@ -26,7 +26,7 @@ class ShardedAdapter(StrategyAdapter):
         # share keys and values (Gemma 4), a number would cut their hidden states too, which indices do not.
         first = torch.zeros(1, dtype=torch.long, device=token_input(inputs).device)
         one = {"logits_to_keep": first} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        self._through_root(lambda: model(**inputs, **one, use_cache=False))
+        self._through_root(lambda: model(**inputs, **one, **without_cache(model)))
 
     def _through_root(self, call: Callable[[], Any]) -> Any:
         """Call a function inside the forward of the outermost wrapped module, whose hooks gather its parameters."""

@@ -205,6 +205,9 @@ def test_rows_override_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     table.register_architecture("llama", replace(row, down="mlp.no_proj"))
     with pytest.raises(UserError, match=r"names mlp\.no_proj, which model\.layers\.0 does not run"):
         describe(model)
+    table.register_architecture("llama", replace(row, gate=row.up, up=row.gate, activation="swiglu"))
+    with pytest.raises(UserError, match="must name an activation of transformers, got 'swiglu'"):
+        describe(model)
     table.register_architecture("llama", replace(row, gate=row.up, up=row.gate, activation="silu"))
     assert describe(model).blocks[0].networks[0].roles["gate"].name == "model.layers.0.mlp.gate_proj"
 

@@ -107,6 +107,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         pytest.param("mixtral", EXPERTS, "ddp", 2, marks=pytest.mark.slow),
         pytest.param("mixtral", EXPERTS, "fsdp2", 2, marks=pytest.mark.slow),
         pytest.param("listed_mixtral", EXPERTS, "fsdp2", 2, marks=pytest.mark.slow),
+        pytest.param("listed_mixtral", EXPERTS, "fsdp1", 2, marks=pytest.mark.slow),
         pytest.param("llama", SPARSELLM, "fsdp2", 3, marks=pytest.mark.slow),
         pytest.param(
             *("opt", {**SPARSELLM, "sparsity": None, "pattern": "2:4", "target": "model"}, "ddp", 3),
@@ -122,6 +123,7 @@ def assert_equal_on_all_ranks(weights: list[dict[str, Tensor]]) -> None:
         "mixtral-ddp2",
         "mixtral-fsdp2",
         "listed_mixtral-fsdp2",
+        "listed_mixtral-fsdp1",
         "llama-fsdp3",
         "opt-ddp3",
     ],
