@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import OneCycleLR
 
+from sparsellm_lightning.callbacks.distillation import Distillation
 from sparsellm_lightning.callbacks.finetuning import SparseFinetuning
 from sparsellm_lightning.callbacks.schedule import steps_of_run
 from sparsellm_lightning.config import PruningConfig
@@ -50,8 +51,9 @@ def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
         tunes: whether pruning takes gradients of the kept weights.
 
     Raises:
-        UserError: a device that cannot prune; limits that allow no step; a minimum of steps in a run that stops after pruning;
-            two callbacks that hold zeros; DDP with ``static_graph``, which would record pruning's backward pass as training's.
+        UserError: a device that cannot prune; limits that allow no step; a minimum of steps, or a teacher, in a run that stops
+            after pruning; two callbacks that hold zeros; DDP with ``static_graph``, which would record pruning's backward pass
+            as training's.
     """
     check_device(trainer.strategy.root_device)
     if trainer.max_steps == 0 or trainer.max_epochs == 0 or trainer.limit_train_batches == 0:
@@ -65,7 +67,13 @@ def check_trainer(trainer: pl.Trainer, trains: bool, tunes: bool) -> None:
             "With finetune=False the run stops after pruning, but min_steps / min_epochs ask for "
             f"{trainer.min_steps} / {trainer.min_epochs}. Leave them out, or set finetune to true."
         )
-    if sum(isinstance(c, SparseFinetuning) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not trains and any(isinstance(callback, Distillation) for callback in callbacks):
+        raise UserError(
+            "Distillation teaches in training, but finetune=False ends the run after pruning. Set finetune to true, or leave "
+            "Distillation out: in pruning, distillation_steps distil."
+        )
+    if sum(isinstance(callback, SparseFinetuning) for callback in callbacks) > 1:
         raise UserError(
             "SparseLLMCallback keeps the zeros itself, but the Trainer has another SparseFinetuning or SparseLLMCallback. "
             "Keep one. With SparseLLMCallback, set finetune to true."
@@ -151,20 +159,31 @@ def check_resumed(report: PruningReport, config: PruningConfig) -> None:
         )
 
 
-def check_what_follows(trainer: pl.Trainer) -> None:
-    """Refuse training that would fail after pruning.
+def check_read_again(trainer: pl.Trainer, reader: str) -> None:
+    """Refuse to calibrate on a training loader that can be read once, if something else reads it too.
+
+    Args:
+        trainer: of the run.
+        reader: what reads it too, for the message.
 
     Raises:
-        UserError: a learning rate that is planned for fewer steps than the run takes, or a training loader that can be iterated
-            once, from which calibration would take windows.
+        UserError: such a loader.
     """
     loaders = trainer.fit_loop._combined_loader
     apart = hasattr(datamodule_of(trainer), "calibration_dataloader")
     if loaders is not None and not apart and any(isinstance(loader, Iterator) for loader in loaders.flattened):
         raise UserError(
-            "Calibration and training both read the training dataloader, but it is an iterator, which can be read once. Give "
+            f"Calibration and {reader} both read the training dataloader, but it is an iterator, which can be read once. Give "
             "a DataLoader, or a datamodule with a calibration_dataloader."
         )
+
+
+def check_learning_rate(trainer: pl.Trainer) -> None:
+    """Refuse training that would fail after pruning.
+
+    Raises:
+        UserError: a learning rate that is planned for fewer steps than the run takes.
+    """
     if not trainer.lightning_module.automatic_optimization:  # the module steps its schedulers itself
         return
     steps = steps_of_run(trainer)

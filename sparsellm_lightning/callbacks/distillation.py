@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from sparsellm_lightning.architecture import decoder_blocks, device_of, find_model, hidden_states, patched
+from sparsellm_lightning.architecture import (
+    decoder_blocks,
+    device_of,
+    find_model,
+    hidden_states,
+    patched,
+    without_cache,
+)
 from sparsellm_lightning.callbacks.finetuning import resumed
 from sparsellm_lightning.distributed import StrategyAdapter, adapter_for, load_sharded
 from sparsellm_lightning.errors import UserError
@@ -145,8 +152,6 @@ class Distillation(pl.Callback):
         student = find_model(pl_module, self.model_attribute)
         if self.offload:
             self._patched.enter_context(_brought_in_turn(self._model, pl_module.device))
-        elif not isinstance(self._model, FSDPModule):
-            self._model.to(pl_module.device)  # type: ignore[arg-type]
         # No hook of a callback may change the loss. A partial function can be pickled; Lightning reads its signature.
         original = pl_module.training_step
         step = wraps(original)(partial(self._step, original, pl_module, student))
@@ -247,12 +252,14 @@ class Distillation(pl.Callback):
                 "Distillation compares the student's forwards, but training_step made none with gradients through the "
                 "model's own forward. Call the transformers model itself, not its parts, and train some of its weights."
             )
+        if not (self.offload or isinstance(teacher, FSDPModule)):
+            teacher.to(pl_module.device)  # type: ignore[arg-type]  # not earlier: pruning may need the room until the first step
         total: Tensor | float = 0.0
         parts: defaultdict[str, Any] = defaultdict(float)  # over the forwards of a step
         for call in calls:
             with torch.no_grad(), _recording(teacher, features=self.feature_weight > 0) as seen:
                 inputs = {key: value for key, value in call.inputs.items() if key not in ("labels", "use_cache")}
-                teacher(**inputs, use_cache=False)
+                teacher(**inputs, **without_cache(teacher))
             mask = call.inputs.get("attention_mask")
             valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             if self.logit_weight:

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from sparsellm_lightning.architecture import find_model
 from sparsellm_lightning.callbacks.checks import (
     check_launcher,
+    check_learning_rate,
+    check_read_again,
     check_resume_dir,
     check_resumed,
     check_together,
     check_trainer,
-    check_what_follows,
 )
 from sparsellm_lightning.callbacks.exporting import Exporter
 from sparsellm_lightning.callbacks.figures import log_results
@@ -63,8 +64,8 @@ class SparseLLMCallback(SparseFinetuning):
             exist is made, as a private one. Needs ``export_dir``. Not possible with ``pack``. None: no upload.
         measure: measure perplexity on the validation windows, if there are any, before and after pruning and fine-tuning.
         baseline: first prune the model by SparseGPT alone, and report R, the loss ``ln(perplexity / dense)`` as a share of
-            SparseGPT's. Needs ``measure``, and a pattern that is unstructured or N:M. The dense weights are kept in host memory
-            meanwhile.
+            SparseGPT's. Needs ``measure``, validation windows, and a pattern that is unstructured or N:M. The dense weights are
+            kept in host memory meanwhile.
         model_attribute: attribute of the LightningModule that holds the model, if it holds several.
         settings: the fields of :class:`~sparsellm_lightning.PruningConfig`.
 
@@ -190,7 +191,10 @@ class SparseLLMCallback(SparseFinetuning):
             if self.schedule is not None:
                 warn_of_late_stages(trainer, self.schedule)
             if self.finetune:
-                check_what_follows(trainer)
+                check_read_again(trainer, "training")
+                check_learning_rate(trainer)
+            elif self.baseline:
+                check_read_again(trainer, "the baseline")
             self._prune(trainer, pl_module)
         assert self.report is not None
         self.report.model = pretrained_of(pl_module) or self.report.model

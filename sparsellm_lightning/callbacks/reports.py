@@ -72,6 +72,12 @@ class Reporter:
             before_this = self._measurer.comparable(last)
             known = {name: before_this[name] for name in ("dense", "sparsegpt") if name in before_this}
         elif self.baseline:
+            if before is None:
+                raise UserError(
+                    "baseline compares perplexities, but that of the dense model is not known: there are no validation "
+                    "windows, or no language-model head, or it is not finite. Give windows (val_dataloaders, data.test_files), "
+                    "or leave baseline out."
+                )
             known["sparsegpt"] = self._measurer.sparsegpt(trainer, model, self.config, self._journal("baseline"))
         examples = self._examples(trainer, pl_module, model, "dense") if last is None else last.examples
         stages = [] if last is None else last.stages

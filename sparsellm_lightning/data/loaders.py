@@ -118,7 +118,7 @@ def calibration_batches(trainer: pl.Trainer, num_samples: int, seed: int) -> tup
     source = str(getattr(data, "calibration_text", type(data).__name__))
     takes_all = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     batches = loader(**{name: value for name, value in wanted.items() if takes_all or name in accepted})
-    return batches, _is_sharded(batches), source
+    return _own_windows(batches), _is_sharded(batches), source
 
 
 def validation_batches(trainer: pl.Trainer) -> tuple[Iterable[Any] | None, bool]:

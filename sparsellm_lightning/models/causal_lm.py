@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCa
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsellm_lightning.architecture import without_cache
 from sparsellm_lightning.distributed import load_sharded
 from sparsellm_lightning.errors import UserError
 from sparsellm_lightning.models.buffers import kept_in_float32
@@ -128,7 +129,7 @@ class CausalLM(pl.LightningModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Logits, (batch, sequence, vocabulary). For batches see :func:`~sparsellm_lightning.models.model_inputs`."""
-        logits: Tensor = self.model(**model_inputs(batch), use_cache=False).logits
+        logits: Tensor = self.model(**model_inputs(batch), **without_cache(self.model)).logits
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -81,16 +81,16 @@ def check_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         inputs: as :func:`model_inputs` gives them.
 
     Raises:
-        UserError: token ids that are not (batch, sequence) integers of the vocabulary, empty windows, or windows longer than
-            the model's context.
+        UserError: token ids that are not (batch, sequence) integers of the vocabulary, int64 or int32, empty windows, or
+            windows longer than the model's context.
     """
     ids = inputs.get("input_ids")
     if ids is not None:
         shape = tuple(ids.shape)
-        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not shape[1]:
+        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not shape[1]:  # which embeddings take
             raise UserError(
-                f"Token ids must be integers of shape (batch, sequence), at least one token long, got {ids.dtype} of shape "
-                f"{shape}. Have the dataloader give such batches."
+                f"Token ids must be integers of shape (batch, sequence), int64 or int32, at least one token long, got "
+                f"{ids.dtype} of shape {shape}. Have the dataloader give such batches."
             )
         vocabulary = vocabulary_of(model)
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)

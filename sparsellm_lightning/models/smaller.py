@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sparsellm_lightning.architecture import Attention, DecoderLayout, Projection, unwrapped, unwrapped_names
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.errors import UserError
+from sparsellm_lightning.models.loading import note_untied
 from sparsellm_lightning.sparsity import has_adapters, merged_state
 
 Shapes = dict[str, torch.Size]
@@ -67,6 +68,7 @@ def rebuilt(
     """
     whole = without_weights(model, config or model.config)
     whole.load_state_dict({unwrapped(name): tensor for name, tensor in state_dict.items()}, assign=True)
+    note_untied(whole)  # which a sharded model does not show
     whole.tie_weights()
     if hasattr(model, "generation_config"):  # not where the class cannot generate, such as classifiers
         whole.generation_config = model.generation_config

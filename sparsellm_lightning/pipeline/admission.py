@@ -77,6 +77,22 @@ def check_adapters_untrained(context: Context) -> None:
         )
 
 
+def warn_of_idle_settings(context: Context) -> None:
+    """Name settings of the alternation that were given, if the method is none."""
+    config = context.config
+    if config.method == "sparsellm":
+        return
+    names = ("local_solver", "num_iterations", "alternation_blocks", "penalties")
+    default = PruningConfig(preset=config.preset)
+    idle = [name for name in names if getattr(config, name) != getattr(default, name)]
+    if idle:
+        _warn(
+            context.ranks,
+            f"Without effect: {', '.join(idle)}, because only method sparsellm alternates, and method is {config.method}. Set "
+            "method to sparsellm, or leave them out.",
+        )
+
+
 def warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:
     wanted = context.config.num_calibration_samples
     if windows < wanted:

@@ -36,6 +36,7 @@ from sparsellm_lightning.pipeline.admission import (
     check_place,
     warn_of_dense_layers,
     warn_of_few_tokens,
+    warn_of_idle_settings,
     warn_of_pruned_parts,
     warn_of_slow_products,
     without_predictions,
@@ -148,6 +149,7 @@ def prune_model(
         written, number_written = _written_windows(context, batches, fitted, journal)
         (tokens,) = adapter.ranks.total(sum(batch.tokens for batch in batches))
         check_finite_weights(context, dict(model.named_parameters()))
+        warn_of_idle_settings(context)
         warn_of_few_tokens(context, windows, tokens)
         warn_of_slow_products(context)
         warn_of_dense_layers(context)

@@ -24,6 +24,7 @@ from sparsellm_lightning import (
     TextDataModule,
     UserError,
     perplexity,
+    prune_model,
 )
 from sparsellm_lightning.callbacks.distillation import feature_loss, logit_loss
 
@@ -201,6 +202,36 @@ def test_a_frozen_copy_is_of_the_dense_model(trained, ids: Tensor, order: int) -
     for state in taught:
         assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
     assert distillation._model is None, "the teacher's memory is freed"
+
+
+def test_a_teacher_in_a_run_that_does_not_train_is_refused(ids: Tensor) -> None:
+    run = trainer(SparseLLMCallback(preset="paper", sparsity=0.5), Distillation(build_model("llama")))
+    with pytest.raises(UserError, match="Distillation teaches in training, but finetune=False"):
+        run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_teacher_comes_to_the_device_behind_pruning(
+    ids: Tensor, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which needs the room."""
+    seen: list[str] = []
+    teacher = build_model("llama", seed=1)
+    move = teacher.to
+
+    def to(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        seen.append("teacher")
+        return move(*args, **kwargs)
+
+    def prune(*args: Any, **kwargs: Any) -> Any:
+        seen.append("pruning")
+        return prune_model(*args, **kwargs)
+
+    monkeypatch.setattr(teacher, "to", to)
+    monkeypatch.setattr("sparsellm_lightning.callbacks.reports.prune_model", prune)
+    run = trainer(*[pruner(), Distillation(teacher)][::order], max_steps=1)
+    run.fit(OwnModule(build_model("llama")), DataLoader(ids, batch_size=8))
+    assert seen == ["pruning", "teacher"]
 
 
 @pytest.mark.slow

@@ -484,6 +484,8 @@ def test_a_training_loader_that_can_be_read_once_is_refused(ids: Tensor) -> None
     module = Module(build_model("llama"), OPTIMIZERS["adamw"])
     with pytest.raises(UserError, match="iterator, which can be read once"):
         trainer(pruner(), max_steps=2).fit(module, iter(ids.split(4)))
+    with pytest.raises(UserError, match="Calibration and the baseline both read"):
+        trainer(pruner(finetune=False, baseline=True)).fit(module, iter(ids.split(4)), DataLoader(ids[:4]))
     trainer(pruner(finetune=False)).fit(module, iter(ids.split(4)))
 
 

@@ -153,6 +153,14 @@ def test_the_baseline_needs_zeros() -> None:
         SparseLLMCallback(measure=False, baseline=True)
 
 
+def test_the_baseline_needs_a_perplexity(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsellm_lightning.callbacks.measuring.prune_model", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(UserError, match=r"baseline compares perplexities.*no validation windows"):
+        trainer(SparseLLMCallback(**MAGNITUDE, baseline=True)).fit(
+            OwnModule(build_model("llama")), DataLoader(ids, batch_size=8)
+        )
+
+
 def test_models_are_found_by_type(trained, ids: torch.Tensor) -> None:
     module = OwnModule(trained("llama"), teacher=trained("llama"))
     with pytest.raises(UserError, match=r"found backbone, teacher.*model_attribute"):

@@ -69,6 +69,13 @@ def test_only_a_loaded_position_is_gone_on_from() -> None:
     assert epoch()[:2] == one
 
 
+def _fit_with(calibration_dataloader: Any) -> Any:
+    """What calibration sees of a Trainer whose datamodule has this method."""
+    data = pl.LightningDataModule()
+    data.calibration_dataloader = calibration_dataloader  # type: ignore[attr-defined]
+    return SimpleNamespace(fit_loop=SimpleNamespace(_data_source=SimpleNamespace(instance=data)))
+
+
 @pytest.mark.parametrize(("ranks", "windows"), [(3, 4), (2, 7), (5, 2)])
 def test_repeated_windows_of_a_distributed_sampler_do_not_calibrate(ranks: int, windows: int) -> None:
     dataset = torch.arange(windows)[:, None]
@@ -76,8 +83,9 @@ def test_repeated_windows_of_a_distributed_sampler_do_not_calibrate(ranks: int, 
     for rank in range(ranks):
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, shuffle=True)  # type: ignore[arg-type]
         loader: DataLoader[Tensor] = DataLoader(dataset, batch_size=2, sampler=sampler)  # type: ignore[arg-type]
-        seen += [row for batch in _own_windows(loader) for row in batch["input_ids"].flatten().tolist()]
-    assert sorted(seen) == list(range(windows))
+        for batches in (_own_windows(loader), calibration_batches(_fit_with(lambda made=loader: made), 8, 0)[0]):
+            seen += [row for batch in batches for row in batch["input_ids"].flatten().tolist()]
+    assert sorted(seen) == sorted(2 * list(range(windows)))
 
 
 def test_loaders_of_two_kinds_are_refused() -> None:
@@ -117,14 +125,7 @@ def test_loaders_that_are_made_anew_each_epoch_differ(model_dir: Path) -> None:
 
 
 def test_a_calibration_dataloader_that_takes_anything_gets_both_arguments() -> None:
-    class Own(pl.LightningDataModule):
-        def calibration_dataloader(self, **kwargs: int) -> Any:
-            return [kwargs]
-
-    class Fit:
-        fit_loop = SimpleNamespace(_data_source=SimpleNamespace(instance=Own()))
-
-    batches, _, _ = calibration_batches(Fit(), 3, 5)  # type: ignore[arg-type]
+    batches, _, _ = calibration_batches(_fit_with(lambda **kwargs: [kwargs]), 3, 5)
     assert list(batches) == [{"num_samples": 3, "seed": 5}]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import build_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparsellm_lightning import CausalLM
 from sparsellm_lightning.errors import UserError
@@ -195,7 +195,10 @@ def test_a_head_that_the_files_hold_beside_the_embeddings(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     loaded = load_model(tmp_path)
     again = rebuilt(loaded, loaded.state_dict())
-    for each in (loaded, again):
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config.tie_word_embeddings, "transformers leaves it as it is"
+    sharded = rebuilt(plain, plain.state_dict())
+    for each in (loaded, again, sharded):
         assert torch.equal(each.lm_head.weight, model.lm_head.weight)
         assert torch.equal(each.model.embed_tokens.weight, model.model.embed_tokens.weight)
 

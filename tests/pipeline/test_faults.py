@@ -95,6 +95,7 @@ def test_admm_without_damping_does_not_diverge(damping: float, tokens: int, patt
         (torch.arange(1, 17), r"shape \(batch, sequence\).* got torch.int64 of shape \(16,\)"),
         (windows().float(), "must be integers"),
         (windows() > 3, "must be integers"),
+        (windows().to(torch.uint8), "int64 or int32.*got torch.uint8"),
         (torch.zeros(4, 0, dtype=torch.long), "at least one token long"),
         (windows() + VOCABULARY - 1, f"vocabulary, 0 to {VOCABULARY - 1}, got .* tokenizer that belongs"),
         (windows() - 5, "vocabulary"),

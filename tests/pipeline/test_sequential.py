@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -23,14 +24,17 @@ from support.runs import (
     state_of,
     tune_with,
 )
-from transformers import BloomConfig, BloomForCausalLM
+from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from sparsellm_lightning import NumericalError, PruningConfig, UserError, perplexity, prune_model
-from sparsellm_lightning.architecture import Block, describe
+from sparsellm_lightning.architecture import ARCHITECTURES, Architecture, Block, describe
 from sparsellm_lightning.calibration import ActivationCache, Context
 from sparsellm_lightning.pipeline import admission, sequential
 from sparsellm_lightning.pipeline import block as block_pipeline
 from sparsellm_lightning.pipeline.block import alternation_windows
+from sparsellm_lightning.reporting.plots import layers_figure
 from sparsellm_lightning.solvers import (
     LOCAL_SOLVERS,
     InputStatistics,
@@ -161,6 +165,73 @@ def dense_activations(patch: pytest.MonkeyPatch) -> list[ActivationCache]:
 
     patch.setattr(sequential, "_advance_dense", seen)
     return caches
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+    vocab_size = VOCABULARY
+
+
+class OwnBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class OwnModel(PreTrainedModel):
+    """A class of a user's own, whose forward takes tokens and a mask alone, and whose blocks have names."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.blocks = nn.ModuleDict({"first": OwnBlock(), "second": OwnBlock()})
+        self.head = nn.Linear(32, VOCABULARY)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
+        hidden = self.embedding(input_ids)
+        for block in self.blocks.values():
+            hidden = block(hidden)
+        return CausalLMOutput(logits=self.head(hidden))
+
+
+def test_a_class_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "own", Architecture(blocks="blocks"))
+    model = OwnModel(OwnConfig())
+    config = PruningConfig(sparsity=0.5, reconstruction_steps=2, num_calibration_samples=8)
+    with pytest.warns(UserWarning, match="goes without distillation"):  # the class has no decoder apart from the head
+        report = prune_model(model, random_batches(), config)
+    assert report.sparsity["achieved"] == pytest.approx(0.5, abs=2e-3)
+    assert [layer["name"] for layer in report.layers] == [
+        f"blocks.{b}.{p}" for b in ("first", "second") for p in ("up", "down")
+    ]
+    assert perplexity(model, random_batches()) > 1
+    layers_figure(report)
+
+
+def test_settings_without_effect_are_named() -> None:
+    idle: dict[str, Any] = {"local_solver": "wanda", "num_iterations": 7, "alternation_blocks": "first_half"}
+    settings: dict[str, Any] = {"preset": "paper", "sparsity": 0.5, "num_calibration_samples": 8, **idle}
+    message = (
+        "Without effect: local_solver, num_iterations, alternation_blocks, because only method sparsellm alternates"
+    )
+    with pytest.warns(UserWarning, match=message):
+        prune_model(build_model("llama"), random_batches(), PruningConfig(method="magnitude", **settings))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        prune_model(build_model("llama"), random_batches(), PruningConfig(method="sparsellm", **settings))
+    assert not any("Without effect" in str(warning.message) for warning in shown)
 
 
 def test_blocks_that_return_tuples() -> None:
