@@ -263,6 +263,11 @@ class Distillation(pl.Callback):
             mask = call.inputs.get("attention_mask")
             valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             if self.logit_weight:
+                if call.inputs.get("return_dict", True) is False:
+                    raise UserError(
+                        "Distillation reads the logits of the model's output, but training_step calls the model with "
+                        "return_dict false. Leave return_dict out, or set logit_weight to 0."
+                    )
                 if call.logits is None or seen[0].logits is None or call.logits.shape != seen[0].logits.shape:
                     shapes = [None if x is None else tuple(x.shape) for x in (call.logits, seen[0].logits)]
                     raise UserError(

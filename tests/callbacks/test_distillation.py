@@ -578,6 +578,15 @@ def test_a_step_without_a_forward_of_the_model(trained, sparse: PreTrainedModel,
         loss_of(Parts(sparse, adamw), ids, SparseFinetuning(), Distillation(trained("llama")))
 
 
+def test_a_step_that_takes_a_tuple(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
+    class Tuples(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.backbone(batch, labels=batch, return_dict=False)[0]
+
+    with pytest.raises(UserError, match="return_dict false"):
+        loss_of(Tuples(sparse, adamw), ids, SparseFinetuning(), Distillation(trained("llama")))
+
+
 def test_the_training_step_is_restored(trained, sparse: PreTrainedModel, ids: Tensor) -> None:
     """After an error too, and a step that the user had set on the instance."""
 
