@@ -9,7 +9,7 @@ import torch
 from sparsellm_lightning.config import PruningConfig
 from sparsellm_lightning.data import TextDataModule
 from sparsellm_lightning.errors import UserError
-from sparsellm_lightning.models import add_to_report, inspect_model, measure_speed, verify_export
+from sparsellm_lightning.models import add_to_report, inspect_model, measure_speed, read_report, verify_export
 from sparsellm_lightning.pipeline import estimate_work
 from sparsellm_lightning.reporting import speed_table, structure
 from sparsellm_lightning.runtime import format_bytes, gemm_peak
@@ -23,6 +23,7 @@ def verify(folder: str, data: TextDataModule | None = None, tolerance: float = 0
         data: the text on which the report's perplexity was measured. Without it, perplexity is not compared.
         tolerance: largest relative difference of perplexities.
     """
+    read_report(folder)  # refused before the text is tokenised
     if data is not None and data.tokenizer is None:
         data.tokenizer = folder
     windows = None if data is None else data.val_dataloader()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 PREFIX = "recipe:"
 TAKES_A_MODEL = ("prune", "fit", "evaluate", "validate", "test")
@@ -33,12 +34,13 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     """
     given, found = [*arguments], recipes()
     if len(given) > 1 and given[0] in TAKES_A_MODEL and not given[1].startswith("-"):
+        if given[1].startswith(PREFIX) or given[1].endswith((".yaml", ".yml")):
+            _refuse(f"{given[1]} is a configuration, not a model. Write --config {given[1]}.")
         given += ["--model.pretrained", given.pop(1)]
 
     def path_of(name: str) -> str:
         if name not in found:
-            print(f"sparsellm: there is no recipe {name!r}. Choose one of {', '.join(found)}.", file=sys.stderr)
-            sys.exit(2)
+            _refuse(f"there is no recipe {name!r}. Choose one of {', '.join(found)}.")
         return str(found[name])
 
     changed = []
@@ -47,6 +49,11 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         takes = prefix and before in ("", "--config=", "-c=")
         changed.append(before + path_of(name) if takes else argument)
     return changed
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"sparsellm: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _purpose(path: Path) -> str:

@@ -60,6 +60,8 @@ def test_help_needs_no_other_package() -> None:
     ("arguments", "message"),
     [
         (["prun"], "there is no command 'prun'. Did you mean prune?"),
+        (["prune", "recipe:quickstart"], "recipe:quickstart is a configuration, not a model. Write --config"),
+        (["fit", "my.yaml"], "my.yaml is a configuration, not a model. Write --config my.yaml."),
         (["prune", "x", "--config", "recipe:quickstrt"], "there is no recipe 'quickstrt'. Choose one of 2-4, best"),
         (["prune", "x", "--pruner.sparsty", "0.7"], "no option --pruner.sparsty. Did you mean --pruner.sparsity?"),
         (["prune", "x", "--pruner.method", "sparsegtp"], "magnitude, got sparsegtp. Did you mean sparsegpt?"),

@@ -16,14 +16,15 @@ def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
     """The module's tokenizer, or the datamodule's if the module has none. None if neither has one.
 
     Raises:
-        UserError: the model lacks its tokenizer and a :class:`TextDataModule` has none, or the datamodule's is a name of none.
+        UserError: the model lacks its tokenizer, and a :class:`TextDataModule` that has text has none, or the datamodule's is
+            a name of none.
     """
     given = getattr(data, "tokenizer", None) is not None
     found: PreTrainedTokenizerBase | None = None
     try:
         found = tokenizer_of(module)
     except UserError as error:  # a model without its tokenizer
-        if isinstance(data, TextDataModule) and not given:
+        if isinstance(data, TextDataModule) and data.has_text and not given:
             raise
         if not given:  # the data are tokens already
             warnings.warn(f"The model goes without a tokenizer: {error}", stacklevel=2)

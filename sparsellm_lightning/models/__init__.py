@@ -36,7 +36,7 @@ from sparsellm_lightning.models.smaller import (
     shrink,
 )
 from sparsellm_lightning.models.speed import Speed, measure_speed
-from sparsellm_lightning.models.verify import verify_export
+from sparsellm_lightning.models.verify import read_report, verify_export
 from sparsellm_lightning.models.vocabulary import VocabularySample, can_sample, likely_tokens, size_of_sample
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "plain_class",
     "positions_together",
     "pretrained_of",
+    "read_report",
     "recover_export",
     "replace_text",
     "shrink",

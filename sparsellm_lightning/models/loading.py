@@ -139,7 +139,8 @@ def load_tokenizer(pretrained: str | Path) -> PreTrainedTokenizerBase:
             raise UserError(f"{pretrained} has no tokenizer. Set data.tokenizer to the model or folder that has one.")
         return tokenizer
 
-    return or_user_error(pretrained, load)
+    hint = " If the model has no tokenizer, set data.tokenizer to the model or folder that has one."
+    return or_user_error(pretrained, load, hint)
 
 
 def _from_packed(folder: str, **options: Any) -> Any:
@@ -245,8 +246,8 @@ def _inside(path: Path, roots: list[Path]) -> str:
     return str(Path(root.name) / path.relative_to(root))
 
 
-def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loaded:
-    """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line."""
+def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded], hint: str = "") -> _Loaded:
+    """Call ``load``. Turn what transformers raises for a bad id, file or architecture into one line, with a hint at its end."""
     try:
         with explaining_memory(
             lambda: f"{pretrained} does not fit. Use 16 bits (model.dtype), or shard it over devices."
@@ -258,5 +259,5 @@ def or_user_error(pretrained: str | Path, load: Callable[[], _Loaded]) -> _Loade
         cause = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")[:500]
         raise UserError(
             f"transformers must be able to load {pretrained}, but cannot: {cause}. Check the name, the network and "
-            "HF_HUB_OFFLINE, or name a local folder of a causal language model and its tokenizer."
+            f"HF_HUB_OFFLINE, or name a local folder of a causal language model and its tokenizer.{hint}"
         ) from error

@@ -40,7 +40,7 @@ def verify_export(folder: str | Path, batches: Iterable[Any] | None = None, tole
         UserError: there is no such folder, or its report cannot be read.
     """
     path = Path(folder).expanduser()
-    report = _read_report(path)
+    report = read_report(path)
     found = [
         f"{name}: the report names this file, but it is missing"
         for name in report["files"]
@@ -80,9 +80,16 @@ def _compare_values(folder: Path) -> Iterator[str]:
             yield f"{file.name}: cannot be read ({error})"
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report of an export.
+
+    Raises:
+        UserError: there is no such folder, or its report cannot be read.
+    """
     try:
-        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        report = json.loads(
+            (Path(folder).expanduser() / REPORT_NAME).read_text(encoding="utf-8"), parse_constant=_refuse_constant
+        )
         missing = {"files", "layers", "sparsity", "pattern", "perplexity"} - report.keys()
         cause = f"it lacks {', '.join(sorted(missing))}" if missing else ""
     except (OSError, ValueError, AttributeError) as error:

@@ -78,19 +78,19 @@ def check_adapters_untrained(context: Context) -> None:
 
 
 def warn_of_idle_settings(context: Context) -> None:
-    """Name settings of the alternation that were given, if the method is none."""
+    """Name settings that were given and that nothing reads."""
     config = context.config
-    if config.method == "sparsellm":
-        return
-    names = ("local_solver", "num_iterations", "alternation_blocks", "penalties")
     default = PruningConfig(preset=config.preset)
-    idle = [name for name in names if getattr(config, name) != getattr(default, name)]
-    if idle:
-        _warn(
-            context.ranks,
-            f"Without effect: {', '.join(idle)}, because only method sparsellm alternates, and method is {config.method}. Set "
-            "method to sparsellm, or leave them out.",
-        )
+    of_alternation = ("local_solver", "num_iterations", "alternation_blocks", "penalties")
+    alternation = f"only method sparsellm alternates, and method is {config.method}"
+    for names, read, why in (
+        (of_alternation, config.method == "sparsellm", alternation),
+        (("allocation_spread",), config.allocation != "uniform", "allocation is uniform"),
+        (("round_to",), "neurons" in config.removes, f"pattern {config.pattern_name} removes no hidden units"),
+    ):
+        given = [name for name in names if getattr(config, name) != getattr(default, name)]
+        if given and not read:
+            _warn(context.ranks, f"Without effect: {', '.join(given)}, because {why}.")
 
 
 def warn_of_few_tokens(context: Context, windows: int, tokens: int) -> None:

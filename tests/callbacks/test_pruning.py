@@ -412,7 +412,9 @@ def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path, ids: torch.T
         file.unlink()
     pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "out"))
     options: dict[str, Any] = {"sequence_length": 32, "batch_size": 8, "max_eval_windows": 2}
-    with pytest.raises(UserError, match="transformers must be able to load"):
+    with pytest.raises(
+        UserError, match=r"transformers must be able to load.* If .* no tokenizer, set data\.tokenizer to"
+    ):
         trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options))
     assert pruner.report is None
     trainer(pruner).fit(CausalLM(str(model)), TextDataModule(**options, tokenizer=str(model_dir)))
@@ -422,6 +424,10 @@ def test_the_tokenizer_of_the_text(tmp_path: Path, model_dir: Path, ids: torch.T
     with pytest.warns(UserWarning, match="The model goes without a tokenizer"):
         trainer(pruner).fit(CausalLM(str(model)), DataLoader(ids, batch_size=8))
     assert (tmp_path / "plain" / "model.safetensors").is_file()
+    pruner = SparseLLMCallback(**EXPORTING, export_dir=str(tmp_path / "written"))
+    with pytest.warns(UserWarning, match="The model goes without a tokenizer"):
+        trainer(pruner).fit(CausalLM(str(model)), TextDataModule("self", **options))
+    assert (tmp_path / "written" / "model.safetensors").is_file()
 
 
 def test_the_tokenizer_of_the_model_is_exported(tmp_path: Path, model_dir: Path) -> None:

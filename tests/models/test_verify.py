@@ -176,6 +176,9 @@ def test_the_command(
     run = sparsellm("verify", "out", "--data.source", "files", "--data.train_files", "train.txt", cwd=tmp_path)
     assert "Set data.test_files." in run.stderr
     change(tmp_path / "out", lambda t: t[f"{LAYER}.weight"].fill_(1.0))
+    run = sparsellm("verify", "typo", *data, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "verify needs an export with a whole pruning_report.json, but that of typo" in run.stderr
     run = sparsellm("verify", "out", *data, cwd=tmp_path)
     assert run.returncode == 1
     assert "sparsellm: error: out is not what its report says:\nmodel.layers.1.mlp.up_proj: the report" in run.stderr

@@ -220,18 +220,36 @@ def test_a_class_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     layers_figure(report)
 
 
-def test_settings_without_effect_are_named() -> None:
-    idle: dict[str, Any] = {"local_solver": "wanda", "num_iterations": 7, "alternation_blocks": "first_half"}
-    settings: dict[str, Any] = {"preset": "paper", "sparsity": 0.5, "num_calibration_samples": 8, **idle}
-    message = (
-        "Without effect: local_solver, num_iterations, alternation_blocks, because only method sparsellm alternates"
-    )
-    with pytest.warns(UserWarning, match=message):
-        prune_model(build_model("llama"), random_batches(), PruningConfig(method="magnitude", **settings))
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        prune_model(build_model("llama"), random_batches(), PruningConfig(method="sparsellm", **settings))
-    assert not any("Without effect" in str(warning.message) for warning in shown)
+@pytest.mark.parametrize(
+    ("settings", "because", "read"),
+    [
+        (
+            {"local_solver": "wanda", "num_iterations": 7, "alternation_blocks": "first_half"},
+            "method is",
+            {"method": "sparsellm"},
+        ),
+        ({"penalties": Penalties(beta=2.0)}, "method is magnitude", {"method": "sparsellm"}),
+        ({"allocation_spread": 0.1}, "allocation is uniform", {"allocation": "owl"}),
+        ({"round_to": 32}, "pattern unstructured removes no hidden units", {"pattern": "neurons"}),
+    ],
+)
+def test_settings_without_effect_are_named(settings: dict[str, Any], because: str, read: dict[str, Any]) -> None:
+    def warned(**more: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            few: dict[str, Any] = {
+                "preset": "paper",
+                "method": "magnitude",
+                "num_calibration_samples": 8,
+                "sparsity": 0.5,
+            }
+            prune_model(build_model("llama"), random_batches(), PruningConfig(**few | settings | more))
+        return [str(warning.message) for warning in shown if "Without effect" in str(warning.message)]
+
+    (message,) = warned()
+    assert message.startswith(f"Without effect: {', '.join(settings)}, because ")
+    assert because in message
+    assert warned(**read) == []
 
 
 def test_blocks_that_return_tuples() -> None:
