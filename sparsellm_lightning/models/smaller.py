@@ -68,7 +68,7 @@ def rebuilt(
     """
     whole = without_weights(model, config or model.config)
     whole.load_state_dict({unwrapped(name): tensor for name, tensor in state_dict.items()}, assign=True)
-    note_untied(whole)  # which a sharded model does not show
+    note_untied(whole)  # the weights of a sharded model could not be compared before
     whole.tie_weights()
     if hasattr(model, "generation_config"):  # not where the class cannot generate, such as classifiers
         whole.generation_config = model.generation_config

@@ -87,9 +87,8 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         UserError: there is no such folder, or its report cannot be read.
     """
     try:
-        report = json.loads(
-            (Path(folder).expanduser() / REPORT_NAME).read_text(encoding="utf-8"), parse_constant=_refuse_constant
-        )
+        text = (Path(folder).expanduser() / REPORT_NAME).read_text(encoding="utf-8")
+        report = json.loads(text, parse_constant=_refuse_constant)
         missing = {"files", "layers", "sparsity", "pattern", "perplexity"} - report.keys()
         cause = f"it lacks {', '.join(sorted(missing))}" if missing else ""
     except (OSError, ValueError, AttributeError) as error:

@@ -81,9 +81,8 @@ def layers_figure(report: PruningReport) -> Figure:
     kinds: dict[str, list[tuple[int, float, float | None]]] = defaultdict(list)
     for layer in report.layers:
         kind = layer["name"].rsplit(".", 1)[-1]
-        block = int(
-            next((part for part in layer["name"].split(".") if part.isdigit()), 0)
-        )  # blocks may have other names
+        numbers = [part for part in layer["name"].split(".") if part.isdigit()]
+        block = int(numbers[0]) if numbers else 0  # blocks may have names
         kinds[kind].append((block, 100 * layer["sparsity"], layer["error"]))
     for kind, marker in zip(kinds, "osv^D<>" * len(kinds), strict=False):
         blocks, zeros, errors = zip(*kinds[kind], strict=True)
