@@ -286,11 +286,6 @@ class TextDataModule(LightningDataModule):
             return []
         return self.test_dataloader()
 
-    @property
-    def has_text(self) -> bool:
-        """Whether there is any text to tokenise: with ``self`` only in ``test_files``."""
-        return self.source != "self" or bool(self.texts.files["test"])
-
     def test_dataloader(self) -> Windows:
         """Consecutive windows from the start of the evaluation text, in order. The last, incomplete window is dropped.
 

@@ -24,8 +24,8 @@ def run_tokenizer(data: Any, module: Any) -> PreTrainedTokenizerBase | None:
     try:
         found = tokenizer_of(module)
     except UserError as error:  # a model without its tokenizer
-        if isinstance(data, TextDataModule) and data.has_text and not given:
-            raise
+        if isinstance(data, TextDataModule) and (data.source != "self" or data.texts.files["test"]) and not given:
+            raise  # there is text to tokenise
         if not given:  # the data are tokens already
             warnings.warn(f"The model goes without a tokenizer: {error}", stacklevel=2)
     if found is None and given:
